@@ -1,0 +1,32 @@
+"""kizu (傷, a flaw): visual inspection learned from photographs of good parts only."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kizu.detectors.detector import Detector, Prediction, load
+    from kizu.detectors.patchcore import PatchCore
+    from kizu.errors import BadImage, DataError, KizuError, MissingExtra, ModelError, OptionError
+
+__all__ = ["BadImage", "DataError", "Detector", "KizuError", "MissingExtra", "ModelError", "OptionError"]
+__all__ += ["PatchCore", "Prediction", "__version__", "load"]
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "kizu.detectors.detector": ("Detector", "Prediction", "load"),
+    "kizu.detectors.patchcore": ("PatchCore",),
+    "kizu.errors": ("BadImage", "DataError", "KizuError", "MissingExtra", "ModelError", "OptionError"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is asked for, when it is asked for: `import kizu` stays light."""
+    for module, names in _HOMES.items():
+        if name in names:
+            return getattr(importlib.import_module(module), name)
+    raise AttributeError(f"module 'kizu' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

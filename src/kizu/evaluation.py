@@ -1,0 +1,182 @@
+"""A detector over a test split: per-image rows, per-category results."""
+
+import base64
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kizu import image as images
+from kizu import metrics
+from kizu.dataset import Sample
+from kizu.errors import BadImage, DataError
+
+if TYPE_CHECKING:
+    from kizu.detectors.detector import Detector, Prediction
+
+__all__ = ["CategoryResult", "Judged", "Picture", "evaluate"]
+
+PICTURES = {"miss": 6, "false alarm": 6, "sample": 9}
+PICTURE_SIDE = 280
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One test image and what the detector said of it."""
+
+    image: str  # path relative to the data set, with forward slashes
+    defect: str  # "good" or the type of defect
+    score: float | None  # None when the file could not be read
+    error: str = ""  # why not
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One test image for the eye, each part a data URI. The colour scale is the category's."""
+
+    image: str  # as in Judged
+    why: str  # "miss", "false alarm" or "sample"
+    photo: str
+    heat: str
+    overlay: str
+
+
+@dataclass
+class CategoryResult:
+    """Everything that results.csv, predictions.csv and the report say of one category."""
+
+    category: str
+    train_images: int
+    judged: list[Judged]
+    metrics: dict[str, float | None]  # image_auroc, image_ap, … None: not available
+    reasons: dict[str, str]  # why a metric is None
+    threshold: float  # a part is stopped when its score is greater
+    statement: str  # the threshold's promise in one sentence
+    calibration_scores: list[float]  # scores of held-out good images
+    scale: tuple[float, float]  # map values at the ends of the colour scale
+    map_level: float  # map value at which contours are drawn
+    pictures: list[Picture] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)  # stage → seconds; "per image" in seconds
+    notes: list[str] = field(default_factory=list)  # what a reader must know, e.g. masks that do not fit
+
+    def count(self, defective: bool, stopped: bool | None = None) -> int:
+        """Test images of a kind that could be judged, all or those (not) stopped."""
+        return sum(
+            (row.defect != "good") == defective and stopped in (None, row.score > self.threshold)
+            for row in self.judged
+            if row.score is not None
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "CategoryResult":
+        values = dict(values)
+        values["judged"] = [Judged(**row) for row in values["judged"]]
+        values["pictures"] = [Picture(**row) for row in values["pictures"]]
+        values["scale"] = tuple(values["scale"])
+        return cls(**values)
+
+
+def evaluate(
+    detector: "Detector",
+    samples: Sequence[Sample],
+    *,
+    category: str,
+    root: Path,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> CategoryResult:
+    """Judge the test images and compare with what they are. Nothing of it flows back into the detector.
+
+    Masks are used at the photographs' own resolution. Metrics that cannot be computed are None, with the reason.
+    """
+    judged: list[Judged] = []
+    predictions: list[tuple[Sample, Prediction]] = []
+    start = time.perf_counter()
+    for sample, outcome in detector.judge(samples):
+        name = sample.name(root)
+        if isinstance(outcome, BadImage):
+            judged.append(Judged(name, sample.defect, None, outcome.reason))
+        else:
+            judged.append(Judged(name, sample.defect, outcome.score))
+            predictions.append((sample, outcome))
+        if progress:
+            progress("Evaluating", len(judged), len(samples))
+    elapsed = time.perf_counter() - start
+    order = {sample.name(root): index for index, sample in enumerate(samples)}
+    judged.sort(key=lambda row: order[row.image])
+    values, reasons, notes = _measure(predictions)
+    return CategoryResult(
+        category=category,
+        train_images=detector.training.get("images", 0),
+        judged=judged,
+        metrics=values,
+        reasons=reasons,
+        threshold=detector.threshold.value,
+        statement=detector.threshold.statement,
+        calibration_scores=detector.calibration_scores,
+        scale=detector.scale,
+        map_level=detector.map_level,
+        pictures=_pictures(predictions, root, seed=detector.config.seed),
+        seconds={**detector.seconds, "evaluation": elapsed, "per image": elapsed / max(1, len(judged))},
+        notes=notes,
+    )
+
+
+def _measure(
+    predictions: "Sequence[tuple[Sample, Prediction]]",
+) -> tuple[dict[str, float | None], dict[str, str], list[str]]:
+    """Metrics, reasons for missing ones, notes."""
+    scores = [prediction.score for _, prediction in predictions]
+    labels = [sample.is_anomalous for sample, _ in predictions]
+    values, reasons = metrics.image_metrics(scores, labels)
+    maps: list[npt.NDArray[np.float32]] = []
+    masks: list[npt.NDArray[np.bool_]] = []
+    notes: list[str] = []
+    for sample, prediction in predictions:
+        try:
+            mask = sample.mask(prediction.shape)
+        except DataError as error:
+            notes.append(f"Left out of the pixel metrics: {error}")
+            continue
+        if mask is not None:
+            maps.append(prediction.anomaly_map)
+            masks.append(mask)
+    if 0 < len(masks) < len(predictions) and any(mask.any() for mask in masks):
+        notes.append(f"{len(predictions) - len(masks)} test images have no usable mask; pixel metrics leave them out.")
+    pixel_values, pixel_reasons = metrics.pixel_metrics(maps, masks)
+    return values | pixel_values, reasons | pixel_reasons, notes
+
+
+def _pictures(predictions: "Sequence[tuple[Sample, Prediction]]", root: Path, seed: int) -> list[Picture]:
+    """The worst misses, the worst false alarms and a random sample of the rest."""
+    by_score = sorted(predictions, key=lambda pair: pair[1].score)
+    misses = [pair for pair in by_score if pair[0].is_anomalous and not pair[1].is_anomalous]
+    alarms = [pair for pair in reversed(by_score) if not pair[0].is_anomalous and pair[1].is_anomalous]
+    shown = {"miss": misses[: PICTURES["miss"]], "false alarm": alarms[: PICTURES["false alarm"]]}
+    taken = {id(pair) for pairs in shown.values() for pair in pairs}
+    rest = [pair for pair in predictions if id(pair) not in taken]
+    chosen = np.random.default_rng(seed).permutation(len(rest))[: PICTURES["sample"]]
+    shown["sample"] = [rest[index] for index in sorted(chosen)]
+    return [_picture(sample, prediction, root, why) for why, pairs in shown.items() for sample, prediction in pairs]
+
+
+def _picture(sample: Sample, prediction: "Prediction", root: Path, why: str) -> Picture:
+    photo = sample.read()
+    factor = min(1.0, PICTURE_SIDE / max(photo.shape[:2]))
+    size = max(1, round(photo.shape[0] * factor)), max(1, round(photo.shape[1] * factor))
+    photo = images.resize(photo, size)
+    anomaly_map = images.resize_map(prediction.anomaly_map, size)
+    low, high = prediction.detector.scale
+    glow = images.overlay(photo, anomaly_map, low, high, prediction.detector.map_level)
+    parts = (_data_uri(part) for part in (photo, images.heat(anomaly_map, low, high), glow))
+    return Picture(sample.name(root), why, *parts)
+
+
+def _data_uri(rgb: npt.NDArray[np.uint8]) -> str:
+    return "data:image/webp;base64," + base64.b64encode(images.encode(rgb, "WEBP", quality=82)).decode()

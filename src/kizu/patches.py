@@ -1,0 +1,61 @@
+"""From layer maps to patch features: neighbourhood pooling, alignment, channel pooling (PatchCore, §3.1)."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+__all__ = ["PatchFeatures"]
+
+
+class PatchFeatures(nn.Module):
+    """Locally aware patch features.
+
+    With the two dimensions of the reference, each layer's (channels × patchsize × patchsize) neighbourhood is averaged
+    to `pretrain_embed_dimension` values and all layers together to `target_embed_dimension`. Without them, each
+    channel is averaged over its neighbourhood and the layers are stacked.
+
+    The reference aligns the layers before it pools their channels. Both are linear and act on different axes, so
+    pooling first gives the same result with patchsize² times less work.
+    """
+
+    def __init__(
+        self,
+        patchsize: int,
+        pretrain_embed_dimension: int | None = None,
+        target_embed_dimension: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.patchsize = patchsize
+        self.pretrain_embed_dimension = pretrain_embed_dimension
+        self.target_embed_dimension = target_embed_dimension
+
+    def forward(self, maps: list[Tensor]) -> Tensor:
+        """[(B, C_l, H_l, W_l)] → (B, D, H_0, W_0)."""
+        pooled = [self.pool(layer) for layer in maps]
+        grid = pooled[0].shape[-2:]
+        aligned = [pooled[0]] + [
+            F.interpolate(layer, size=grid, mode="bilinear", align_corners=False) for layer in pooled[1:]
+        ]
+        if self.target_embed_dimension is None:
+            return aligned[0] if len(aligned) == 1 else torch.cat(aligned, dim=1)
+        return _pool_channels(torch.cat(aligned, dim=1), self.target_embed_dimension)
+
+    def pool(self, layer: Tensor) -> Tensor:
+        """(B, C, H, W) → (B, C or pretrain_embed_dimension, H', W'); an even patchsize shrinks the grid by one."""
+        size, padding = self.patchsize, (self.patchsize - 1) // 2
+        channels, height, width = layer.shape[1:]
+        if self.pretrain_embed_dimension in (None, channels):
+            return F.avg_pool2d(layer, size, stride=1, padding=padding) if size > 1 else layer
+        values = F.unfold(layer, size, padding=padding)  # (B, C · p · p, H' · W')
+        values = _pool_channels(values, self.pretrain_embed_dimension)
+        grid = (height + 2 * padding - size + 1, width + 2 * padding - size + 1)
+        return values.reshape(*values.shape[:2], *grid)
+
+
+def _pool_channels(values: Tensor, dimension: int) -> Tensor:
+    """Adaptive average pooling over axis 1: (B, C, …) → (B, dimension, …)."""
+    if values.shape[1] == dimension:
+        return values
+    rows = values.flatten(2).transpose(1, 2)  # (B, positions, C)
+    pooled = F.adaptive_avg_pool1d(rows, dimension)
+    return pooled.transpose(1, 2).reshape(values.shape[0], dimension, *values.shape[2:])

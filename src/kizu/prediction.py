@@ -1,0 +1,109 @@
+"""Judging photographs from anywhere, without ground truth: rows, tables, overlays."""
+
+import csv
+import glob
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kizu import files
+from kizu import image as images
+from kizu.errors import BadImage, DataError
+
+if TYPE_CHECKING:
+    from kizu.detectors.detector import Detector
+
+__all__ = ["Row", "judge", "listing", "write_csv"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One photograph's verdict, or why there is none."""
+
+    path: str
+    score: float | None
+    threshold: float
+    verdict: str  # "stop", "pass" or "error"
+    seconds: float  # since the photograph before it, decoding included
+    error: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def listing(arguments: Iterable[str]) -> list[Path]:
+    """Files, the images below folders, and what globs match; each once, in order.
+
+    Raises `DataError` for a folder without images or a glob without matches. A file that does not exist stays in the
+    list: judging says what is wrong with it.
+    """
+    found: dict[Path, None] = {}
+    for argument in arguments:
+        path = Path(argument)
+        if path.is_dir():
+            inside = list(images.scan(path))
+            if not inside:
+                raise DataError(f"{argument}: there are no images in this folder")
+            found.update(dict.fromkeys(inside))
+        elif not path.exists() and glob.has_magic(argument):
+            matches = [Path(match) for match in sorted(glob.glob(argument, recursive=True))]  # noqa: PTH207
+            if not matches:
+                raise DataError(f"{argument}: no file has such a name")
+            found.update(dict.fromkeys(match for match in matches if match.is_file()))
+        else:
+            found[path] = None
+    return list(found)
+
+
+def judge(
+    detector: "Detector",
+    paths: Sequence[Path],
+    overlays: Path | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> list[Row]:
+    """A row for each path, in their order; overlays as PNG under their names where a folder is given."""
+    from kizu.detectors.detector import Photo
+
+    photos = [Photo(path) for path in paths]
+    targets = _overlay_names(paths, overlays) if overlays else {}
+    rows: dict[Path, Row] = {}
+    last = time.perf_counter()
+    for photo, outcome in detector.judge(photos):
+        path = Path(photo.name)
+        if not isinstance(outcome, BadImage) and overlays:
+            try:
+                images.write(targets[path], outcome.overlay())
+            except BadImage as error:
+                outcome = error
+        now = time.perf_counter()
+        level = detector.threshold.value
+        if isinstance(outcome, BadImage):
+            rows[path] = Row(str(path), None, level, "error", now - last, outcome.reason)
+        else:
+            verdict = "stop" if outcome.is_anomalous else "pass"
+            rows[path] = Row(str(path), outcome.score, level, verdict, now - last)
+        last = now
+        if progress:
+            progress("", len(rows), len(paths))
+    return [rows[path] for path in paths]
+
+
+def write_csv(path: Path, rows: Sequence[Row]) -> None:
+    """image, score, threshold, verdict, seconds, error; written whole or not at all."""
+    with files.new_file(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["image", "score", "threshold", "verdict", "seconds", "error"])
+        for row in rows:
+            score = "" if row.score is None else f"{row.score:.9g}"
+            writer.writerow([row.path, score, f"{row.threshold:.9g}", row.verdict, f"{row.seconds:.4f}", row.error])
+
+
+def _overlay_names(paths: Sequence[Path], folder: Path) -> dict[Path, Path]:
+    """<folder>/<stem>.png, with as many parent folders in the name as it takes to tell the photographs apart."""
+    for depth in range(1, 20):
+        names = {path: "_".join([*path.parts[-depth:-1], path.name]).strip("/_") for path in paths}
+        if len(set(names.values())) == len(names):
+            break
+    return {path: folder / (name.replace("/", "_") + ".png") for path, name in names.items()}

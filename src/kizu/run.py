@@ -1,0 +1,310 @@
+"""The results folder: models, tables, report, log; started, killed, resumed, finished.
+
+<output>/<project>/<group>/<run>/
+├── models/<category>/          one model each, written whole
+├── tensorboard/
+├── results.csv                 a row a category, the last one their mean
+├── predictions.csv             a row a test image
+├── report.html
+├── run.json                    config, seed, versions, machine, hash of the data
+├── log.txt
+└── unfinished/                 while the run lasts; a folder that has it is not a result
+"""
+
+import csv
+import hashlib
+import io
+import json
+import logging
+import os
+import platform
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from kizu import files
+from kizu.config import Config
+from kizu.dataset import Dataset, Sample
+from kizu.errors import DataError, KizuError, OptionError
+from kizu.evaluation import CategoryResult, evaluate
+
+__all__ = ["Run", "command_line", "fingerprint", "machine", "predictions_csv", "results_csv", "train", "write_tables"]
+
+log = logging.getLogger("kizu")
+Progress = Callable[[str, int, int], None]
+
+COLUMNS = ("image_auroc", "image_ap", "image_f1max", "pixel_auroc", "pixel_ap", "pixel_f1max", "au_pro", "pg2", "pb2")
+COUNTS = ("train_images", "test_good", "test_defective", "false_alarms", "misses")
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where a run writes to."""
+
+    folder: Path
+
+    @property
+    def unfinished(self) -> Path:
+        return self.folder / "unfinished"
+
+    def model(self, category: str) -> Path:
+        return self.folder / "models" / category
+
+    def finished(self, category: str) -> CategoryResult | None:
+        """The result of a category that is done already."""
+        path = self.unfinished / f"{category}.json"
+        if not path.exists() or not (self.model(category) / "model.json").exists():
+            return None
+        return CategoryResult.from_json(json.loads(path.read_text(encoding="utf-8")))
+
+
+def open_run(parent: Path, name: str | None, about: dict[str, Any], *, resume: bool, overwrite: bool) -> Run:
+    """A new run folder, or an unfinished one to go on with.
+
+    Without a name the first free one of run, run-2, … is taken, or with `resume` the last of them. Raises `OptionError`
+    rather than mix two runs or overwrite one that was not meant.
+    """
+    if name is None:
+        taken = [candidate for candidate in _names() if (parent / candidate).exists()] if parent.exists() else []
+        name = (taken[-1] if taken else "run") if resume else next(c for c in _names(len(taken) + 2) if c not in taken)
+    run = Run(parent / name)
+    if run.folder.exists() and resume:
+        if not run.unfinished.exists():
+            raise OptionError(f"{run.folder} is finished: there is nothing to resume (a new run needs no --resume)")
+        before = json.loads((run.unfinished / "run.json").read_text(encoding="utf-8"))
+        changed = [key for key in about if before.get(key) != about[key]]
+        if changed:
+            raise OptionError(f"{run.folder} was started with another {', '.join(changed)}: --resume needs the same")
+        return run
+    if run.folder.exists():
+        if not overwrite:
+            raise OptionError(f"{run.folder} exists: choose another --name, or --overwrite it, or --resume it")
+        if any(run.folder.iterdir()) and not (run.unfinished.exists() or (run.folder / "run.json").exists()):
+            raise OptionError(f"{run.folder} exists and is no run of kizu: choose another --name")
+        shutil.rmtree(run.folder)
+    run.unfinished.mkdir(parents=True)
+    files.write_text(run.unfinished / "run.json", json.dumps(about, indent=1))
+    return run
+
+
+def _names(most: int = 10_000) -> Iterator[str]:
+    yield "run"
+    yield from (f"run-{number}" for number in range(2, most + 1))
+
+
+def train(
+    method: str,
+    config: Config,
+    data: Dataset,
+    parent: Path,
+    *,
+    name: str | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    skip_bad: bool = False,
+    progress: Callable[[str], Progress] = lambda category: lambda stage, done, total: None,
+) -> tuple[Run, list[CategoryResult]]:
+    """Fit and evaluate one detector a category, and write the results folder."""
+    from kizu.detectors import detector_class
+
+    kind = detector_class(method)
+    start = time.time()
+    categories = [category for category in data.categories if data.select(category, "train")]
+    if not categories:
+        raise DataError(f"{data.root} holds no training images of good parts")
+    settings = {"method": method, "config": config.model_dump(mode="json"), "data": str(data.root.resolve())}
+    about = {**settings, "categories": categories, "data_hash": fingerprint(data.samples)}
+    run = open_run(parent, name, about, resume=resume, overwrite=overwrite)
+    results = []
+    with _logging_to(run.folder / "log.txt"):
+        log.info("%s", command_line())
+        for category in categories:
+            result = run.finished(category)
+            if result is None:
+                detector = kind(config)
+                detector.fit(
+                    data.select(category, "train"),
+                    held_out=data.select(category, "validation"),
+                    skip_bad=skip_bad,
+                    progress=progress(category),
+                )
+                result = evaluate(
+                    detector,
+                    data.select(category, "test"),
+                    category=category,
+                    root=data.root,
+                    progress=progress(category),
+                )
+                detector.save(run.model(category))
+                files.write_text(run.unfinished / f"{category}.json", json.dumps(result.to_json()))
+            results.append(result)
+            log.info("%s: %s", category, _one_line(result))
+        _finish(run, about, results, time.time() - start)
+        log.info("finished: %s", run.folder)
+    return run, results
+
+
+def _finish(run: Run, about: dict[str, Any], results: Sequence[CategoryResult], seconds: float) -> None:
+    """Tables, report, run.json; then the mark of an unfinished run goes."""
+    about = {
+        **about,
+        "seed": about["config"]["seed"],
+        "command": command_line(),
+        "versions": versions(),
+        "machine": machine(),
+        "thresholds": {result.category: result.statement for result in results},
+        "seconds": round(seconds, 2),
+        "ended": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+    write_tables(run.folder, about, results)
+    _tensorboard(run.folder / "tensorboard", results)
+    files.write_text(run.folder / "run.json", json.dumps(about, indent=1, ensure_ascii=False) + "\n")
+    shutil.rmtree(run.unfinished)
+
+
+def write_tables(folder: Path, about: dict[str, Any], results: Sequence[CategoryResult]) -> None:
+    """results.csv, predictions.csv and report.html."""
+    from kizu import report
+
+    files.write_text(folder / "results.csv", results_csv(results))
+    files.write_text(folder / "predictions.csv", predictions_csv(results))
+    config = about["config"]
+    summary = report.RunSummary(
+        title=", ".join(result.category for result in results[:3]) + (" …" if len(results) > 3 else ""),
+        method=about["method"],
+        data=about["data"],
+        backbone=config["backbone"],
+        size="×".join(str(side) for side in config["size"]),
+        settings={key: str(value) for key, value in config.items()},
+        machine=about["machine"]["summary"],
+        versions=about["versions"],
+        command=about["command"],
+        seed=config["seed"],
+        seconds=about["seconds"],
+    )
+    report.write(folder / "report.html", summary, results)
+
+
+def results_csv(results: Sequence[CategoryResult]) -> str:
+    """A row a category, metrics to six places, n/a where there is none, and the mean of what there is."""
+    rows = []
+    for result in results:
+        counts: tuple[float, ...] = (
+            result.train_images,
+            result.count(defective=False),
+            result.count(defective=True),
+            result.count(defective=False, stopped=True),
+            result.count(defective=True, stopped=False),
+        )
+        spent = sum(seconds for stage, seconds in result.seconds.items() if stage != "per image")
+        per_image = 1000 * result.seconds.get("per image", 0.0)
+        rows.append([*(result.metrics.get(name) for name in COLUMNS), *counts, per_image, spent])
+    means = [_mean(column) for column in zip(*rows, strict=True)]
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(["category", *COLUMNS, *COUNTS, "ms_per_image", "seconds"])
+    for label, row in zip([*(result.category for result in results), "mean"], [*rows, means], strict=True):
+        places = [6] * len(COLUMNS) + [1 if label == "mean" else 0] * len(COUNTS) + [1, 2]
+        cells = ("n/a" if v is None else f"{v:.{digits}f}" for v, digits in zip(row, places, strict=True))
+        writer.writerow([label, *cells])
+    return table.getvalue()
+
+
+def predictions_csv(results: Sequence[CategoryResult]) -> str:
+    """A row a test image: what it is, its score and the verdict, or why there is none."""
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(["category", "image", "defect", "score", "threshold", "verdict", "error"])
+    for result in results:
+        for row in result.judged:
+            score = "" if row.score is None else f"{row.score:.9g}"
+            verdict = "error" if row.score is None else ("stop" if row.score > result.threshold else "pass")
+            level = f"{result.threshold:.9g}"
+            writer.writerow([result.category, row.image, row.defect, score, level, verdict, row.error])
+    return table.getvalue()
+
+
+def fingerprint(samples: Sequence[Sample]) -> str:
+    """A hash of the files' names in the data set and their contents."""
+    digest = hashlib.blake2b(digest_size=16)
+    for path in sorted({path for sample in samples for path in (sample.path, *sample.masks)}):
+        digest.update(path.name.encode())
+        try:
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "blake2b").digest())
+        except OSError:
+            digest.update(b"unreadable")
+    return digest.hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Of what the numbers may depend on."""
+    packages = ("kizu", "numpy", "pillow", "scikit-learn", "scipy", "timm", "torch", "torchvision")
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+
+
+def machine() -> dict[str, Any]:
+    """What this computer is."""
+    import torch
+
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    cores = os.cpu_count() or 1
+    summary = f"{platform.system()} {platform.machine()}, {cores} cores, " + (", ".join(gpus) or "no GPU")
+    return {"summary": summary, "system": platform.platform(), "cores": cores, "gpus": gpus}
+
+
+def command_line() -> str:
+    """The command that is running, as one would type it."""
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+def _one_line(result: CategoryResult) -> str:
+    known = ", ".join(f"{key} {value:.4f}" for key, value in result.metrics.items() if value is not None)
+    return f"{known or 'no metrics'}; {result.statement}"
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _tensorboard(folder: Path, results: Sequence[CategoryResult]) -> None:
+    from torch.utils.tensorboard.writer import SummaryWriter
+
+    shutil.rmtree(folder, ignore_errors=True)
+    for result in results:
+        with SummaryWriter(str(folder / result.category)) as writer:
+            for key, value in result.metrics.items():
+                if value is not None:
+                    writer.add_scalar(key, value)
+            for stage, seconds in result.seconds.items():
+                writer.add_scalar(f"seconds/{stage.replace(' ', '_')}", seconds)
+            for label, defective in (("good", False), ("defective", True)):
+                scores = [r.score for r in result.judged if r.score is not None and (r.defect != "good") == defective]
+                if scores:
+                    import numpy as np
+
+                    writer.add_histogram(f"scores/{label}", np.asarray(scores))
+
+
+@contextmanager
+def _logging_to(path: Path) -> Iterator[None]:
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    except KizuError as error:
+        log.error("%s", error)
+        raise
+    finally:
+        log.removeHandler(handler)
+        handler.close()
