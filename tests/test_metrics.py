@@ -1,5 +1,7 @@
 """Metrics against brute force."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -22,7 +24,7 @@ def brute_force_au_pro(maps, masks, limit):
         overlap = np.mean([(maps[index][region] >= level).mean() for index, region in regions])
         points.append((float((good >= level).mean()), float(overlap)))
     area = 0.0
-    for (x0, y0), (x1, y1) in zip(points, points[1:], strict=False):
+    for (x0, y0), (x1, y1) in itertools.pairwise(points):
         if x0 >= limit:
             break
         if x1 > limit:

@@ -1,6 +1,5 @@
 """kizu (傷, a flaw): visual inspection learned from photographs of good parts only."""
 
-import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -24,7 +23,9 @@ def __getattr__(name: str) -> Any:
     """Import what is asked for, when it is asked for: `import kizu` stays light."""
     for module, names in _HOMES.items():
         if name in names:
-            return getattr(importlib.import_module(module), name)
+            from kizu.errors import require
+
+            return getattr(require(module), name)
     raise AttributeError(f"module 'kizu' has no attribute {name!r}")
 
 

@@ -106,7 +106,7 @@ def _stages(timm_name: str, name: str) -> dict[str, int]:
 def _embedded(name: str) -> dict[str, Tensor]:
     """The package's tensors, which are the network's own, in order, under other names."""
     timm_name, package, file = EMBEDDED[name]
-    origin = require(package, "train").__file__
+    origin = require(package).__file__
     assert origin is not None
     tensors = _read(Path(origin).parent / file)
     with torch.device("meta"):

@@ -5,21 +5,18 @@ Exit codes: 0 done; 1 done, but some images could not be judged; 2 not done, a s
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from kizu import __version__
+from kizu import __version__, terminal
 from kizu.detectors import DETECTORS
-from kizu.errors import KizuError, OptionError
+from kizu.errors import KizuError, OptionError, missing_extra
 
 if TYPE_CHECKING:
-    from kizu.config import Config
     from kizu.dataset import Dataset
-    from kizu.evaluation import CategoryResult
 
 __all__ = ["main"]
 
@@ -52,6 +49,22 @@ class Methods(click.Group):
         return _train_command(name) if name in DETECTORS else None
 
 
+class TrainCommand(click.Command):
+    """A command whose options are listed under headings: the method's own, all methods', the data's, the run's."""
+
+    headings: dict[str, Sequence[str]]
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        rest = {
+            param.name: param.get_help_record(ctx) for param in self.get_params(ctx) if isinstance(param, click.Option)
+        }
+        for heading, names in self.headings.items():
+            with formatter.section(heading):
+                formatter.write_dl([record for name in names if (record := rest.pop(name, None))])
+        with formatter.section("Run"):
+            formatter.write_dl([record for record in rest.values() if record])
+
+
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, "-V", "--version", message="kizu %(version)s")
 def cli() -> None:
@@ -73,6 +86,11 @@ def main() -> None:
         code = 2
     except KizuError as error:
         click.echo(f"kizu: {error}", err=True)
+        code = 2
+    except ModuleNotFoundError as error:
+        if isinstance(missing := missing_extra(error), ModuleNotFoundError):
+            raise
+        click.echo(f"kizu: {missing}", err=True)
         code = 2
     except (KeyboardInterrupt, click.Abort):
         click.echo("kizu: interrupted", err=True)
@@ -121,11 +139,12 @@ def train() -> None:
 
 
 def _train_command(method: str) -> click.Command:
-    from kizu.config import CONFIGS
+    from kizu.config import CONFIGS, Config, build
 
     kind = CONFIGS[method]
+    about_method = (kind.__doc__ or "").strip().rstrip(".")
 
-    @click.command(method, short_help=(kind.__doc__ or "").strip())
+    @click.command(method, cls=TrainCommand, short_help=about_method)
     @click.argument("data")
     @data_options
     @click.option("--output", default="results", show_default=True, help="Folder for all results.")
@@ -139,13 +158,13 @@ def _train_command(method: str) -> click.Command:
     @json_option
     def command(data: str, **options: Any) -> None:
         from kizu import run
-        from kizu.config import build
 
         settings = {key: options[key] for key in kind.model_fields if options[key] is not None}
-        config: Config = build(kind, settings)
+        config = build(kind, settings)
         found = _find(data, options)
-        _say(options, _summary(found))
-        with _progress(options["quiet"] or options["as_json"]) as progress:
+        if not (options["quiet"] or options["as_json"]):
+            click.echo(terminal.summary(found), err=True)
+        with terminal.progress(options["quiet"] or options["as_json"]) as progress:
             finished, results = run.train(
                 method,
                 config,
@@ -154,9 +173,14 @@ def _train_command(method: str) -> click.Command:
                 progress=progress,
                 **{key: options[key] for key in ("name", "resume", "overwrite", "skip_bad")},
             )
-        _print_results(results, finished.folder, options)
+        terminal.print_results(results, finished.folder, options)
 
-    command.help = f"""{(kind.__doc__ or "").strip()}: learn from DATA's good images and evaluate on its test images.
+    command.headings = {
+        "Data": ("categories", "layout", "good", "bad", "skip_bad"),
+        "Method": [name for name in kind.model_fields if name not in Config.model_fields],
+        "Every method": list(Config.model_fields),
+    }
+    command.help = f"""{about_method}: learn from DATA's good images and evaluate on its test images.
 
     DATA is a folder of good images, or a data set (see  kizu data --help).
 
@@ -209,7 +233,7 @@ def evaluate(model: str, data: str, output: str | None, **options: Any) -> None:
     found = _find(data, options)
     results = []
     about: dict[str, Any] = {}
-    with _progress(options["quiet"] or options["as_json"]) as progress:
+    with terminal.progress(options["quiet"] or options["as_json"]) as progress:
         for category in found.categories:
             detector = load(_model_folder(model, category))
             samples = found.select(category, "test")
@@ -226,7 +250,7 @@ def evaluate(model: str, data: str, output: str | None, **options: Any) -> None:
             "seconds": time.time() - start,
         }
         run.write_tables(Path(output), about, results)
-    _print_results(results, None if output is None else Path(output), options)
+    terminal.print_results(results, None if output is None else Path(output), options)
 
 
 @cli.command()
@@ -249,14 +273,14 @@ def predict(model: str, images: tuple[str, ...], csv_file: str | None, overlays:
 
     detector = load(_model_folder(model))
     paths = listing(images)
-    with _progress(options["quiet"] or options["as_json"]) as progress:
+    with terminal.progress(options["quiet"] or options["as_json"]) as progress:
         rows = judge(detector, paths, Path(overlays) if overlays else None, progress("Predicting"))
     if csv_file:
         write_csv(Path(csv_file), rows)
     if options["as_json"]:
         click.echo(json.dumps([row.to_json() for row in rows], indent=1, ensure_ascii=False))
     else:
-        _print_verdicts(rows, options)
+        terminal.print_verdicts(rows, options)
     if any(row.error for row in rows):
         click.get_current_context().exit(1)
 
@@ -281,12 +305,12 @@ def data(path: str, **options: Any) -> None:
     if options["as_json"]:
         click.echo(json.dumps(inspection.to_json(), indent=1, ensure_ascii=False))
         return
-    click.echo(f"{found.root}: {found.layout}, {_count(len(found.categories), 'category', 'categories')}\n")
-    _print_table(inspection.rows)
+    click.echo(f"{found.root}: {found.layout}, {terminal.count(len(found.categories), 'category', 'categories')}\n")
+    terminal.print_table(inspection.rows)
     for note in found.notes:
         click.echo(f"\nNote: {note}")
     if found.left_out:
-        click.echo(f"\nLeft out: {_count(len(found.left_out), 'file')}")
+        click.echo(f"\nLeft out: {terminal.count(len(found.left_out), 'file')}")
         for file, reason in found.left_out[:10]:
             click.echo(f"  {file}: {reason}")
         if len(found.left_out) > 10:
@@ -313,7 +337,7 @@ def demo(output: str, seed: int, **options: Any) -> None:
     from kizu.demo import render
 
     images = Path(output) / f"images-{seed}"
-    with _progress(options["quiet"] or options["as_json"]) as progress:
+    with terminal.progress(options["quiet"] or options["as_json"]) as progress:
         rendering = progress("flange")
         if not (images / "flange").exists():
             render(images, seed=seed, progress=lambda done, total: rendering("Rendering", done, total))
@@ -324,7 +348,7 @@ def demo(output: str, seed: int, **options: Any) -> None:
             Path(output) / "results" / "demo" / "patchcore",
             progress=progress,
         )
-    _print_results(results, finished.folder, options)
+    terminal.print_results(results, finished.folder, options)
     if not (options["quiet"] or options["as_json"]):
         click.echo(
             "\nOn your own photographs:\n"
@@ -350,7 +374,7 @@ def info(model: str, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(about, indent=1, ensure_ascii=False))
     else:
-        _print_facts(about)
+        terminal.print_facts(about)
 
 
 @cli.command()
@@ -367,7 +391,7 @@ def doctor(as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(findings, indent=1, ensure_ascii=False))
     else:
-        _print_facts(findings)
+        terminal.print_facts(findings)
 
 
 def _model_folder(path: str, category: str | None = None) -> Path:
@@ -384,127 +408,3 @@ def _model_folder(path: str, category: str | None = None) -> Path:
     if not names:
         raise OptionError(f"{path}: there is no kizu model (a folder with model.json and model.safetensors)")
     raise OptionError(f"{path} holds {len(names)} models; name one: {', '.join(str(models / name) for name in names)}")
-
-
-@contextmanager
-def _progress(quiet: bool) -> Iterator[Callable[[str], Callable[[str, int, int], None]]]:
-    """For a label, something to report (stage, done, total) to; bars on a terminal's standard error."""
-    if quiet or not sys.stderr.isatty():
-        yield lambda label: lambda stage, done, total: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
-        tasks: dict[tuple[str, str], Any] = {}
-
-        def reporter(label: str) -> Callable[[str, int, int], None]:
-            def report(stage: str, done: int, total: int) -> None:
-                key = (label, stage)
-                if key not in tasks:
-                    tasks[key] = bars.add_task(f"{label}  {stage}", total=total)
-                bars.update(tasks[key], completed=done, total=total)
-                if done >= total:
-                    bars.remove_task(tasks.pop(key))
-
-            return report
-
-        yield reporter
-
-
-def _say(options: dict[str, Any], text: str) -> None:
-    if not (options["quiet"] or options["as_json"]):
-        click.echo(text, err=True)
-
-
-def _summary(found: "Dataset") -> str:
-    splits = ((split, len(found.select(split=split))) for split in ("train", "validation", "test"))
-    counts = ", ".join(f"{number} {split}" for split, number in splits if number)
-    lines = [
-        f"{found.root}: {found.layout}, {_count(len(found.categories), 'category', 'categories')}, {counts} images"
-    ]
-    lines += [f"Note: {note}" for note in found.notes]
-    return "\n".join(lines)
-
-
-def _print_results(results: "Sequence[CategoryResult]", folder: Path | None, options: dict[str, Any]) -> None:
-    if options["as_json"]:
-        rows = [
-            {
-                "category": result.category,
-                **result.metrics,
-                "threshold": result.threshold,
-                "false_alarms": result.count(defective=False, stopped=True),
-                "misses": result.count(defective=True, stopped=False),
-            }
-            for result in results
-        ]
-        click.echo(json.dumps({"folder": folder and str(folder), "categories": rows}, indent=1))
-        return
-    _print_table([_result_row(result) for result in results])
-    for result in results:
-        click.echo(f"\n{result.category}: {result.statement}" if result.statement else "")
-        for reason in sorted(set(result.reasons.values())):
-            names = ", ".join(name for name in result.reasons if result.reasons[name] == reason)
-            click.echo(f"  n/a: {names}: {reason}")
-        for note in result.notes:
-            click.echo(f"  Note: {note}")
-        for row in result.judged:
-            if row.error:
-                click.echo(f"  Not judged: {row.image} {row.error}")
-    if folder is not None:
-        click.echo(f"\nResults: {folder}\nReport:  {folder / 'report.html'}")
-
-
-def _result_row(result: "CategoryResult") -> dict[str, str]:
-    good, bad = result.count(defective=False), result.count(defective=True)
-    names = {"image_auroc": "image AUROC", "pixel_auroc": "pixel AUROC", "au_pro": "AU-PRO"}
-    values = {key: result.metrics.get(key) for key in names}
-    return {
-        "category": result.category,
-        **{names[key]: "n/a" if value is None else f"{value:.4f}" for key, value in values.items()},
-        "defects stopped": f"{result.count(defective=True, stopped=True)} of {bad}",
-        "false alarms": f"{result.count(defective=False, stopped=True)} of {good}",
-        "ms/image": f"{1000 * result.seconds.get('per image', 0):.0f}" if result.judged else "n/a",
-    }
-
-
-def _print_verdicts(rows: Sequence[Any], options: dict[str, Any]) -> None:
-    for row in rows:
-        if row.error:
-            click.echo(f"error  {row.path}: {row.error}")
-        elif not options["quiet"] or row.verdict == "stop":
-            click.echo(f"{row.verdict:5}  {row.score:10.4f}  {row.path}")
-    if not options["quiet"]:
-        counts = {word: sum(row.verdict == word for row in rows) for word in ("stop", "pass", "error")}
-        level = next((row.threshold for row in rows if not row.error), None)
-        counted = ", ".join(f"{number} {word}" for word, number in counts.items() if number)
-        click.echo(f"\n{counted}" + ("" if level is None else f"; stopped above {level:.4f}"), err=True)
-
-
-def _print_table(rows: Sequence[dict[str, Any]]) -> None:
-    """Columns as wide as their content: text left, numbers right."""
-    if not rows:
-        return
-    cells = [list(rows[0])] + [[str(value) for value in row.values()] for row in rows]
-    widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
-    left = [not any(line[column][:1].isdigit() for line in cells[1:]) for column in range(len(cells[0]))]
-    for line in cells:
-        padded = (
-            cell.ljust(width) if is_left else cell.rjust(width)
-            for cell, width, is_left in zip(line, widths, left, strict=True)
-        )
-        click.echo("  ".join(padded).rstrip())
-
-
-def _print_facts(facts: dict[str, Any]) -> None:
-    width = max(len(key) for key in facts)
-    for key, value in facts.items():
-        lines = value if isinstance(value, list) else [value]
-        for number, line in enumerate(lines or ["none"]):
-            click.echo(f"{key if number == 0 else '':{width}}  {line}")
-
-
-def _count(number: int, singular: str, plural: str | None = None) -> str:
-    return f"{number} {singular if number == 1 else plural or singular + 's'}"

@@ -84,14 +84,14 @@ def _farthest_first(
     while len(picks) < count:
         size = min(CANDIDATES, points.shape[0])
         bound, candidates = distances.topk(size)
-        limit = float(bound[-1]) if size < points.shape[0] else -1.0
+        limit = float(bound[-1]) if size < points.shape[0] else 0.0
         new = _among(points[candidates], bound.clone(), limit, count - len(picks))
         chosen = candidates[new]
         picks += chosen.tolist()
         _shrink(points, half_norms, chosen, distances)
         if progress is not None:
             progress(len(picks), count)
-    return Coreset(torch.tensor(picks), float(distances.max()))
+    return Coreset(torch.tensor(picks), max(0.0, float(distances.max())))
 
 
 def _among(candidates: Tensor, distances: Tensor, limit: float, most: int) -> Tensor:
@@ -101,7 +101,7 @@ def _among(candidates: Tensor, distances: Tensor, limit: float, most: int) -> Te
     picks: list[int] = []
     while len(picks) < most:
         best = int(remaining.argmax())
-        if picks and (remaining[best] <= limit or remaining[best] <= 0):
+        if picks and remaining[best] < max(limit, 0):
             break
         picks.append(best)
         remaining = remaining.clip(max=mutual[best])
@@ -118,7 +118,7 @@ def _shrink(points: Tensor, half_norms: Tensor, chosen: Tensor, distances: Tenso
         nearest = torch.addmm(norms, points[block], centres.T, alpha=-1).amin(1)
         squared = (2 * (nearest + half_norms[block])).clamp_(min=0)
         torch.minimum(distances[block], squared.sqrt_(), out=distances[block])
-    distances[chosen] = 0
+    distances[chosen] = -1  # never again
 
 
 def _project(rows: Tensor, generator: torch.Generator, dimension: int = 128) -> Tensor:

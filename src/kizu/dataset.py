@@ -13,20 +13,10 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from kizu.errors import BadImage, DataError, OptionError
+from kizu.folders import Folder, Names, walk
 from kizu.image import MIN_SIDE, read_mask, size_of
-from kizu.layouts import (
-    CIFAR_SIDE,
-    EXPECTED,
-    NO_IMAGE_FOR_MASK,
-    RECOGNISERS,
-    Folder,
-    Found,
-    Names,
-    Sample,
-    sole_folder,
-    unnamed_folder,
-    walk,
-)
+from kizu.layouts import EXPECTED, NO_IMAGE_FOR_MASK, RECOGNISERS, Found, sole_folder, unnamed_folder
+from kizu.sample import CIFAR_SIDE, Sample
 
 __all__ = ["LAYOUTS", "Dataset", "Inspection", "Sample", "find", "inspect"]
 

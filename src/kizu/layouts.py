@@ -21,13 +21,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
 from kizu.errors import BadImage, DataError
-from kizu.image import is_image_name, read, read_mask
+from kizu.folders import Folder, Names, is_mask_folder
+from kizu.image import read_mask
+from kizu.sample import CIFAR_RECORD, Sample
 
-__all__ = ["CIFAR_SIDE", "EXPECTED", "NO_IMAGE_FOR_MASK", "RECOGNISERS", "Folder", "Found", "Names", "Sample"]
-__all__ += ["sole_folder", "unnamed_folder", "walk"]
+__all__ = ["EXPECTED", "NO_IMAGE_FOR_MASK", "RECOGNISERS", "Found", "sole_folder", "unnamed_folder"]
 
 EXPECTED = {
     "mvtec": "train/good, test/<defect> and, for masks, ground_truth/<defect>",
@@ -41,124 +41,7 @@ EXPECTED = {
 }
 NO_IMAGE_FOR_MASK = "is a mask, but no image has its name"
 TEST_SHARE = 0.2  # of the good images of a plain folder
-CIFAR_SIDE = 32
-CIFAR_RECORD = 1 + 3 * CIFAR_SIDE**2  # bytes: the class, then red, green and blue planes
-
-_GOOD = re.compile("good|ok|normal|nominal|pass|passed|perfect|golden|healthy|intact|no_defects?|defect_free|io")
-_BAD = re.compile(
-    "bad|ng|nok|ko|nio|no_good|not_(ok|good)|defect(s|ive)?|anomal(y|ies|ous)|abnormal|fail(ed|ures?)?|fault(s|y)?|"
-    "reject(s|ed)?"
-)
-_MASK_FOLDER = re.compile("masks?|ground_?truth|gt|labels")
 _MASK_ENDING = re.compile(r"[_-](mask|gt|label)$", re.IGNORECASE)
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One image of a data set, and what is known of it."""
-
-    path: Path
-    category: str
-    split: str  # "train", "validation" or "test"
-    defect: str  # "good" or the type of defect
-    masks: tuple[Path, ...] = ()
-    index: int | None = None  # record inside a packed file
-
-    @property
-    def is_anomalous(self) -> bool:
-        return self.defect != "good"
-
-    def name(self, root: Path) -> str:
-        """Path relative to the data set, with forward slashes, and #record for a packed file."""
-        path = self.path.relative_to(root) if self.path.is_relative_to(root) else self.path
-        return path.as_posix() + ("" if self.index is None else f"#{self.index}")
-
-    def read(self) -> npt.NDArray[np.uint8]:
-        """The image as RGB uint8 (H, W, 3). Raises `BadImage`."""
-        if self.index is None:
-            return read(self.path)
-        try:
-            with self.path.open("rb") as file:
-                file.seek(self.index * CIFAR_RECORD + 1)
-                planes = np.frombuffer(file.read(CIFAR_RECORD - 1), np.uint8)
-            return np.ascontiguousarray(planes.reshape(3, CIFAR_SIDE, CIFAR_SIDE).transpose(1, 2, 0))
-        except (OSError, ValueError) as error:
-            raise BadImage(f"{self.path}#{self.index}", f"cannot be read ({error})") from None
-
-    def mask(self, shape: tuple[int, int]) -> npt.NDArray[np.bool_] | None:
-        """Where the defect is, bool (H, W): zeros for a good image, None for a defect without masks.
-
-        Raises `DataError` when a mask's size is not `shape`, the image's.
-        """
-        if self.is_anomalous and not self.masks:
-            return None
-        union = np.zeros(shape, dtype=np.bool_)
-        for path in self.masks if self.is_anomalous else ():
-            region = read_mask(path)
-            if region.shape != union.shape:
-                raise DataError(
-                    f"The mask {path} has {region.shape[1]}×{region.shape[0]} pixels but its image {self.path} has "
-                    f"{shape[1]}×{shape[0]}: scale the mask to its image, or remove it."
-                )
-            union |= region
-        return union
-
-
-@dataclass(frozen=True)
-class Folder:
-    """What lies in a folder, sorted by name."""
-
-    path: Path
-    folders: tuple["Folder", ...]
-    images: tuple[Path, ...]
-    others: tuple[tuple[Path, str], ...]  # what cannot be used, and why
-
-    @property
-    def name(self) -> str:
-        return self.path.name
-
-    def get(self, *names: str) -> "Folder | None":
-        """The first sub-folder with one of these names, whatever its case."""
-        return next((inner for inner in self.folders if inner.name.casefold() in names), None)
-
-    def tree(self) -> Iterator["Folder"]:
-        """This folder and all below it."""
-        yield self
-        for inner in self.folders:
-            yield from inner.tree()
-
-    def all_images(self) -> Iterator[Path]:
-        return (image for folder in self.tree() for image in folder.images)
-
-    def filled(self) -> list["Folder"]:
-        """Sub-folders that hold images, at any depth."""
-        return [inner for inner in self.folders if any(inner.all_images())]
-
-
-@dataclass(frozen=True)
-class Names:
-    """Which folder names mean good and bad; `good` and `bad` are names that the user adds."""
-
-    good: str | None = None
-    bad: str | None = None
-
-    def is_good(self, name: str) -> bool:
-        return name == self.good or (_matches(_GOOD, name) and name != self.bad)
-
-    def is_bad(self, name: str) -> bool:
-        return name == self.bad or (_matches(_BAD, name) and name != self.good)
-
-    def known(self, name: str) -> bool:
-        return self.is_good(name) or self.is_bad(name)
-
-    def label(self, parts: Sequence[str]) -> str | None:
-        """The word good, a type of defect, or None where the outermost folder's name says neither."""
-        if not parts or not self.known(parts[0]):
-            return None
-        if self.is_good(parts[0]):
-            return "good"
-        within = "/".join(parts[1:])
-        return within if within not in ("", "good") else "/".join(parts)
 
 
 @dataclass
@@ -179,37 +62,6 @@ class Found:
 
 
 Recogniser = Callable[[Folder, str, Names], Found | None]  # (folder, category, names); None: not this layout
-
-
-def walk(path: Path) -> Folder:
-    """List a folder and all below it; links are followed unless they lead back up."""
-    real = path.resolve()
-    return _walk(path, real, frozenset(real.parents))
-
-
-def _walk(path: Path, real: Path, above: frozenset[Path]) -> Folder:
-    above |= {real}
-    folders, images, others = [], [], []
-    try:
-        entries = sorted(path.iterdir())
-    except OSError as error:
-        return Folder(path, (), (), ((path, f"cannot be opened ({error.strerror})"),))
-    for entry in entries:
-        if entry.name.startswith("."):
-            others.append((entry, "is hidden"))
-        elif entry.is_dir():
-            target = entry.resolve() if entry.is_symlink() else real / entry.name
-            if target in above:
-                others.append((entry, "is a link back to a folder above it"))
-            else:
-                folders.append(_walk(entry, target, above))
-        elif not entry.is_file():
-            others.append((entry, "is a broken link" if entry.is_symlink() else "is not a file"))
-        elif is_image_name(entry):
-            images.append(entry)
-        else:
-            others.append((entry, "is not an image"))
-    return Folder(path, tuple(folders), tuple(images), tuple(others))
 
 
 class _Masks:
@@ -300,7 +152,7 @@ def _splits(folder: Folder, category: str, names: Names) -> Found | None:
             found.samples.append(Sample(image, category, "test", names.label(parts) or "/".join(parts)))
         else:
             found.left_out.append((image, "lies in test itself; its folder there must say good or the type of defect"))
-    masks = _Masks(folder, [inner for inner in folder.folders if _is_mask_folder(inner)])
+    masks = _Masks(folder, [inner for inner in folder.folders if is_mask_folder(inner)])
     found.samples = [sample for sample in found.samples if sample.path not in masks.files]
     found.left_out = [(path, reason) for path, reason in found.left_out if path not in masks.files]
     masks.attach(found, folder.all_images())
@@ -456,7 +308,7 @@ def _named_folders(folder: Folder, category: str, names: Names) -> Found | None:
     if not any(names.known(inner.name) for inner in trunk.filled()):
         return None
     found = Found("folder")
-    masks = _Masks(folder, [inner for inner in folder.tree() if inner is not folder and _is_mask_folder(inner)])
+    masks = _Masks(folder, [inner for inner in folder.tree() if inner is not folder and is_mask_folder(inner)])
     images = [image for image in trunk.all_images() if image not in masks.files]
     labels = {image: names.label(image.relative_to(trunk.path).parts[:-1]) for image in images}
     _label_the_unnamed(found, trunk, labels, names)
@@ -497,7 +349,7 @@ def unnamed_folder(folder: Folder, category: str, all_good: bool) -> Found:
 
     Raises `DataError` when the images lie in several folders, unless the user said that all are good.
     """
-    masks = _Masks(folder, [inner for inner in folder.tree() if inner is not folder and _is_mask_folder(inner)])
+    masks = _Masks(folder, [inner for inner in folder.tree() if inner is not folder and is_mask_folder(inner)])
     images = [image for image in folder.all_images() if image not in masks.files]
     places = sorted({image.parent.relative_to(folder.path).as_posix() for image in images})
     if not images:
@@ -526,7 +378,7 @@ def unnamed_folder(folder: Folder, category: str, all_good: bool) -> Found:
 
 def sole_folder(folder: Folder, names: Names) -> Folder | None:
     """The one sub-folder that holds all images, when its name says neither good nor bad."""
-    filled = [inner for inner in folder.filled() if not _is_mask_folder(inner)]
+    filled = [inner for inner in folder.filled() if not is_mask_folder(inner)]
     return filled[0] if len(filled) == 1 and not folder.images and not names.known(filled[0].name) else None
 
 
@@ -556,14 +408,6 @@ def _ambiguous(folder: Folder, candidates: Sequence[str], otherwise: str) -> Dat
 
 def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-
-
-def _is_mask_folder(folder: Folder) -> bool:
-    return _matches(_MASK_FOLDER, folder.name)
-
-
-def _matches(pattern: re.Pattern[str], name: str) -> bool:
-    return pattern.fullmatch(re.sub(r"[\s-]+", "_", name.casefold())) is not None
 
 
 RECOGNISERS: tuple[tuple[tuple[str, ...], Recogniser], ...] = (

@@ -70,7 +70,7 @@ def write(path: str | os.PathLike[str], summary: RunSummary, results: Sequence[C
 
 
 def _page(summary: RunSummary, results: Sequence[CategoryResult], note: str) -> str:
-    jinja2 = require("jinja2", "train")
+    jinja2 = require("jinja2")
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("kizu"),
         autoescape=True,

@@ -1,9 +1,8 @@
 """Detectors by name. Each is one file; `DETECTORS` says where, so that none is imported before it is needed."""
 
-import importlib
 from typing import TYPE_CHECKING
 
-from kizu.errors import OptionError
+from kizu.errors import OptionError, require
 
 if TYPE_CHECKING:
     from kizu.detectors.detector import Detector
@@ -14,9 +13,9 @@ DETECTORS = {"patchcore": ("kizu.detectors.patchcore", "PatchCore")}
 
 
 def detector_class(method: str) -> "type[Detector]":
-    """The class of a method. Raises `OptionError` for a name that is none."""
+    """The class of a method. Raises `OptionError` for a name that is none, `MissingExtra` where torch is missing."""
     if method not in DETECTORS:
         raise OptionError(f"{method} is not a method; there are: {', '.join(DETECTORS)}")
     module, name = DETECTORS[method]
-    found: type[Detector] = getattr(importlib.import_module(module), name)
+    found: type[Detector] = getattr(require(module), name)
     return found

@@ -278,7 +278,9 @@ def load(folder: str | os.PathLike[str]) -> Detector:
         raise ModelError(f"{folder} is not a kizu model: {Path(error.filename or 'a file').name} is missing") from None
     except (OSError, ValueError, SafetensorError) as error:
         raise ModelError(f"{folder}: the model is damaged ({error})") from None
-    if not isinstance(about, dict) or about.get("format") != FORMAT:
+    if not isinstance(about, dict):
+        raise ModelError(f"{folder}: the model is damaged (model.json holds no object)")
+    if about.get("format") != FORMAT:
         raise ModelError(f"{folder}: written by another version of kizu (format {about.get('format')}, not {FORMAT})")
     try:
         kind = detector_class(about["method"])

@@ -1,0 +1,158 @@
+"""Patch features, maps, neighbours and coresets against slow, separate statements of what they are."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import ndimage
+from torch.nn import functional as F
+
+from kizu import coreset
+from kizu.errors import OptionError
+from kizu.maps import MapUpsampling
+from kizu.neighbours import nearest
+from kizu.patches import PatchFeatures
+
+
+def adaptive_mean(row, bins):
+    """Bin i averages inputs floor(i·L/n) … ceil((i+1)·L/n) − 1."""
+    length = len(row)
+    return np.array([row[i * length // bins : -(-(i + 1) * length // bins)].mean() for i in range(bins)])
+
+
+def reference_features(maps, patchsize, pretrain, target):
+    """The reference's order: unfold, align each of the C·p·p planes, pool channels, pool layers. (rows, target)."""
+    padding = (patchsize - 1) // 2
+    layers = []
+    for layer in maps:  # (C, H, W)
+        channels, height, width = layer.shape
+        padded = np.pad(layer, ((0, 0), (padding, padding), (padding, padding)))
+        rows, columns = height + 2 * padding - patchsize + 1, width + 2 * padding - patchsize + 1
+        planes = np.empty((channels, patchsize, patchsize, rows, columns))
+        for i in range(patchsize):
+            for j in range(patchsize):
+                planes[:, i, j] = padded[:, i : i + rows, j : j + columns]
+        layers.append(planes.reshape(-1, rows, columns))
+    grid = layers[0].shape[1:]
+    pooled = []
+    for planes in layers:
+        aligned = F.interpolate(torch.from_numpy(planes)[None], size=grid, mode="bilinear", align_corners=False)[0]
+        rows = aligned.flatten(1).T.numpy()  # (h · w, C · p · p)
+        pooled.append(np.stack([adaptive_mean(row, pretrain) for row in rows]))
+    stacked = np.concatenate(pooled, axis=1)
+    return np.stack([adaptive_mean(row, target) for row in stacked])
+
+
+@pytest.mark.parametrize("patchsize", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize(("pretrain", "target"), [(8, 8), (12, 24), (7, 5), (32, 20)])
+def test_patch_features_are_the_references(patchsize, pretrain, target):
+    rng = np.random.default_rng(patchsize * 100 + pretrain)
+    maps = [rng.normal(size=(8, 10, 7)), rng.normal(size=(12, 5, 6))]
+    expected = reference_features(maps, patchsize, pretrain, target)
+    ours = PatchFeatures(patchsize, pretrain, target)([torch.from_numpy(m)[None] for m in maps])
+    assert ours.shape[1] == target
+    np.testing.assert_allclose(ours[0].flatten(1).T.numpy(), expected, atol=1e-12)
+
+
+def test_without_dimensions_each_channel_is_averaged_over_its_neighbourhood():
+    rng = np.random.default_rng(0)
+    layer = rng.normal(size=(6, 9, 8))
+    expected = np.stack([ndimage.uniform_filter(plane, 3, mode="constant") for plane in layer])
+    ours = PatchFeatures(3)([torch.from_numpy(layer)[None]])[0]
+    np.testing.assert_allclose(ours.numpy(), expected, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("grid", "size", "sigma"), [((8, 8), (64, 64), 4.0), ((5, 9), (40, 96), 2.5), ((4, 4), (32, 32), 0)]
+)
+def test_maps_are_upsampled_and_smoothed_as_scipy_would(grid, size, sigma):
+    scores = torch.from_numpy(np.random.default_rng(1).random((3, *grid), dtype=np.float32))
+    plain = F.interpolate(scores[:, None].double(), size=size, mode="bilinear", align_corners=False)[:, 0].numpy()
+    expected = np.stack([ndimage.gaussian_filter(one, sigma, mode="reflect", truncate=4) for one in plain])
+    ours = MapUpsampling(grid, size, sigma)(scores)
+    assert ours.shape == (3, 1, *size)
+    np.testing.assert_allclose(ours[:, 0].numpy(), expected, atol=1e-6)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 40), st.integers(1, 30), st.integers(1, 5))
+def test_nearest_neighbours_are_exact(seed, queries, entries, count):
+    rng = np.random.default_rng(seed)
+    q = rng.normal(100, 1, size=(queries, 6)).astype(np.float32)  # far from the origin: cancellation shows
+    b = rng.normal(100, 1, size=(entries, 6)).astype(np.float32)
+    distances, indices = nearest(torch.from_numpy(q), torch.from_numpy(b), count)
+    table = np.linalg.norm(q[:, None].astype(float) - b[None], axis=2)
+    np.testing.assert_allclose(distances.numpy(), np.sort(table, axis=1)[:, :count], rtol=2e-3, atol=2e-3)
+    np.testing.assert_allclose(np.take_along_axis(table, indices.numpy(), 1), distances.numpy(), rtol=1e-5)
+
+
+def test_an_image_can_be_left_out_of_the_bank():
+    rng = np.random.default_rng(3)
+    bank = torch.from_numpy(rng.normal(size=(30, 4)).astype(np.float32))
+    owner = torch.arange(30) // 10
+    distances, indices = nearest(bank, bank, 2, query_images=owner, bank_images=owner)
+    assert (owner[indices] != owner[:, None]).all() and (distances > 0).all()
+    nothing, _ = nearest(bank, bank, 1, query_images=torch.zeros(30), bank_images=torch.zeros(30))
+    assert nothing.isinf().all()
+
+
+def assert_greedy(points, start, picks, radius):
+    """Each pick is the farthest row at its time, up to the rounding of single precision."""
+    distances = start.astype(float)
+    for pick in picks:
+        assert distances[pick] >= distances.max() - 1e-3
+        distances = np.minimum(distances, np.linalg.norm(points - points[pick], axis=1))
+    assert radius == pytest.approx(distances.max(), abs=1e-3)
+    assert len(set(picks)) == len(picks)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.sampled_from([50, 700, 3000]), st.sampled_from([0.01, 0.1, 0.5, 1.0]))
+def test_k_center_makes_the_greedy_picks(seed, total, share):
+    rng = np.random.default_rng(seed)
+    centres = rng.normal(size=(5, 12)) * 4
+    points = (centres[rng.integers(0, 5, total)] + rng.normal(size=(total, 12))).astype(np.float32)
+    count = max(1, int(total * share))
+    first = int(np.linalg.norm(points - points.mean(0), axis=1).argmax())
+    start = np.linalg.norm(points - points[first], axis=1)
+    chosen = coreset.select(torch.from_numpy(points), count)
+    assert chosen.indices[0] == first and len(chosen.indices) == count
+    assert_greedy(points, start, chosen.indices.tolist()[1:], chosen.radius)
+
+
+def test_greedy_coreset_starts_from_the_row_norms_of_the_distance_matrix():
+    points = np.random.default_rng(4).normal(size=(300, 128)).astype(np.float32)  # 128 wide: no projection
+    table = np.linalg.norm(points[:, None].astype(float) - points[None], axis=2)
+    chosen = coreset.select(torch.from_numpy(points), 40, "greedy_coreset")
+    assert_greedy(points, np.linalg.norm(table, axis=1), chosen.indices.tolist(), chosen.radius)
+
+
+def test_approx_greedy_coreset_starts_from_the_mean_distance_to_ten_rows():
+    points = np.random.default_rng(5).normal(size=(300, 128)).astype(np.float32)
+    starts = torch.randperm(300, generator=torch.Generator().manual_seed(7))[:10].numpy()
+    mean = np.linalg.norm(points[:, None].astype(float) - points[starts][None], axis=2).mean(1)
+    chosen = coreset.select(torch.from_numpy(points), 40, "approx_greedy_coreset", seed=7)
+    assert_greedy(points, mean, chosen.indices.tolist(), chosen.radius)
+
+
+@pytest.mark.parametrize("sampler", ["k_center", "greedy_coreset", "approx_greedy_coreset", "random", "identity"])
+def test_samplers_keep_different_rows_and_say_how_well_they_cover(sampler):
+    points = torch.from_numpy(np.random.default_rng(6).normal(size=(500, 20)).astype(np.float32))
+    count = 500 if sampler == "identity" else 60
+    chosen = coreset.select(points, count, sampler, seed=1)
+    assert len(set(chosen.indices.tolist())) == count
+    assert torch.equal(chosen.indices, coreset.select(points, count, sampler, seed=1).indices)
+    if sampler in ("k_center", "random", "identity"):  # the others measure in their random projection
+        actual = nearest(points, points[chosen.indices])[0].max()
+        assert chosen.radius == pytest.approx(float(actual), abs=1e-2)
+
+
+def test_identical_rows_are_selected_without_end_or_repetition():
+    chosen = coreset.select(torch.ones(600, 8), 550)
+    assert len(set(chosen.indices.tolist())) == 550 and chosen.radius == 0
+
+
+def test_a_count_that_cannot_be_is_refused():
+    with pytest.raises(OptionError, match="7 of 5"):
+        coreset.select(torch.zeros(5, 2), 7)
