@@ -122,7 +122,7 @@ def overlay(rgb: RGB, values: Float, low: float, high: float, level: float | Non
     `values` is resized to the photograph. Pixels near `low` stay as they are.
     """
     values = resize_map(values, rgb.shape[:2])
-    strength = np.clip((values - low) / max(high - low, 1e-12), 0, 1)[..., None] * 0.75
+    strength = np.clip((values - low) / max(high - low, 1e-12), 0, 1)[..., None] * 0.6
     mixed = rgb * (1 - strength) + heat(values, low, high) * strength
     if level is not None:
         width = max(1, round(min(rgb.shape[:2]) / 250))
