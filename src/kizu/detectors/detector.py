@@ -165,7 +165,7 @@ class Detector:
         self.threshold = calibrate(learned.scores, rate)
         self.map_level = calibrate(learned.map_peaks, rate).value
         top = self.map_level if math.isfinite(self.map_level) else learned.map_median + 1
-        self.scale = (learned.map_median, 2 * top - learned.map_median)  # the level is in the middle
+        self.scale = (learned.map_median, 3 * top - 2 * learned.map_median)  # the level lies at a third
         return self
 
     def predict(self, image: images.Source | Readable) -> Prediction:
