@@ -135,7 +135,7 @@ def test_a_batch_goes_on_without_the_bad_ones_and_keeps_order(tmp_path):
     for batch in batches([Photo(path) for path in mixed], preprocessing, batch_size=3):
         assert batch.pixels.shape == (len(batch.items), 3, 32, 32)
         for item, pixels in zip(batch.items, batch.pixels, strict=True):
-            np.testing.assert_array_equal(pixels.transpose(1, 2, 0), preprocessing(item.read()))
+            np.testing.assert_array_equal(pixels.transpose(1, 2, 0), preprocessing(item.read()[0]))
         seen += [item.source for item in batch.items]
         failed += [item.source for item, _ in batch.failures]
     assert seen == good and failed == bad

@@ -79,10 +79,11 @@ def create(name: str, layers: tuple[str, ...] = (), weights: str | None = None) 
     return backbone.eval().requires_grad_(False)
 
 
-def weights_hash(module: nn.Module) -> str:
-    """Of all tensors, in order of their names: tells whether two backbones are the same."""
+def weights_hash(graph: nn.Module) -> str:
+    """Of all tensors of the backbones inside, in order of their names: tells whether two are the same."""
     digest = hashlib.blake2b(digest_size=16)
-    for key, tensor in sorted(module.state_dict().items()):
+    backbones = [part for part in graph.modules() if isinstance(part, Backbone)]
+    for key, tensor in (item for backbone in backbones for item in sorted(backbone.state_dict().items())):
         digest.update(key.encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()

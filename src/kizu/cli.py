@@ -142,7 +142,7 @@ def _train_command(method: str) -> click.Command:
     from kizu.config import CONFIGS, Config, build
 
     kind = CONFIGS[method]
-    about_method = (kind.__doc__ or "").strip().rstrip(".")
+    about_method = (kind.__doc__ or "").split("\n")[0].rstrip(".")
 
     @click.command(method, cls=TrainCommand, short_help=about_method)
     @click.argument("data")
@@ -154,6 +154,7 @@ def _train_command(method: str) -> click.Command:
     @click.option("--resume", is_flag=True, help="Go on with a run that was interrupted.")
     @click.option("--overwrite", is_flag=True, help="Replace a run of the same name.")
     @click.option("--skip-bad", is_flag=True, help="Leave out training images that cannot be read.")
+    @click.option("--memory", metavar="AMOUNT", help="Bound the working data, e.g. 2GB. Default: half of what is free.")
     @quiet_option
     @json_option
     def command(data: str, **options: Any) -> None:
@@ -171,7 +172,7 @@ def _train_command(method: str) -> click.Command:
                 found,
                 Path(options["output"]) / options["project"] / options["group"],
                 progress=progress,
-                **{key: options[key] for key in ("name", "resume", "overwrite", "skip_bad")},
+                **{key: options[key] for key in ("name", "resume", "overwrite", "skip_bad", "memory")},
             )
         terminal.print_results(results, finished.folder, options)
 

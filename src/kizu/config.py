@@ -38,6 +38,7 @@ class Config(BaseModel):
 
     backbone: str = Field(
         "efficientnet_lite2",
+        min_length=1,
         description="Pretrained network: efficientnet_lite2 comes with kizu, any other is a timm name.",
     )
     layers: Annotated[tuple[str, ...], BeforeValidator(_names)] = Field(
@@ -69,7 +70,10 @@ class Config(BaseModel):
 
 
 class PatchCoreConfig(Config):
-    """PatchCore (Roth et al., CVPR 2022)."""
+    """PatchCore (Roth et al., CVPR 2022).
+
+    An ensemble has several backbones, separated by commas, with layers numbered by them: 0.layer2,0.layer3,1.layer2.
+    """
 
     patchsize: int = Field(3, ge=1, le=15, description="Side of the neighbourhood that is averaged.")
     pretrain_embed_dimension: int | None = Field(
@@ -103,6 +107,38 @@ class PatchCoreConfig(Config):
         if (self.pretrain_embed_dimension is None) != (self.target_embed_dimension is None):
             raise ValueError("--pretrain-embed-dimension and --target-embed-dimension go together")
         return self
+
+    @model_validator(mode="after")
+    def _members_are_complete(self) -> "PatchCoreConfig":
+        count = len(self.backbone.split(","))
+        if count == 1:
+            return self
+        for layer in self.layers:
+            number = layer.partition(".")[0]
+            if not number.isdigit() or int(number) >= count:
+                raise ValueError(f"--layers {layer}: with {count} backbones each layer starts with 0. … {count - 1}.")
+        if self.weights is not None and len(self.weights.split(",")) != count:
+            raise ValueError(f"--weights: name {count} files, separated by commas, one for each backbone")
+        return self
+
+    def members(self) -> "list[PatchCoreConfig]":
+        """The config of each backbone of an ensemble; of a single one, itself."""
+        names = [name.strip() for name in self.backbone.split(",")]
+        if len(names) == 1:
+            return [self]
+        files = [None] * len(names) if self.weights is None else self.weights.split(",")
+        return [
+            self.model_copy(
+                update={
+                    "backbone": name,
+                    "weights": file,
+                    "layers": tuple(
+                        layer.partition(".")[2] for layer in self.layers if layer.split(".")[0] == str(number)
+                    ),
+                }
+            )
+            for number, (name, file) in enumerate(zip(names, files, strict=True))
+        ]
 
 
 CONFIGS: dict[str, type[Config]] = {"patchcore": PatchCoreConfig}

@@ -7,6 +7,7 @@ candidates alone, with their mutual distances, until the farthest of them falls 
 exactly the greedy picks. Then all rows are updated by one matrix product.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,10 +16,14 @@ from torch import Tensor
 
 from kizu.errors import OptionError
 
-__all__ = ["Coreset", "select"]
+__all__ = ["Coreset", "Summary", "select"]
 
 CANDIDATES = 512
-BLOCK = 8192  # rows at a time in a matrix product
+DECAY = 0.95
+BLOCK = 4096  # rows, and
+CENTRES = 512  # centres at a time in a matrix product
+CHUNK = 2**17  # rows that a summary reduces at a time
+OVERSAMPLING = 2
 
 
 @dataclass(frozen=True)
@@ -79,29 +84,48 @@ def _farthest_first(
     count: int,
     progress: Callable[[int, int], None] | None,
 ) -> Coreset:
-    """Exact greedy from given initial distances (N,), many picks to a pass over the points."""
+    """Exact greedy from given initial distances (N,), which are worked on in place."""
     half_norms = points.square().sum(1) / 2
-    while len(picks) < count:
-        size = min(CANDIDATES, points.shape[0])
-        bound, candidates = distances.topk(size)
-        limit = float(bound[-1]) if size < points.shape[0] else 0.0
-        new = _among(points[candidates], bound.clone(), limit, count - len(picks))
-        chosen = candidates[new]
-        picks += chosen.tolist()
-        _shrink(points, half_norms, chosen, distances)
-        if progress is not None:
-            progress(len(picks), count)
-    return Coreset(torch.tensor(picks), max(0.0, float(distances.max())))
+    seen = torch.full(distances.shape, len(picks), device=points.device)  # how many picks a row's distance knows of
+    chosen = torch.tensor(picks, dtype=torch.long, device=points.device)
+    distances[chosen] = -1  # never again
+    level = math.inf  # distances above it are up to date, those below are upper bounds
+    while len(chosen) < count:
+        above = int((distances > level).sum())
+        if above == 0:
+            highest = float(distances.max())
+            level = DECAY * highest if highest > 0 else -0.5
+        else:
+            bound, candidates = distances.topk(min(CANDIDATES, above))
+            limit = float(bound[-1]) if above > CANDIDATES else level
+            new = _among(points[candidates], bound, limit, count - len(chosen))
+            chosen = torch.cat([chosen, candidates[new]])
+            distances[candidates[new]] = -1
+            if progress is not None:
+                progress(len(chosen), count)
+        rows = (distances > level).nonzero()[:, 0]
+        _catch_up(points, half_norms, rows, seen, chosen, distances)
+    return Coreset(chosen.cpu(), _cover(points, half_norms, seen, chosen, distances))
+
+
+def _cover(points: Tensor, half_norms: Tensor, seen: Tensor, chosen: Tensor, distances: Tensor) -> float:
+    """The largest distance once every row that could have it knows of all picks."""
+    while (highest := float(distances.max())) > 0:
+        rows = (distances >= DECAY * highest).nonzero()[:, 0]
+        if bool((seen[rows] == len(chosen)).all()):
+            return highest
+        _catch_up(points, half_norms, rows, seen, chosen, distances)
+    return 0.0
 
 
 def _among(candidates: Tensor, distances: Tensor, limit: float, most: int) -> Tensor:
-    """Greedy picks among candidates (C, D) for as long as they beat `limit`; at least one."""
+    """Greedy picks among candidates (C, D), farthest first, for as long as they beat `limit`; at least one."""
     mutual = torch.cdist(candidates, candidates, compute_mode="donot_use_mm_for_euclid_dist").numpy(force=True)
     remaining = distances.numpy(force=True)
     picks: list[int] = []
     while len(picks) < most:
         best = int(remaining.argmax())
-        if picks and remaining[best] < max(limit, 0):
+        if picks and remaining[best] <= limit and not remaining[best] == limit == 0:
             break
         picks.append(best)
         remaining = remaining.clip(max=mutual[best])
@@ -109,16 +133,21 @@ def _among(candidates: Tensor, distances: Tensor, limit: float, most: int) -> Te
     return torch.tensor(picks, device=candidates.device)
 
 
-def _shrink(points: Tensor, half_norms: Tensor, chosen: Tensor, distances: Tensor) -> None:
-    """distances ← min(distances, distance to the nearest chosen point), in place."""
-    centres = points[chosen]
-    norms = half_norms[chosen]
-    for start in range(0, points.shape[0], BLOCK):
-        block = slice(start, start + BLOCK)
-        nearest = torch.addmm(norms, points[block], centres.T, alpha=-1).amin(1)
-        squared = (2 * (nearest + half_norms[block])).clamp_(min=0)
-        torch.minimum(distances[block], squared.sqrt_(), out=distances[block])
-    distances[chosen] = -1  # never again
+def _catch_up(
+    points: Tensor, half_norms: Tensor, rows: Tensor, seen: Tensor, chosen: Tensor, distances: Tensor
+) -> None:
+    """distances[rows] ← min(distances[rows], distance to the nearest of the picks that a row does not know of)."""
+    for known in seen[rows].unique().tolist():
+        if known == len(chosen):
+            continue
+        stale = rows[seen[rows] == known]
+        for some in chosen[known:].split(CENTRES):
+            centres, norms = points[some].T, half_norms[some]
+            for block in stale.split(BLOCK):
+                nearest = torch.addmm(norms, points[block], centres, alpha=-1).amin(1)
+                squared = (2 * (nearest + half_norms[block])).clamp_(min=0)
+                distances[block] = torch.minimum(distances[block], squared.sqrt_())
+    seen[rows] = len(chosen)
 
 
 def _project(rows: Tensor, generator: torch.Generator, dimension: int = 128) -> Tensor:
@@ -135,6 +164,71 @@ def _total_distances(points: Tensor) -> Tensor:
     centred = points - points.mean(0)
     squares = centred.square().sum(1)
     return (points.shape[0] * squares + squares.sum()).sqrt()
+
+
+class Summary:
+    """Rows of any number of images in bounded memory: a coreset of coresets (merge and reduce).
+
+    As long as all rows fit they are kept as they are. Beyond that, each full chunk is reduced to `OVERSAMPLING` times
+    its share by k-centre, and the final choice is made among what is left. Every row is then within the largest radius
+    of the chunks plus the final radius of a chosen one, by the triangle inequality.
+    """
+
+    def __init__(
+        self, total: int, dimension: int, share: float, memory: int, sampler: str, seed: int, device: torch.device
+    ) -> None:
+        """For `total` rows of which a share is to be chosen by a sampler, in at most `memory` bytes.
+
+        Raises `OptionError` where the sampler is to keep everything and that does not fit.
+        """
+        fits = memory // (4 * dimension)
+        if sampler == "identity" and total > fits:
+            raise OptionError(
+                f"--sampler identity: {total:,} patches of {dimension} numbers do not fit in --memory; choose k_center"
+            )
+        self.total, self.share, self.sampler, self.seed = total, share, sampler, seed
+        self.most = max(1, fits // 3)  # entries of a bank that leave room to choose them
+        self.rows = torch.empty(min(total, max(fits, 2)), dimension, device=device)
+        self.images = torch.empty(len(self.rows), dtype=torch.long, device=device)
+        self.is_whole = total <= fits
+        self.radius = 0.0
+        self._settled = self._filled = 0
+
+    def add(self, rows: Tensor, images: Tensor) -> None:
+        """Rows (N, D) and the image that each is from (N,)."""
+        while len(rows):
+            if not self.is_whole and (self._filled == len(self.rows) or self._filled - self._settled >= CHUNK):
+                self._reduce()
+            room = len(self.rows) - self._filled
+            room = room if self.is_whole else min(room, CHUNK)
+            some, rows = rows[:room], rows[room:]
+            end = self._filled + len(some)
+            self.rows[self._filled : end], self.images[self._filled : end] = some, images[: len(some)]
+            images = images[len(some) :]
+            self._filled = end
+
+    def choose(self, progress: Callable[[int, int], None] | None = None) -> tuple[Tensor, Tensor, float]:
+        """The bank: entries (K, D), their images (K,), and how far the farthest row is from an entry, at most."""
+        count = min(max(1, int(self.total * self.share)), self.most if not self.is_whole else self._filled)
+        rows, images = self.rows[: self._filled], self.images[: self._filled]
+        chosen = select(rows, min(count, len(rows)), self.sampler, seed=self.seed, progress=progress)
+        indices = chosen.indices.to(rows.device)
+        return rows[indices], images[indices], self.radius + chosen.radius
+
+    def _reduce(self) -> None:
+        """Make room: reduce the unsettled chunk to its share, or everything to a half when that leaves too little."""
+        chunk = self.rows[self._settled : self._filled]
+        count = min(len(chunk), max(1, round(len(chunk) * self.share * OVERSAMPLING)))
+        if self._settled + count > len(self.rows) // 2:
+            self._settled, chunk = 0, self.rows[: self._filled]
+            count = len(self.rows) // 4
+        chosen = select(chunk, count, "random" if self.sampler == "random" else "k_center", seed=self.seed)
+        kept = chosen.indices.to(chunk.device).sort().values
+        end = self._settled + count
+        self.rows[self._settled : end] = chunk[kept]
+        self.images[self._settled : end] = self.images[self._settled : self._filled][kept]
+        self.radius = max(self.radius, chosen.radius) if self._settled else self.radius + chosen.radius
+        self._settled = self._filled = end
 
 
 def _radius(rows: Tensor, centres: Tensor) -> float:

@@ -167,7 +167,7 @@ def _pictures(predictions: "Sequence[tuple[Sample, Prediction]]", root: Path, se
 
 
 def _picture(sample: Sample, prediction: "Prediction", root: Path, why: str) -> Picture:
-    photo = sample.read()
+    photo, _ = sample.read()
     factor = min(1.0, PICTURE_SIDE / max(photo.shape[:2]))
     size = max(1, round(photo.shape[0] * factor)), max(1, round(photo.shape[1] * factor))
     photo = images.resize(photo, size)

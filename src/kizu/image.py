@@ -15,7 +15,18 @@ from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 from kizu.errors import BadImage
 
 __all__ = ["MAX_PIXELS", "MIN_SIDE", "SUFFIXES", "Float", "Source", "encode", "heat", "is_image_name"]
-__all__ += ["outline", "overlay", "read", "read_mask", "resize", "resize_map", "scan", "size_of", "write"]
+__all__ += [
+    "outline",
+    "overlay",
+    "read",
+    "read_at_least",
+    "read_mask",
+    "resize",
+    "resize_map",
+    "scan",
+    "size_of",
+    "write",
+]
 
 Source = str | os.PathLike[str] | bytes | npt.NDArray[Any] | Image.Image
 RGB = npt.NDArray[np.uint8]  # (H, W, 3)
@@ -24,6 +35,7 @@ Float = npt.NDArray[np.float32]
 SUFFIXES = {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".dib", ".tif", ".tiff", ".webp", ".gif"}
 SUFFIXES |= {".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".avif", ".tga"}
 MIN_SIDE = 8
+EXIF_ORIENTATION = 0x0112  # 5 to 8: turned by a quarter
 MAX_PIXELS = 89_478_485  # Pillow's own limit against decompression bombs: about 9,459 × 9,459
 
 warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -37,12 +49,26 @@ def read(source: Source) -> RGB:
 
     Raises `BadImage` when it is broken, empty, smaller than 8 × 8 or larger than `MAX_PIXELS`.
     """
+    return read_at_least(source)[0]
+
+
+def read_at_least(source: Source, size: tuple[int, int] | None = None) -> tuple[RGB, tuple[int, int]]:
+    """As `read`, and the photograph's own (height, width).
+
+    A JPEG much larger than `size` is decoded at a half, a quarter or an eighth of its size, never below `size`.
+    """
     name = name_of(source)
     if isinstance(source, np.ndarray):
-        return _from_array(source, name)
+        rgb = _from_array(source, name)
+        return rgb, (rgb.shape[0], rgb.shape[1])
     with _open(source, name) as image:
         try:
-            return np.ascontiguousarray(_to_rgb(image, name))
+            shape = image.height, image.width
+            if image.getexif().get(EXIF_ORIENTATION, 1) >= 5:
+                shape = shape[1], shape[0]
+            if size is not None and isinstance(image, ImageFile.ImageFile):
+                image.draft(None, (max(size), max(size)))  # square: EXIF may yet turn it
+            return np.ascontiguousarray(_to_rgb(image, name)), shape
         except BadImage:
             raise
         except (OSError, SyntaxError, ValueError, MemoryError, EOFError) as error:
@@ -85,7 +111,8 @@ def resize(rgb: RGB, size: tuple[int, int]) -> RGB:
     """Resize to (height, width) with an antialiased bilinear filter."""
     if rgb.shape[:2] == size:
         return rgb
-    return np.asarray(Image.fromarray(rgb).resize((size[1], size[0]), Image.Resampling.BILINEAR))
+    image = Image.fromarray(rgb)
+    return np.asarray(image.resize((size[1], size[0]), Image.Resampling.BILINEAR, reducing_gap=3.0))
 
 
 def resize_map(values: Float, size: tuple[int, int]) -> Float:

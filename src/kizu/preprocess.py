@@ -1,5 +1,8 @@
 """From photographs to fixed-size uint8 batches, and from maps back to photographs."""
 
+import hashlib
+import os
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -12,13 +15,15 @@ import numpy.typing as npt
 from kizu import image as images
 from kizu.errors import BadImage
 
-__all__ = ["Batch", "Preprocessing", "Readable", "batches"]
+__all__ = ["Batch", "Preprocessing", "Readable", "Stack", "batches"]
 
 
 class Readable(Protocol):
     """Anything that can be read as a photograph: a sample of a data set, or a `Photo`."""
 
-    def read(self) -> npt.NDArray[np.uint8]: ...
+    def read(self, at_least: tuple[int, int] | None = None) -> tuple[npt.NDArray[np.uint8], tuple[int, int]]:
+        """RGB (H, W, 3), at `at_least` possibly smaller than the photograph, and the photograph's (height, width)."""
+        ...
 
 
 Item = TypeVar("Item", bound=Readable)
@@ -34,6 +39,12 @@ class Preprocessing:
 
     size: tuple[int, int]
     resize: int | None = None
+
+    @property
+    def enough(self) -> tuple[int, int]:
+        """The size (height, width) above which a photograph holds more than the network can see."""
+        side = 0 if self.resize is None else self.resize
+        return 2 * max(self.size[0], side), 2 * max(self.size[1], side)
 
     def __call__(self, rgb: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
         """(H, W, 3) uint8 → (height, width, 3) uint8."""
@@ -72,6 +83,47 @@ class Batch(Generic[Item]):
     failures: list[tuple[Item, BadImage]] = field(default_factory=list)
 
 
+class Stack:
+    """Photographs of one size, appended once, read in order; what exceeds `memory` bytes lies in a temporary file."""
+
+    def __init__(self, most: int, size: tuple[int, int], memory: int) -> None:
+        self._shape = (3, *size)
+        self._bytes = 3 * size[0] * size[1]
+        self._count = 0
+        self._digest = hashlib.blake2b(digest_size=16)
+        fits = most * self._bytes <= memory
+        self._array = np.empty((most, *self._shape), np.uint8) if fits else None
+        self._file = None if fits else tempfile.TemporaryFile(prefix="kizu")  # noqa: SIM115  # gone when collected
+
+    def __len__(self) -> int:
+        return self._count
+
+    def append(self, pixels: npt.NDArray[np.uint8]) -> None:
+        """Add photographs (B, 3, h, w)."""
+        self._digest.update(pixels.data)
+        if self._array is not None:
+            self._array[self._count : self._count + len(pixels)] = pixels
+        elif self._file is not None:
+            self._file.seek(0, os.SEEK_END)
+            self._file.write(pixels.data)
+        self._count += len(pixels)
+
+    def batch(self, start: int, stop: int) -> npt.NDArray[np.uint8]:
+        """Photographs start … stop - 1, (B, 3, h, w)."""
+        stop = min(stop, self._count)
+        if self._array is not None:
+            return self._array[start:stop]
+        assert self._file is not None
+        self._file.seek(start * self._bytes)
+        content = bytearray(self._file.read((stop - start) * self._bytes))
+        return np.frombuffer(content, np.uint8).reshape(-1, *self._shape)
+
+    @property
+    def hash(self) -> str:
+        """Of the pixels, in order."""
+        return self._digest.hexdigest()
+
+
 def batches(
     items: Iterable[Item], preprocessing: Preprocessing, *, batch_size: int = 16, workers: int = 2
 ) -> Iterator[Batch[Item]]:
@@ -81,8 +133,8 @@ def batches(
     """
 
     def prepare(item: Item) -> tuple[npt.NDArray[np.uint8], tuple[int, int]]:
-        rgb = item.read()
-        return preprocessing(rgb), (rgb.shape[0], rgb.shape[1])
+        rgb, shape = item.read(preprocessing.enough)
+        return preprocessing(rgb), shape
 
     with ThreadPoolExecutor(max_workers=workers, thread_name_prefix="decode") as pool:
         source = iter(items)

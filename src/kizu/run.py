@@ -109,6 +109,7 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     skip_bad: bool = False,
+    memory: str | None = None,
     progress: Callable[[str], Progress] = lambda category: lambda stage, done, total: None,
 ) -> tuple[Run, list[CategoryResult]]:
     """Fit and evaluate one detector a category, and write the results folder."""
@@ -133,6 +134,7 @@ def train(
                     data.select(category, "train"),
                     held_out=data.select(category, "validation"),
                     skip_bad=skip_bad,
+                    memory=memory,
                     progress=progress(category),
                 )
                 result = evaluate(

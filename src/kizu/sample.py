@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kizu.errors import BadImage, DataError
-from kizu.image import read, read_mask
+from kizu.image import read_at_least, read_mask
 
 __all__ = ["CIFAR_RECORD", "CIFAR_SIDE", "Sample"]
 
@@ -35,15 +35,16 @@ class Sample:
         path = self.path.relative_to(root) if self.path.is_relative_to(root) else self.path
         return path.as_posix() + ("" if self.index is None else f"#{self.index}")
 
-    def read(self) -> npt.NDArray[np.uint8]:
-        """The image as RGB uint8 (H, W, 3). Raises `BadImage`."""
+    def read(self, at_least: tuple[int, int] | None = None) -> tuple[npt.NDArray[np.uint8], tuple[int, int]]:
+        """The image as RGB uint8 (H, W, 3), no smaller than `at_least`, and its own (H, W). Raises `BadImage`."""
         if self.index is None:
-            return read(self.path)
+            return read_at_least(self.path, at_least)
         try:
             with self.path.open("rb") as file:
                 file.seek(self.index * CIFAR_RECORD + 1)
                 planes = np.frombuffer(file.read(CIFAR_RECORD - 1), np.uint8)
-            return np.ascontiguousarray(planes.reshape(3, CIFAR_SIDE, CIFAR_SIDE).transpose(1, 2, 0))
+            rgb = np.ascontiguousarray(planes.reshape(3, CIFAR_SIDE, CIFAR_SIDE).transpose(1, 2, 0))
+            return rgb, (CIFAR_SIDE, CIFAR_SIDE)
         except (OSError, ValueError) as error:
             raise BadImage(f"{self.path}#{self.index}", f"cannot be read ({error})") from None
 

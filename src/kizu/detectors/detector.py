@@ -1,11 +1,10 @@
 """What every detector is: learned from good images, one graph, a threshold; saved as a folder."""
 
-import hashlib
 import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -26,7 +25,8 @@ from kizu.backbone import weights_hash
 from kizu.config import CONFIGS, Config, build
 from kizu.detectors import detector_class
 from kizu.errors import BadImage, DataError, ModelError
-from kizu.preprocess import Preprocessing, Readable, batches
+from kizu.memory import budget
+from kizu.preprocess import Preprocessing, Readable, Stack, batches
 from kizu.threshold import Threshold, calibrate
 
 __all__ = ["Detector", "Learned", "Photo", "Prediction", "load"]
@@ -43,8 +43,8 @@ class Photo:
 
     source: images.Source
 
-    def read(self) -> npt.NDArray[np.uint8]:
-        return images.read(self.source)
+    def read(self, at_least: tuple[int, int] | None = None) -> tuple[npt.NDArray[np.uint8], tuple[int, int]]:
+        return images.read_at_least(self.source, at_least)
 
     @property
     def name(self) -> str:
@@ -83,7 +83,7 @@ class Prediction:
     def overlay(self) -> npt.NDArray[np.uint8]:
         """The photograph with its map glowing over it and contours around what is marked. (H, W, 3) uint8."""
         level = self.detector.map_level
-        return images.overlay(self.item.read(), self.anomaly_map, *self.detector.scale, level)
+        return images.overlay(self.item.read()[0], self.anomaly_map, *self.detector.scale, level)
 
 
 @dataclass
@@ -114,6 +114,7 @@ class Detector:
         self.graph: nn.Module | None = None
         self.threshold = Threshold(float("inf"), self.config.false_alarms, 0)
         self.calibration_scores: list[float] = []
+        self.map_peaks: list[float] = []
         self.map_level = float("inf")
         self.scale = (0.0, 1.0)
         self.training: dict[str, Any] = {}
@@ -121,8 +122,8 @@ class Detector:
         self.seconds: dict[str, float] = {}
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-    def learn(self, photos: npt.NDArray[np.uint8], held_out: npt.NDArray[np.uint8], progress: Progress) -> Learned:
-        """Learn from photos (N, 3, h, w); held_out (M, 3, h, w) may be empty."""
+    def learn(self, photos: Stack, held_out: Stack, memory: int, progress: Progress) -> Learned:
+        """Learn from photos; held_out may be empty. Working data should stay below `memory` bytes."""
         raise NotImplementedError
 
     @classmethod
@@ -135,33 +136,34 @@ class Detector:
         good: str | os.PathLike[str] | Iterable[Any],
         *,
         held_out: Iterable[Any] = (),
+        memory: str | int | None = None,
         skip_bad: bool = False,
         progress: Progress | None = None,
     ) -> Self:
         """Learn from good images: a folder, or any of paths, arrays, PIL images, encoded bytes and samples.
 
         Images in `held_out`, if there are any, are not learned from but set the threshold; otherwise each method
-        holds out its own. Raises `DataError` with the list of all images that cannot be read, before any work, unless
-        `skip_bad`.
+        holds out its own. `memory` ("2GB") bounds the working data; without it, half of what is free may be used.
+        Raises `DataError` with the list of all images that cannot be read, before any work, unless `skip_bad`.
         """
         progress = progress or (lambda stage, done, total: None)
+        most = budget(memory)
         self.seconds = {}
-        items = _items(good)
         with self.timed("decode"):
-            photos, names = self._read(items, skip_bad, progress)
-            others, _ = self._read(_items(held_out), skip_bad, progress)
+            photos, names = self.read(good, most // 8, skip_bad, progress)
+            others, _ = self.read(held_out, most // 8, skip_bad, progress)
         if len(photos) == 0:
             raise DataError("There is no image to learn from.")
-        learned = self.learn(photos, others, progress)
+        learned = self.learn(photos, others, most, progress)
+        self.training = {"images": len(names), "hash": photos.hash, "names": names}
+        return self.adopt(learned)
+
+    def adopt(self, learned: Learned) -> Self:
+        """Take what was learned, and set the levels from it."""
+        rate = self.config.false_alarms
         self.graph = learned.graph.eval()
         self.facts = learned.facts
-        self.training = {
-            "images": len(names),
-            "hash": hashlib.blake2b(photos.tobytes(), digest_size=16).hexdigest(),
-            "names": names,
-        }
-        rate = self.config.false_alarms
-        self.calibration_scores = learned.scores
+        self.calibration_scores, self.map_peaks = learned.scores, learned.map_peaks
         self.threshold = calibrate(learned.scores, rate)
         self.map_level = calibrate(learned.map_peaks, rate).value
         top = self.map_level if math.isfinite(self.map_level) else learned.map_median + 1
@@ -220,24 +222,29 @@ class Detector:
             "format": FORMAT,
             "method": self.method,
             "config": self.config.model_dump(mode="json"),
-            "backbone": {"name": self.config.backbone, "weights": weights_hash(self.graph.backbone)},  # type: ignore[arg-type]
+            "backbone": {"name": self.config.backbone, "weights": weights_hash(self.graph)},
             "threshold": {
                 "value": self.threshold.value if self.threshold.count else None,
                 "rate": self.threshold.rate,
                 "count": self.threshold.count,
             },
             "calibration_scores": self.calibration_scores,
-            "map": {"level": self.map_level if self.threshold.count else None, "scale": list(self.scale)},
+            "map": {
+                "level": self.map_level if self.threshold.count else None,
+                "scale": list(self.scale),
+                "peaks": self.map_peaks,
+            },
             "facts": self.facts,
             "training": self.training,
             "versions": {name: version(name) for name in ("kizu", "torch", "timm", "numpy", "pillow")},
         }
 
-    def stream(self, photos: npt.NDArray[np.uint8], stage: str, progress: Progress) -> Iterator[Tensor]:
-        """Photos (N, 3, h, w) as batches on the device, with progress."""
+    def stream(self, photos: Stack, stage: str, progress: Progress) -> Iterator[tuple[Tensor, Tensor]]:
+        """Numbers (B,) and pixels (B, 3, h, w) of photos, batch by batch on the device, with progress."""
         for start in range(0, len(photos), BATCH):
-            yield torch.from_numpy(photos[start : start + BATCH]).to(self.device)
-            progress(stage, min(start + BATCH, len(photos)), len(photos))
+            pixels = torch.from_numpy(photos.batch(start, start + BATCH)).to(self.device)
+            yield torch.arange(start, start + len(pixels), device=self.device), pixels
+            progress(stage, start + len(pixels), len(photos))
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
@@ -248,15 +255,16 @@ class Detector:
         finally:
             self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
 
-    def _read(
-        self, items: Sequence[Readable], skip_bad: bool, progress: Progress
-    ) -> tuple[npt.NDArray[np.uint8], list[str]]:
-        """All photographs, scaled: (N, 3, h, w), and their names."""
-        photos = np.empty((len(items), 3, *self.preprocessing.size), dtype=np.uint8)
+    def read(
+        self, good: str | os.PathLike[str] | Iterable[Any], memory: int, skip_bad: bool, progress: Progress
+    ) -> tuple[Stack, list[str]]:
+        """All photographs, scaled, and their names. Raises `DataError` with the list of those that cannot be read."""
+        items = _items(good)
+        photos = Stack(len(items), self.preprocessing.size, memory)
         names: list[str] = []
         bad: list[BadImage] = []
         for batch in batches(items, self.preprocessing):
-            photos[len(names) : len(names) + len(batch.items)] = batch.pixels
+            photos.append(batch.pixels)
             names += [_name(item) for item in batch.items]
             bad += [error for _, error in batch.failures]
             progress("Reading", len(names) + len(bad), len(items))
@@ -265,7 +273,7 @@ class Detector:
             raise DataError(
                 f"{len(bad)} of {len(items)} training images cannot be used (--skip-bad leaves them out):\n{listing}"
             )
-        return photos[: len(names)], names
+        return photos, names
 
 
 def load(folder: str | os.PathLike[str]) -> Detector:
@@ -290,7 +298,7 @@ def load(folder: str | os.PathLike[str]) -> Detector:
         detector.graph = graph.eval().requires_grad_(False).to(detector.device)
         level = about["threshold"]
         detector.threshold = Threshold(_finite(level["value"]), level["rate"], level["count"])
-        detector.calibration_scores = about["calibration_scores"]
+        detector.calibration_scores, detector.map_peaks = about["calibration_scores"], about["map"]["peaks"]
         detector.map_level, detector.scale = _finite(about["map"]["level"]), tuple(about["map"]["scale"])
         detector.facts, detector.training = about["facts"], about["training"]
     except (KeyError, TypeError, RuntimeError) as error:

@@ -3,10 +3,9 @@
 Roth et al., "Towards Total Recall in Industrial Anomaly Detection", CVPR 2022.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -16,8 +15,11 @@ from kizu.detectors.detector import Detector, Learned, Progress
 from kizu.maps import MapUpsampling
 from kizu.neighbours import nearest
 from kizu.patches import PatchFeatures
+from kizu.preprocess import Stack
 
 __all__ = ["PatchCore"]
+
+CALIBRATED = 1000  # images that set the threshold where features must be computed again for it
 
 
 class PatchCoreGraph(nn.Module):
@@ -82,53 +84,116 @@ class PatchCoreGraph(nn.Module):
         return nearest(queries, self.bank, count, half_norms=self.half_norms, query_images=own, bank_images=images)
 
 
+class EnsembleGraph(nn.Module):
+    """The mean of several graphs, each scaled by what it says of good images held out."""
+
+    def __init__(self, members: Sequence[PatchCoreGraph]) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(members)
+        self.register_buffer("score_stats", torch.ones(len(members), 2))  # mean, deviation
+        self.register_buffer("map_stats", torch.ones(len(members), 2))
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        return self.combine([member(images) for member in self.members])
+
+    def combine(self, outcomes: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """Scores (B,) and maps (B, 1, H, W) of each member → of all together."""
+        scores = [(s - mean) / std for (s, _), (mean, std) in zip(outcomes, self.score_stats, strict=True)]
+        maps = [(m - mean) / std for (_, m), (mean, std) in zip(outcomes, self.map_stats, strict=True)]
+        return torch.stack(scores).mean(0), torch.stack(maps).mean(0)
+
+    score_stats: Tensor
+    map_stats: Tensor
+
+
 class PatchCore(Detector):
     """A memory bank of good patches (PatchCore). Settings: the fields of `PatchCoreConfig`."""
 
     method = "patchcore"
 
-    def learn(self, photos: npt.NDArray[np.uint8], held_out: npt.NDArray[np.uint8], progress: Progress) -> Learned:
-        network = backbone.create(self.config.backbone, self.config.layers, self.config.weights)
+    def learn(self, photos: Stack, held_out: Stack, memory: int, progress: Progress) -> Learned:
+        members, outcomes, facts = [], [], []
         with torch.inference_mode():
-            graph = PatchCoreGraph(self.config, network.to(self.device)).to(self.device)
-            with self.timed("features"):
-                features = torch.cat([graph.embed(batch) for batch in self.stream(photos, "Features", progress)])
-            with self.timed("coreset"):
-                rows = features.flatten(0, 1)  # (N · P, D)
-                chosen = coreset.select(
-                    rows,
-                    max(1, int(len(rows) * self.config.coreset)),
-                    self.config.sampler,
-                    seed=self.config.seed,
-                    progress=lambda done, total: progress("Memory bank", done, total),
-                )
-                entries = chosen.indices.to(self.device)
-                graph.fill(rows[entries], entries // features.shape[1])
-            with self.timed("calibration"):
-                scores, maps = self._calibrate(graph, features, held_out, progress)
-        facts = {"bank": len(entries), "dimension": rows.shape[1], "patches": len(rows), "radius": chosen.radius}
-        known = scores.isfinite()  # an image that alone filled the bank has nothing else to be compared with
-        peaks = maps.flatten(1).amax(1)[known]
-        middle = float(maps[known].median()) if known.any() else 0.0
-        return Learned(graph, scores[known].tolist(), peaks.tolist(), middle, facts)
+            for config in self.config.members():
+                graph, outcome, fact = self._learn_one(config, photos, held_out, memory, progress)
+                members.append(graph)
+                outcomes.append(outcome)
+                facts.append(fact)
+            if len(members) == 1:
+                return _learned(members[0], *outcomes[0], facts[0])
+            ensemble = EnsembleGraph(members).to(self.device)
+            for number, (scores, maps) in enumerate(outcomes):
+                for stats, values in ((ensemble.score_stats, scores), (ensemble.map_stats, maps)):
+                    values = values[scores.isfinite()]
+                    if len(values):
+                        spread = values.std(correction=0).clamp(min=1e-6)
+                        stats[number] = torch.stack([values.mean(), spread])
+            return _learned(ensemble, *ensemble.combine(outcomes), {"members": facts})
+
+    def _learn_one(
+        self, config: PatchCoreConfig, photos: Stack, held_out: Stack, memory: int, progress: Progress
+    ) -> tuple[PatchCoreGraph, tuple[Tensor, Tensor], dict[str, Any]]:
+        """One member: its graph, its scores and maps of good images held out, and facts."""
+        network = backbone.create(config.backbone, config.layers, config.weights)
+        graph = PatchCoreGraph(config, network.to(self.device)).to(self.device)
+        with self.timed("features"):
+            patches, total = graph.grid[0] * graph.grid[1], 0
+            for numbers, pixels in self.stream(photos, "Features", progress):
+                features = graph.embed(pixels)
+                if total == 0:
+                    total, width = len(photos) * patches, features.shape[2]
+                    summary = coreset.Summary(
+                        total, width, config.coreset, memory // 3, config.sampler, config.seed, self.device
+                    )
+                summary.add(features.flatten(0, 1), numbers.repeat_interleave(patches))
+        with self.timed("coreset"):
+            bank, images, radius = summary.choose(lambda done, most: progress("Memory bank", done, most))
+            graph.fill(bank, images)
+        with self.timed("calibration"):
+            whole = summary.rows.view(len(photos), patches, width) if summary.is_whole else None
+            outcome = self._calibrate(graph, photos, whole, held_out, progress)
+        facts = {"bank": len(bank), "dimension": width, "patches": total, "radius": radius}
+        return graph, outcome, facts
 
     def _calibrate(
-        self, graph: PatchCoreGraph, features: Tensor, held_out: npt.NDArray[np.uint8], progress: Progress
+        self, graph: PatchCoreGraph, photos: Stack, features: Tensor | None, held_out: Stack, progress: Progress
     ) -> tuple[Tensor, Tensor]:
-        """Scores and maps of the held-out images, or else of the training images, each without its own entries."""
+        """Scores (M,) and maps of the held-out images, or else of the training images, each without its own entries.
+
+        Where the features (N, P, D) are not at hand any more, they are computed again, of at most `CALIBRATED` images.
+        """
+        outcomes = []
         if len(held_out):
-            outcomes = [graph(batch) for batch in self.stream(held_out, "Threshold", progress)]
+            outcomes = [graph(pixels) for _, pixels in self.stream(held_out, "Threshold", progress)]
+        elif features is not None:
+            for own in torch.arange(len(features), device=features.device).split(4):
+                outcomes.append(graph.compare(features[own], own))
+                progress("Threshold", int(own[-1]) + 1, len(features))
         else:
-            outcomes = []
-            for start in range(0, len(features), 4):
-                own = torch.arange(start, min(start + 4, len(features)), device=features.device)
-                outcomes.append(graph.compare(features[start : start + 4], own))
-                progress("Threshold", start + len(own), len(features))
+            step = max(1, len(photos) // CALIBRATED)
+            for number in range(0, len(photos), step):
+                pixels = torch.from_numpy(photos.batch(number, number + 1)).to(self.device)
+                outcomes.append(graph.compare(graph.embed(pixels), torch.tensor([number], device=self.device)))
+                progress("Threshold", min(number + step, len(photos)), len(photos))
         return torch.cat([scores for scores, _ in outcomes]), torch.cat([maps for _, maps in outcomes])
 
     @classmethod
     def restore_graph(cls, config: Any, tensors: dict[str, Tensor]) -> nn.Module:
-        grid = (tensors["upsample.rows"].shape[1], tensors["upsample.columns"].shape[1])
-        graph = PatchCoreGraph(config, backbone.Backbone(config.backbone, config.layers), grid)
-        graph.fill(tensors["bank"], tensors["bank_images"])
-        return graph
+        members = config.members()
+        if len(members) == 1:
+            return _restore_one(config, tensors, "")
+        return EnsembleGraph([_restore_one(one, tensors, f"members.{n}.") for n, one in enumerate(members)])
+
+
+def _restore_one(config: PatchCoreConfig, tensors: dict[str, Tensor], prefix: str) -> PatchCoreGraph:
+    grid = (tensors[f"{prefix}upsample.rows"].shape[1], tensors[f"{prefix}upsample.columns"].shape[1])
+    graph = PatchCoreGraph(config, backbone.Backbone(config.backbone, config.layers), grid)
+    graph.fill(tensors[f"{prefix}bank"], tensors[f"{prefix}bank_images"])
+    return graph
+
+
+def _learned(graph: nn.Module, scores: Tensor, maps: Tensor, facts: dict[str, Any]) -> Learned:
+    known = scores.isfinite()  # an image that alone filled the bank has nothing else to be compared with
+    peaks = maps.flatten(1).amax(1)[known]
+    middle = float(maps[known].median()) if known.any() else 0.0
+    return Learned(graph, scores[known].tolist(), peaks.tolist(), middle, facts)

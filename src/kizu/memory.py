@@ -1,0 +1,42 @@
+"""How much memory there is, and how much may be used."""
+
+import os
+import re
+
+from kizu.errors import OptionError
+
+__all__ = ["budget"]
+
+UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+
+
+def budget(asked: str | int | None = None) -> int:
+    """Bytes that may be used: what was asked for ("2GB", "500 MB" or bytes), or half of what is free.
+
+    Raises `OptionError` for something that is no amount, or too little to work with.
+    """
+    if asked is None:
+        return max(_free() // 2, 2 * 10**8)
+    if isinstance(asked, int):
+        amount = float(asked)
+    else:
+        match = re.fullmatch(r"\s*([\d.]+)\s*([kmgt]?)i?b?\s*", asked.lower())
+        if match is None:
+            raise OptionError(f"--memory {asked}: expected an amount such as 2GB or 500MB")
+        amount = float(match[1]) * UNITS[match[2]]
+    if amount < 10**8:
+        raise OptionError(f"--memory {asked}: at least 100MB are needed")
+    return int(amount)
+
+
+def _free() -> int:
+    """Bytes that new work can have, as far as the system says."""
+    try:
+        with open("/proc/meminfo") as file:  # noqa: PTH123
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        pass
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    except (AttributeError, ValueError, OSError):
+        return 4 * 10**9
