@@ -87,7 +87,7 @@ def render(samples: Sequence[dataset.Sample], folder: Path, count: int) -> list[
     for index in range(count):
         random = np.random.default_rng(index)
         target = folder / f"{index:05d}.jpg"
-        image.write(target, varied(samples[index % len(samples)].read(), random))
+        image.write(target, varied(image.read(samples[index % len(samples)].path), random))
         files.append(str(target))
     return files
 

@@ -189,7 +189,7 @@ def accuracy(scores: Any, maps: Any, samples: Sequence[Sample]) -> dict[str, flo
     values: dict[str, float | None] = {"image_auroc": float(roc_auc_score(labels, scores)), "pixel_auroc": None}
     pixels, truth = [], []
     for sample, values_of in zip(samples, maps, strict=True):
-        mask = sample.mask(sample.read().shape[:2])
+        mask = sample.mask(image.read(sample.path).shape[:2])
         if mask is not None:
             pixels.append(image.resize_map(values_of, mask.shape).ravel())
             truth.append(mask.ravel())
@@ -352,7 +352,7 @@ def patches(samples: Sequence[Sample], weights: Path) -> Tensor:
     rows = []
     with torch.inference_mode():
         for sample in samples:
-            pixels = torch.from_numpy(image.resize(sample.read(), (256, 256)).copy()).permute(2, 0, 1) / 255
+            pixels = torch.from_numpy(image.resize(image.read(sample.path), (256, 256)).copy()).permute(2, 0, 1) / 255
             fine, coarse = (F.avg_pool2d(layer, 3, 1, 1) for layer in network(((pixels - mean) / std)[None]))
             coarse = F.interpolate(coarse, fine.shape[-2:], mode="bilinear")
             rows.append(torch.cat([fine, coarse], 1)[0].flatten(1).T)

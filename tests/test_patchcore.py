@@ -7,9 +7,13 @@ import torch
 from safetensors.torch import save_file
 
 import kizu
-from kizu import backbone
+from kizu import backbone, coreset
 from kizu.dataset import find
+from kizu.memory import budget
+from test_detectors import part
 from test_features import reference_features
+
+PAPER = {"size": 64, "fusion": "stack", "local_scale": False, "top": 0}
 
 
 def photographs(count, seed=0, size=64):
@@ -35,7 +39,7 @@ def slow_patchcore(features, bank, reweight):
 def test_the_exact_mode_is_the_references_arithmetic(reweight, dimensions):
     train, test = photographs(4), photographs(3, seed=9)
     detector = kizu.PatchCore(
-        size=64,
+        **PAPER,
         sampler="identity",
         reweight=reweight,
         pretrain_embed_dimension=dimensions[0],
@@ -51,7 +55,7 @@ def test_the_exact_mode_is_the_references_arithmetic(reweight, dimensions):
         return reference_features([layer[0].numpy() for layer in maps], 3, *dimensions)
 
     bank = np.concatenate([features(picture) for picture in train])
-    np.testing.assert_allclose(detector.graph.bank.numpy(), bank, atol=2e-4)
+    np.testing.assert_allclose(detector.graph.banks[0].entries.numpy(), bank, atol=2e-4)
     for picture in test:
         score, patches = slow_patchcore(features(picture), bank, reweight)
         ours = detector.predict(picture)
@@ -61,10 +65,105 @@ def test_the_exact_mode_is_the_references_arithmetic(reweight, dimensions):
 
 def test_scores_of_training_images_leave_their_own_entries_out():
     train = photographs(5)
-    detector = kizu.PatchCore(size=64, sampler="identity").fit(train)
+    detector = kizu.PatchCore(**PAPER, sampler="identity").fit(train)
     for index, score in enumerate(detector.calibration_scores):
-        others = kizu.PatchCore(size=64, sampler="identity").fit(train[:index] + train[index + 1 :])
+        others = kizu.PatchCore(**PAPER, sampler="identity").fit(train[:index] + train[index + 1 :])
         assert others.predict(train[index]).score == pytest.approx(score, rel=1e-5)
+
+
+def test_with_local_scales_too_training_images_score_like_new_ones():
+    images = photographs(60)
+    detector = kizu.PatchCore(size=64, coreset=0.1).fit(images[:30])
+    new = [detector.predict(picture).score for picture in images[30:]]
+    assert np.mean(detector.calibration_scores) == pytest.approx(np.mean(new), rel=0.03)
+
+
+def test_local_scales_are_the_usual_distances_around_the_entries():
+    detector = kizu.PatchCore(size=64, coreset=0.1, fusion="stack", layers="blocks.2").fit(photographs(6))
+    bank = detector.graph.banks[0]
+    features = torch.cat(
+        [detector.graph.embed(torch.from_numpy(p.transpose(2, 0, 1).copy())[None])[0] for p in photographs(6)]
+    )
+    sums, counts = np.zeros(len(bank.entries)), np.zeros(len(bank.entries))
+    for image, rows in enumerate(features.flatten(2).transpose(1, 2).numpy()):
+        table = np.linalg.norm(rows[:, None] - bank.entries.numpy()[None], axis=2)
+        table[:, bank.images.numpy() == image] = np.inf
+        np.add.at(sums, table.argmin(1), table.min(1))
+        np.add.at(counts, table.argmin(1), 1)
+    expected = (sums + 5 * sums.sum() / counts.sum()) / (counts + 5)
+    np.testing.assert_allclose(bank.usual(True).numpy(), expected, rtol=1e-4)
+
+
+def test_in_little_memory_the_result_is_nearly_the_same(monkeypatch):
+    monkeypatch.setattr(coreset, "CHUNK", 600)
+    images, tests = photographs(40), photographs(10, seed=5)
+    whole = kizu.PatchCore(size=64, coreset=0.1).fit(images)
+    little = kizu.PatchCore(size=64, coreset=0.1)
+    monkeypatch.setattr("kizu.detectors.detector.budget", lambda asked: asked)
+    little.fit(images, memory=1_000_000)  # features alone are 1.2 MB, of which a third is allowed
+    assert little.facts["bank"] == whole.facts["bank"]
+    assert little.facts["radius"][0] <= 2.5 * whole.facts["radius"][0]
+    for picture in tests:
+        assert little.predict(picture).score == pytest.approx(whole.predict(picture).score, rel=0.1)
+    with pytest.raises(kizu.OptionError, match="do not fit in --memory"):
+        kizu.PatchCore(size=64, sampler="identity").fit(images, memory=1_000_000)
+
+
+@pytest.mark.parametrize(("asked", "amount"), [("2GB", 2 * 10**9), ("500 mb", 5 * 10**8), (10**9, 10**9)])
+def test_amounts_of_memory(asked, amount):
+    assert budget(asked) == amount
+    assert budget() > 10**8
+    for wrong in ("much", "2", "GB"):
+        with pytest.raises(kizu.OptionError, match="--memory"):
+            budget(wrong)
+
+
+def test_an_update_learns_what_is_new_and_can_be_taken_back(tmp_path):
+    old, new = [part(seed) for seed in range(12)], [255 - part(seed) for seed in range(12)]
+    detector = kizu.PatchCore(size=64, coreset=0.1).fit(old)
+    sizes = detector.facts["bank"]
+    before = detector.predict(new[-1]).score
+    detector.save(tmp_path / "model")
+    detector.update(new[:-1])
+    assert detector.predict(new[-1]).score < 0.6 * before
+    assert [len(bank.entries) for bank in detector.graph.banks] == sizes
+    assert detector.training["images"] == 23 and detector.threshold.count == 23
+    detector.save(tmp_path / "model", keep_previous=True)
+    assert kizu.load(tmp_path / "model").predict(new[-1]).score == detector.predict(new[-1]).score
+    assert kizu.load(tmp_path / "model" / "previous").predict(new[-1]).score == before
+
+
+def test_merged_shards_know_what_each_knows():
+    parts = [[part(seed) for seed in range(8)], [255 - part(seed) for seed in range(8)]]
+    models = [kizu.PatchCore(size=64, coreset=0.1).fit(images) for images in parts]
+    merged = kizu.PatchCore.merge(models)
+    assert merged.training["images"] == 16 and merged.threshold.count == 16
+    for images, model, other in zip(parts, models, reversed(models), strict=True):
+        assert merged.predict(images[0]).score < 0.6 * other.predict(images[0]).score
+        assert merged.predict(images[0]).score < 1.3 * model.predict(images[0]).score
+    with pytest.raises(kizu.ModelError, match="same settings"):
+        kizu.PatchCore.merge([models[0], kizu.PatchCore(size=96, coreset=0.1).fit(parts[0])])
+
+
+def test_an_ensemble_is_the_mean_of_its_members_in_units_of_good_images(tmp_path):
+    train, test = photographs(10), photographs(3, seed=7)
+    layers = ("blocks.2", "blocks.4")
+    members = [kizu.PatchCore(size=64, coreset=0.1, layers=layer).fit(train) for layer in layers]
+    both = kizu.PatchCore(
+        size=64, coreset=0.1, backbone="efficientnet_lite2,efficientnet_lite2", layers="0.blocks.2,1.blocks.4"
+    ).fit(train)
+    for picture in test:
+        parts = [
+            (member.predict(picture).score - np.mean(member.calibration_scores)) / np.std(member.calibration_scores)
+            for member in members
+        ]
+        assert both.predict(picture).score == pytest.approx(np.mean(parts), abs=1e-3)
+    loaded = kizu.load(both.save(tmp_path / "model"))
+    assert loaded.predict(test[0]).score == both.predict(test[0]).score
+    with pytest.raises(kizu.ModelError, match="one backbone"):
+        both.update(train)
+    with pytest.raises(kizu.OptionError, match="starts with 0"):
+        kizu.PatchCore(backbone="resnet18,resnet34", layers="layer1")
 
 
 def test_weights_from_a_file_are_loaded_strictly(tmp_path):

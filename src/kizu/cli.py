@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 GROUPS = {
-    "Learn": ("train", "evaluate", "demo"),
+    "Learn": ("train", "update", "merge", "evaluate", "demo"),
     "Judge": ("predict",),
     "Look": ("data", "info", "doctor"),
 }
@@ -193,12 +193,18 @@ def _train_command(method: str) -> click.Command:
         shown = "x".join(map(str, default)) if isinstance(default, tuple) and default else default
         suffix = f"  [default: {shown}]" if shown not in (None, ()) else ""
         option = click.Option(
-            [f"--{field.replace('_', '-')}"],
+            [_flags(field, about.annotation)],
             type=_option_type(about.annotation),
+            default=None,
             help=f"{about.description}{suffix}",
         )
         command.params.append(option)
     return command
+
+
+def _flags(field: str, annotation: Any) -> str:
+    name = field.replace("_", "-")
+    return f"--{name}/--no-{name}" if annotation is bool else f"--{name}"
 
 
 def _option_type(annotation: Any) -> Any:
@@ -208,7 +214,7 @@ def _option_type(annotation: Any) -> Any:
     if get_origin(annotation) is Literal:
         return click.Choice(get_args(annotation))
     plain = [part for part in (get_args(annotation) or [annotation]) if part is not type(None)]
-    return plain[0] if plain[0] in (int, float) and get_origin(annotation) is not tuple else str
+    return plain[0] if plain[0] in (int, float, bool) and get_origin(annotation) is not tuple else str
 
 
 @cli.command()
@@ -252,6 +258,62 @@ def evaluate(model: str, data: str, output: str | None, **options: Any) -> None:
         }
         run.write_tables(Path(output), about, results)
     terminal.print_results(results, None if output is None else Path(output), options)
+
+
+@cli.command()
+@click.argument("model")
+@click.argument("images", required=False)
+@click.option("--rollback", is_flag=True, help="Take the last update back.")
+@click.option("--skip-bad", is_flag=True, help="Leave out images that cannot be read.")
+@quiet_option
+def update(model: str, images: str | None, rollback: bool, skip_bad: bool, quiet: bool) -> None:
+    """Teach a model more good images, without the old ones.
+
+    The memory bank keeps its size. The model as it was before is kept inside, for --rollback.
+
+    \b
+    Example:  kizu update results/project/group/run photos/more_good
+    """
+    folder = _model_folder(model)
+    if rollback == (images is not None):
+        raise OptionError("kizu update takes either a folder of good images or --rollback")
+    from kizu import load
+
+    if rollback:
+        if not (folder / "previous" / "model.json").exists():
+            raise OptionError(f"{folder} holds no previous model: it was not updated, or was rolled back already")
+        detector = load(folder / "previous")
+    else:
+        detector = load(folder)
+        if not hasattr(detector, "update"):
+            raise OptionError(f"{detector.method} cannot be updated: train it again with all images")
+        with terminal.progress(quiet) as progress:
+            detector.update(images, skip_bad=skip_bad, progress=progress("Updating"))
+    detector.save(folder, keep_previous=not rollback)
+    if not quiet:
+        click.echo(f"{folder}: {detector.training['images']} good images. {detector.threshold.statement}")
+
+
+@cli.command()
+@click.argument("models", nargs=-1, required=True)
+@click.option("--output", required=True, metavar="DIR", help="Folder for the joined model.")
+@quiet_option
+def merge(models: tuple[str, ...], output: str, quiet: bool) -> None:
+    """Join models that learned from different images of the same part.
+
+    \b
+    Example:  kizu merge results/a/group/run results/b/group/run --output models/both
+    """
+    from kizu import PatchCore, load
+
+    parts = [load(_model_folder(model)) for model in models]
+    fitting = [part for part in parts if isinstance(part, PatchCore)]
+    if len(fitting) != len(parts):
+        raise OptionError("Only PatchCore models can be merged")
+    merged = PatchCore.merge(fitting)
+    merged.save(output)
+    if not quiet:
+        click.echo(f"{output}: {merged.training['images']} good images. {merged.threshold.statement}")
 
 
 @cli.command()

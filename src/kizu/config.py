@@ -48,7 +48,7 @@ class Config(BaseModel):
         None, description="File with the backbone's weights (safetensors, or a checkpoint of plain tensors)."
     )
     size: Annotated[tuple[Side, Side], BeforeValidator(_pair)] = Field(
-        (256, 256), description="Network input: 256, or height x width as in 256x512."
+        (320, 320), description="Network input: 320, or height x width as in 256x512."
     )
     resize: int | None = Field(
         None,
@@ -95,17 +95,30 @@ class PatchCoreConfig(Config):
     neighbours: int = Field(
         1, ge=1, le=100, description="A patch's score is the mean distance to this many bank entries."
     )
-    reweight: int = Field(
-        0,
+    fusion: Literal["separate", "stack"] = Field(
+        "separate", description="A bank for each layer, or one of all layers stacked as in the paper."
+    )
+    local_scale: bool = Field(
+        True, description="Measure distances in units of what is usual around a bank entry. Paper: no."
+    )
+    top: float = Field(
+        0.01,
         ge=0,
-        le=100,
-        description="Eq. 7 of the paper over this many neighbours in the bank (paper: 9). 0: off.",
+        le=1,
+        description="An image's score is the mean of this share of its most anomalous patches. Paper: 0, one patch.",
+    )
+    reweight: int = Field(
+        0, ge=0, le=100, description="Eq. 7 of the paper over this many neighbours in the bank (paper: 9). 0: off."
     )
 
     @model_validator(mode="after")
-    def _dimensions_together(self) -> "PatchCoreConfig":
+    def _parts_fit(self) -> "PatchCoreConfig":
         if (self.pretrain_embed_dimension is None) != (self.target_embed_dimension is None):
             raise ValueError("--pretrain-embed-dimension and --target-embed-dimension go together")
+        if self.target_embed_dimension is not None and self.fusion != "stack":
+            raise ValueError("--target-embed-dimension pools all layers together: it needs --fusion stack")
+        if self.reweight > 1 and (self.fusion, self.local_scale, self.top) != ("stack", False, 0):
+            raise ValueError("--reweight (Eq. 7) is for the paper's scores: --fusion stack --no-local-scale --top 0")
         return self
 
     @model_validator(mode="after")

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, Protocol, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -93,10 +93,17 @@ class Stack:
         self._digest = hashlib.blake2b(digest_size=16)
         fits = most * self._bytes <= memory
         self._array = np.empty((most, *self._shape), np.uint8) if fits else None
-        self._file = None if fits else tempfile.TemporaryFile(prefix="kizu")  # noqa: SIM115  # gone when collected
+        self._file = None if fits else tempfile.TemporaryFile(prefix="kizu")  # noqa: SIM115
 
     def __len__(self) -> int:
         return self._count
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            self._file.close()
 
     def append(self, pixels: npt.NDArray[np.uint8]) -> None:
         """Add photographs (B, 3, h, w)."""

@@ -3,9 +3,10 @@
 import json
 import math
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import version
@@ -149,12 +150,15 @@ class Detector:
         progress = progress or (lambda stage, done, total: None)
         most = budget(memory)
         self.seconds = {}
-        with self.timed("decode"):
-            photos, names = self.read(good, most // 8, skip_bad, progress)
-            others, _ = self.read(held_out, most // 8, skip_bad, progress)
-        if len(photos) == 0:
-            raise DataError("There is no image to learn from.")
-        learned = self.learn(photos, others, most, progress)
+        with ExitStack() as open_files:
+            with self.timed("decode"):
+                photos, names = self.read(good, most // 8, skip_bad, progress)
+                open_files.enter_context(photos)
+                others, _ = self.read(held_out, most // 8, skip_bad, progress)
+                open_files.enter_context(others)
+            if len(photos) == 0:
+                raise DataError("There is no image to learn from.")
+            learned = self.learn(photos, others, most, progress)
         self.training = {"images": len(names), "hash": photos.hash, "names": names}
         return self.adopt(learned)
 
@@ -198,10 +202,11 @@ class Detector:
             scores, maps = self.graph(torch.from_numpy(pixels).to(self.device))
         return scores.numpy(force=True), maps.numpy(force=True)
 
-    def save(self, folder: str | os.PathLike[str]) -> Path:
+    def save(self, folder: str | os.PathLike[str], *, keep_previous: bool = False) -> Path:
         """Write the model as a folder of model.safetensors and model.json, whole or not at all.
 
-        A model that is there already is replaced; a folder that is something else is left alone with a `ModelError`.
+        A model that is there already is replaced, or kept in the sub-folder `previous`; a folder that is something else
+        is left alone with a `ModelError`.
         """
         folder = Path(folder)
         if self.graph is None:
@@ -213,6 +218,10 @@ class Detector:
             save_file(state, temporary / "model.safetensors")
             text = json.dumps(self.describe(), indent=1, ensure_ascii=False)
             (temporary / "model.json").write_text(text + "\n", encoding="utf-8")
+            if keep_previous and (folder / "model.json").exists():
+                (temporary / "previous").mkdir()
+                for name in ("model.safetensors", "model.json"):
+                    shutil.copy2(folder / name, temporary / "previous" / name)
         return folder
 
     def describe(self) -> dict[str, Any]:
@@ -269,6 +278,7 @@ class Detector:
             bad += [error for _, error in batch.failures]
             progress("Reading", len(names) + len(bad), len(items))
         if bad and not skip_bad:
+            photos.__exit__()
             listing = "\n".join(f"  {error}" for error in bad)
             raise DataError(
                 f"{len(bad)} of {len(items)} training images cannot be used (--skip-bad leaves them out):\n{listing}"

@@ -1,96 +1,201 @@
-"""PatchCore: a memory bank of good patches; a patch is as anomalous as it is far from the nearest of them.
+"""PatchCore: memory banks of good patches; a patch is as anomalous as it is far from the nearest of them.
 
-Roth et al., "Towards Total Recall in Industrial Anomaly Detection", CVPR 2022.
+Roth et al., "Towards Total Recall in Industrial Anomaly Detection", CVPR 2022. Beyond the paper, and switchable: a bank
+a layer instead of one of all layers (`fusion`), distances measured in units of what is usual around a bank entry
+(`local_scale`), and an image score from its most anomalous patches instead of one (`top`).
 """
 
-from collections.abc import Sequence
-from typing import Any
+import hashlib
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from kizu import backbone, coreset
+from kizu.backbone import weights_hash
 from kizu.config import PatchCoreConfig
 from kizu.detectors.detector import Detector, Learned, Progress
+from kizu.errors import DataError, ModelError
 from kizu.maps import MapUpsampling
+from kizu.memory import budget
 from kizu.neighbours import nearest
 from kizu.patches import PatchFeatures
 from kizu.preprocess import Stack
 
 __all__ = ["PatchCore"]
 
-CALIBRATED = 1000  # images that set the threshold where features must be computed again for it
+CALIBRATED = 1000  # images that set scales and threshold where their features must be computed again for it
+PRIOR = 5  # patches: how firmly an entry's scale holds to that of all entries
+
+
+class Hits(NamedTuple):
+    """What a search in a bank found, for N patches of images."""
+
+    distances: Tensor  # (N, n)
+    entries: Tensor  # (N, n)
+    queries: Tensor | None  # (N, D), where Eq. 7 needs them
+    own: int | None  # the training image that they are of, whose own entries did not count
+
+
+class Bank(nn.Module):
+    """A memory of K good patches (K, D). N queries, B images of P patches."""
+
+    entries: Tensor  # (K, D)
+    half_norms: Tensor  # (K,) ‖entry‖² / 2
+    images: Tensor  # (K,) the training image that each is from
+    sums: Tensor  # (K,) of the distances of the training patches nearest to each entry, other images' only,
+    counts: Tensor  # (K,) and how many these are
+
+    def __init__(self, entries: Tensor, images: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("entries", entries)
+        self.register_buffer("half_norms", entries.square().sum(1) / 2)
+        self.register_buffer("images", images)
+        self.register_buffer("sums", torch.zeros_like(self.half_norms))
+        self.register_buffer("counts", torch.zeros_like(self.half_norms))
+
+    def search(self, queries: Tensor, count: int, own: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Distances and entries (N, count) nearest to queries (N, D), none of them from the images `own` (N,)."""
+        images = None if own is None else self.images
+        norms = self.half_norms
+        return nearest(queries, self.entries, count, half_norms=norms, query_images=own, bank_images=images)
+
+    def learn_scale(self, distances: Tensor, entries: Tensor) -> None:
+        """Remember the distances (N,) of training patches to their nearest entries (N,) from other images."""
+        known = distances.isfinite()
+        self.sums.index_add_(0, entries[known], distances[known])
+        self.counts.index_add_(0, entries[known], torch.ones_like(distances[known]))
+
+    def exchange(self, rows: Tensor, images: Tensor) -> None:
+        """Keep as many entries as before, those of the old ones and the rows (N, D) that cover both best."""
+        both = torch.cat([self.entries, rows])
+        kept = coreset.select(both, len(self.entries)).indices.to(both.device).sort().values
+        nothing = torch.zeros_like(rows[:, 0])
+        self.half_norms = both[kept].square().sum(1) / 2
+        self.images = torch.cat([self.images, images])[kept]
+        self.sums, self.counts = torch.cat([self.sums, nothing])[kept], torch.cat([self.counts, nothing])[kept]
+        self.entries = both[kept]
+
+    @classmethod
+    def joined(cls, shards: "Sequence[Bank]", starts: Sequence[int]) -> "Bank":
+        """The banks of several shards side by side, whose images are numbered from `starts`."""
+        images = torch.cat([shard.images + start for shard, start in zip(shards, starts, strict=True)])
+        bank = cls(torch.cat([shard.entries for shard in shards]), images)
+        bank.sums = torch.cat([shard.sums for shard in shards])
+        bank.counts = torch.cat([shard.counts for shard in shards])
+        return bank
+
+    def usual(self, local: bool, without: Hits | None = None) -> Tensor:
+        """How far good patches usually are from each entry (K,), or from all of them.
+
+        `without` are the hits of a training image that is to be judged as if it had not been learned from.
+        """
+        sums, counts = self.sums, self.counts
+        if without is not None:
+            known = without.distances[:, 0].isfinite()
+            distances, entries = without.distances[known, 0], without.entries[known, 0]
+            sums = sums.index_add(0, entries, -distances)
+            counts = counts.index_add(0, entries, -torch.ones_like(distances))
+        overall = (sums.sum() / counts.sum().clamp(min=1)).clamp(min=1e-6)
+        return (sums + PRIOR * overall) / (counts + PRIOR) if local else overall.expand_as(sums)
 
 
 class PatchCoreGraph(nn.Module):
-    """uint8 images (B, 3, H, W) → scores (B,), anomaly maps (B, 1, H, W). P = h · w patches, K bank entries."""
+    """uint8 images (B, 3, H, W) → scores (B,), anomaly maps (B, 1, H, W)."""
 
-    bank: Tensor
-    half_norms: Tensor
-    bank_images: Tensor
-
-    def __init__(self, config: PatchCoreConfig, network: nn.Module, grid: tuple[int, int] | None = None) -> None:
-        """The grid (h, w) of patches is found by a trial run where it is not known."""
+    def __init__(self, config: PatchCoreConfig, network: backbone.Backbone) -> None:
         super().__init__()
-        self.neighbours, self.reweight = config.neighbours, config.reweight
+        self.config = config
         self.backbone = network
+        taps = [slice(None)] if config.fusion == "stack" else [slice(n, n + 1) for n in range(len(network.layers))]
+        self.taps = taps  # the layers of each bank
         self.patches = PatchFeatures(config.patchsize, config.pretrain_embed_dimension, config.target_embed_dimension)
-        if grid is None:
-            device = next(network.parameters()).device
-            trial: Tensor = self.patches(network(torch.zeros(1, 3, *config.size, dtype=torch.uint8, device=device)))
-            grid = (trial.shape[2], trial.shape[3])
-        self.grid = grid
-        self.upsample = MapUpsampling(grid, config.size, config.smoothing)
+        self.banks = nn.ModuleList()
 
-    def fill(self, bank: Tensor, bank_images: Tensor) -> None:
-        """Give it its memory: entries (K, D), and which training image each came from (K,)."""
-        self.register_buffer("bank", bank)
-        self.register_buffer("half_norms", bank.square().sum(1) / 2)
-        self.register_buffer("bank_images", bank_images)
+    def complete(self, banks: Sequence[Bank], grids: Sequence[tuple[int, int]]) -> None:
+        """Give it its memory, and the grid of patches (h, w) that each bank is for; the map is made from the first."""
+        self.banks, self.grids = nn.ModuleList(banks), list(grids)
+        self.upsample = MapUpsampling(grids[0], self.config.size, self.config.smoothing).to(banks[0].entries.device)
+
+    @property
+    def memory(self) -> list[Bank]:
+        """The banks, one for each tap."""
+        return [bank for bank in self.banks if isinstance(bank, Bank)]
+
+    def embed(self, images: Tensor) -> list[Tensor]:
+        """(B, 3, H, W) → patch features (B, D, h, w) for each bank."""
+        maps = self.backbone(images)
+        return [self.patches(maps[tap]) for tap in self.taps]
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        return self.compare(self.embed(images))
+        layers = self.embed(images)
+        hits = [self.search(bank, as_rows(layer)) for bank, layer in zip(self.memory, layers, strict=True)]
+        return self.judge(hits, [layer.shape for layer in layers])
 
-    def embed(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) → patch features (B, P, D), row by row over the grid."""
-        features: Tensor = self.patches(self.backbone(images))
-        return features.flatten(2).transpose(1, 2)
+    def search(self, bank: Bank, queries: Tensor, own: int | None = None) -> Hits:
+        """What is nearest in a bank, among the entries that are not from the image `own`."""
+        excluded = None if own is None else torch.full(queries.shape[:1], own, device=queries.device)
+        distances, entries = bank.search(queries, self.config.neighbours, excluded)
+        return Hits(distances, entries, queries if self.config.reweight > 1 else None, own)
 
-    def compare(self, features: Tensor, own: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Scores and maps of patch features (B, P, D). Bank entries from the image's `own` (B,) do not count."""
-        count, patches, _ = features.shape
-        queries = features.reshape(count * patches, -1)
-        excluded = None if own is None else own.repeat_interleave(patches)
-        distances, entries = self.nearest(queries, self.neighbours, excluded)
-        patch_scores = distances.mean(1).view(count, patches)
-        scores, worst = patch_scores.max(1)
-        if self.reweight > 1:
-            worst = worst + torch.arange(count, device=worst.device) * patches
-            scores = scores * self.weight(queries[worst], entries[worst, 0], own)
-        return scores, self.upsample(patch_scores.view(count, *self.grid))
+    def as_if_new(self, hits: Sequence[Hits]) -> tuple[Tensor, Tensor]:
+        """Score (1,) and map of a training image, from hits among other images' entries, as if it were not learned."""
+        shapes = [(1, 0, *grid) for grid in self.grids]
+        return self.judge(hits, shapes, as_if_new=True)
 
-    def weight(self, worst: Tensor, entry: Tensor, own: Tensor | None) -> Tensor:
+    def judge(
+        self, hits: Sequence[Hits], shapes: Sequence[Sequence[int]], as_if_new: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Scores and maps of images from the nearest entries in each bank, whose features were of `shapes`."""
+        grids = []
+        for bank, hit, (count, _, height, width) in zip(self.memory, hits, shapes, strict=True):
+            grids.append(self.patch_scores(bank, hit, as_if_new).view(count, 1, height, width))
+        grid = grids[0]
+        if len(grids) > 1:
+            aligned = [F.interpolate(one, self.grids[0], mode="bilinear", align_corners=False) for one in grids[1:]]
+            grid = torch.stack([grid, *aligned]).mean(0)
+        flat = grid.flatten(1)
+        most = max(1, round(self.config.top * flat.shape[1]))
+        scores = flat.topk(most, dim=1).values.mean(1)
+        if self.config.reweight > 1:
+            worst = flat.argmax(1) + torch.arange(len(flat), device=flat.device) * flat.shape[1]
+            scores = scores * self.weight(hits[0], worst)
+        anomaly_maps: Tensor = self.upsample(grid[:, 0])
+        return scores, anomaly_maps
+
+    def patch_scores(self, bank: Bank, hit: Hits, as_if_new: bool) -> Tensor:
+        """(N,): distances as they are, or in units of what is usual around the entries, or in the whole bank."""
+        if self.config.fusion == "stack" and not self.config.local_scale:
+            return hit.distances.mean(1)
+        usual = bank.usual(self.config.local_scale, hit if as_if_new else None)
+        return (hit.distances / usual[hit.entries]).mean(1)
+
+    def weight(self, hit: Hits, worst: Tensor) -> Tensor:
         """Eq. 7, 1 − exp‖m_t − m*‖ / Σ exp‖m_t − m‖ over the bank's m nearest to m*, itself among them.
 
-        `worst` (B, D) are the test patches m_t, `entry` (B,) says which bank entries are their m*.
+        `worst` (B,) says which queries are the images' most anomalous patches m_t.
         """
-        _, around = self.nearest(self.bank[entry], self.reweight, own)  # (B, b), m* first
-        distances = (worst[:, None] - self.bank[around]).norm(dim=2)
+        bank = self.memory[0]
+        assert hit.queries is not None
+        nearest_entries = bank.entries[hit.entries[worst, 0]]  # m* (B, D)
+        excluded = None if hit.own is None else torch.full(worst.shape, hit.own, device=worst.device)
+        _, around = bank.search(nearest_entries, self.config.reweight, excluded)  # (B, b), m* first
+        distances = (hit.queries[worst][:, None] - bank.entries[around]).norm(dim=2)
         return 1 - torch.softmax(distances, dim=1)[:, 0]
-
-    def nearest(self, queries: Tensor, count: int, own: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Distances (N, count) and bank entries (N, count) of queries (N, D) from the images `own` (N,)."""
-        images = None if own is None else self.bank_images
-        return nearest(queries, self.bank, count, half_norms=self.half_norms, query_images=own, bank_images=images)
 
 
 class EnsembleGraph(nn.Module):
     """The mean of several graphs, each scaled by what it says of good images held out."""
 
+    score_stats: Tensor  # (members, 2): mean and deviation
+    map_stats: Tensor
+
     def __init__(self, members: Sequence[PatchCoreGraph]) -> None:
         super().__init__()
         self.members = nn.ModuleList(members)
-        self.register_buffer("score_stats", torch.ones(len(members), 2))  # mean, deviation
+        self.register_buffer("score_stats", torch.ones(len(members), 2))
         self.register_buffer("map_stats", torch.ones(len(members), 2))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -102,12 +207,9 @@ class EnsembleGraph(nn.Module):
         maps = [(m - mean) / std for (_, m), (mean, std) in zip(outcomes, self.map_stats, strict=True)]
         return torch.stack(scores).mean(0), torch.stack(maps).mean(0)
 
-    score_stats: Tensor
-    map_stats: Tensor
-
 
 class PatchCore(Detector):
-    """A memory bank of good patches (PatchCore). Settings: the fields of `PatchCoreConfig`."""
+    """Memory banks of good patches (PatchCore). Settings: the fields of `PatchCoreConfig`."""
 
     method = "patchcore"
 
@@ -135,47 +237,136 @@ class PatchCore(Detector):
     ) -> tuple[PatchCoreGraph, tuple[Tensor, Tensor], dict[str, Any]]:
         """One member: its graph, its scores and maps of good images held out, and facts."""
         network = backbone.create(config.backbone, config.layers, config.weights)
-        graph = PatchCoreGraph(config, network.to(self.device)).to(self.device)
+        graph = PatchCoreGraph(config, network.to(self.device))
+        summaries: list[coreset.Summary] = []
         with self.timed("features"):
-            patches, total = graph.grid[0] * graph.grid[1], 0
             for numbers, pixels in self.stream(photos, "Features", progress):
-                features = graph.embed(pixels)
-                if total == 0:
-                    total, width = len(photos) * patches, features.shape[2]
-                    summary = coreset.Summary(
-                        total, width, config.coreset, memory // 3, config.sampler, config.seed, self.device
-                    )
-                summary.add(features.flatten(0, 1), numbers.repeat_interleave(patches))
+                layers = graph.embed(pixels)
+                if not summaries:
+                    grids = [(layer.shape[2], layer.shape[3]) for layer in layers]
+                    summaries = [_summary(config, layer, layers, len(photos), memory) for layer in layers]
+                for summary, layer in zip(summaries, layers, strict=True):
+                    summary.add(as_rows(layer), numbers.repeat_interleave(layer.shape[2] * layer.shape[3]))
         with self.timed("coreset"):
-            bank, images, radius = summary.choose(lambda done, most: progress("Memory bank", done, most))
-            graph.fill(bank, images)
+            chosen = [summary.choose(lambda d, n: progress("Memory bank", d, n)) for summary in summaries]
+            graph.complete([Bank(entries, images) for entries, images, _ in chosen], grids)
         with self.timed("calibration"):
-            whole = summary.rows.view(len(photos), patches, width) if summary.is_whole else None
-            outcome = self._calibrate(graph, photos, whole, held_out, progress)
-        facts = {"bank": len(bank), "dimension": width, "patches": total, "radius": radius}
-        return graph, outcome, facts
+            outcome = self._calibrate(graph, photos, summaries, held_out, progress)
+        return (
+            graph,
+            outcome,
+            {
+                "bank": [len(entries) for entries, _, _ in chosen],
+                "dimension": [entries.shape[1] for entries, _, _ in chosen],
+                "patches": [summary.total for summary in summaries],
+                "radius": [radius for _, _, radius in chosen],
+            },
+        )
 
     def _calibrate(
-        self, graph: PatchCoreGraph, photos: Stack, features: Tensor | None, held_out: Stack, progress: Progress
+        self,
+        graph: PatchCoreGraph,
+        photos: Stack,
+        summaries: Sequence[coreset.Summary],
+        held_out: Stack,
+        progress: Progress,
     ) -> tuple[Tensor, Tensor]:
-        """Scores (M,) and maps of the held-out images, or else of the training images, each without its own entries.
-
-        Where the features (N, P, D) are not at hand any more, they are computed again, of at most `CALIBRATED` images.
-        """
-        outcomes = []
-        if len(held_out):
-            outcomes = [graph(pixels) for _, pixels in self.stream(held_out, "Threshold", progress)]
-        elif features is not None:
-            for own in torch.arange(len(features), device=features.device).split(4):
-                outcomes.append(graph.compare(features[own], own))
-                progress("Threshold", int(own[-1]) + 1, len(features))
-        else:
-            step = max(1, len(photos) // CALIBRATED)
-            for number in range(0, len(photos), step):
-                pixels = torch.from_numpy(photos.batch(number, number + 1)).to(self.device)
-                outcomes.append(graph.compare(graph.embed(pixels), torch.tensor([number], device=self.device)))
-                progress("Threshold", min(number + step, len(photos)), len(photos))
+        """Scores (M,) and maps of the held-out images, or else of the training images, each as if it were new."""
+        found = list(self._search_among_others(graph, photos, summaries, progress))
+        as_new = _judged_as_new(graph, found)
+        if not len(held_out):
+            return as_new
+        outcomes = [graph(pixels) for _, pixels in self.stream(held_out, "Threshold", progress)]
         return torch.cat([scores for scores, _ in outcomes]), torch.cat([maps for _, maps in outcomes])
+
+    def _search_among_others(
+        self, graph: PatchCoreGraph, photos: Stack, summaries: Sequence[coreset.Summary], progress: Progress
+    ) -> Iterator[list[Hits]]:
+        """For each training image and bank, what is nearest among the entries from other images.
+
+        Where the features are not all at hand any more they are computed again, of at most `CALIBRATED` images.
+        """
+        at_hand = all(summary.is_whole for summary in summaries)
+        for number in range(0, len(photos), 1 if at_hand else max(1, len(photos) // CALIBRATED)):
+            if at_hand:
+                features = [summary.rows.view(len(photos), -1, summary.rows.shape[1])[number] for summary in summaries]
+            else:
+                pixels = torch.from_numpy(photos.batch(number, number + 1)).to(self.device)
+                features = [as_rows(layer) for layer in graph.embed(pixels)]
+            yield [graph.search(bank, rows, number) for bank, rows in zip(graph.memory, features, strict=True)]
+            progress("Threshold", number + 1, len(photos))
+
+    def update(
+        self,
+        good: Any,
+        *,
+        memory: str | int | None = None,
+        skip_bad: bool = False,
+        progress: Progress | None = None,
+    ) -> Self:
+        """Learn more good images without the old ones; the banks keep their sizes.
+
+        New patches compete with the old entries for their places (k-centre over both). The levels follow from the old
+        images' scores, as they were, and the new ones', each as if it were new. Raises `ModelError` for an ensemble.
+        """
+        graph = self._single("updated")
+        progress = progress or (lambda stage, done, total: None)
+        photos, names = self.read(good, budget(memory) // 8, skip_bad, progress)
+        if len(photos) == 0:
+            raise DataError("There is no image to learn from.")
+        before = self.training["images"]
+        with torch.inference_mode(), photos:
+            for numbers, pixels in self.stream(photos, "Features", progress):
+                for bank, layer in zip(graph.memory, graph.embed(pixels), strict=True):
+                    rows = as_rows(layer)
+                    bank.exchange(rows, (numbers + before).repeat_interleave(len(rows) // len(numbers)))
+            found = []
+            for numbers, pixels in self.stream(photos, "Threshold", progress):
+                for number, image in zip(numbers.tolist(), pixels.split(1), strict=True):
+                    layers = zip(graph.memory, graph.embed(image), strict=True)
+                    found.append([graph.search(bank, as_rows(layer), before + number) for bank, layer in layers])
+            new = _learned(graph, *_judged_as_new(graph, found), self.facts)
+        self.training = {
+            "images": before + len(names),
+            "hash": hashlib.blake2b((self.training["hash"] + photos.hash).encode(), digest_size=16).hexdigest(),
+            "names": self.training["names"] + names,
+        }
+        new.scores = self.calibration_scores + new.scores
+        new.map_peaks = self.map_peaks + new.map_peaks
+        new.map_median = self.scale[0]
+        return self.adopt(new)
+
+    @classmethod
+    def merge(cls, parts: "Sequence[PatchCore]") -> "PatchCore":
+        """One detector from several that were fitted on shards of the good images: their banks side by side.
+
+        The levels follow from all their scores, which were measured against each shard's bank alone and are therefore
+        on the safe side. Raises `ModelError` when the parts do not look at images in the same way.
+        """
+        graphs = [part._single("merged") for part in parts]
+        first = parts[0]
+        settings = {part.config.model_copy(update={"seed": 0}) for part in parts}
+        if len(settings) > 1 or len({weights_hash(graph) for graph in graphs}) > 1:
+            raise ModelError("Only models with the same settings and the same backbone can be merged.")
+        merged = cls(first.config)
+        graph = PatchCoreGraph(first.config, graphs[0].backbone)
+        starts = [sum(part.training["images"] for part in parts[:number]) for number in range(len(parts))]
+        banks = [Bank.joined(shards, starts) for shards in zip(*(graph.memory for graph in graphs), strict=True)]
+        graph.complete(banks, graphs[0].grids)
+        merged.training = {
+            "images": sum(part.training["images"] for part in parts),
+            "hash": hashlib.blake2b("".join(p.training["hash"] for p in parts).encode(), digest_size=16).hexdigest(),
+            "names": [name for part in parts for name in part.training["names"]],
+        }
+        scores = [score for part in parts for score in part.calibration_scores]
+        peaks = [peak for part in parts for peak in part.map_peaks]
+        facts = {**first.facts, "bank": [len(bank.entries) for bank in banks]}
+        return merged.adopt(Learned(graph, scores, peaks, first.scale[0], facts))
+
+    def _single(self, what: str) -> PatchCoreGraph:
+        if not isinstance(self.graph, PatchCoreGraph):
+            raise ModelError(f"Only a fitted PatchCore with one backbone can be {what}; fit this one again instead.")
+        return self.graph
 
     @classmethod
     def restore_graph(cls, config: Any, tensors: dict[str, Tensor]) -> nn.Module:
@@ -185,11 +376,37 @@ class PatchCore(Detector):
         return EnsembleGraph([_restore_one(one, tensors, f"members.{n}.") for n, one in enumerate(members)])
 
 
+def as_rows(features: Tensor) -> Tensor:
+    """(B, D, h, w) → (B · h · w, D)."""
+    return features.permute(0, 2, 3, 1).flatten(0, 2)
+
+
+def _summary(
+    config: PatchCoreConfig, layer: Tensor, layers: Sequence[Tensor], images: int, memory: int
+) -> coreset.Summary:
+    """A third of the memory, shared among the banks by the size of their features."""
+    share = layer[0].numel() / sum(other[0].numel() for other in layers)
+    total = images * layer.shape[2] * layer.shape[3]
+    room = int(memory / 3 * share)
+    return coreset.Summary(total, layer.shape[1], config.coreset, room, config.sampler, config.seed, layer.device)
+
+
 def _restore_one(config: PatchCoreConfig, tensors: dict[str, Tensor], prefix: str) -> PatchCoreGraph:
+    graph = PatchCoreGraph(config, backbone.Backbone(config.backbone, config.layers))
+    names = [f"{prefix}banks.{number}" for number in range(len(graph.taps))]
+    banks = [Bank(tensors[f"{name}.entries"], tensors[f"{name}.images"]) for name in names]
     grid = (tensors[f"{prefix}upsample.rows"].shape[1], tensors[f"{prefix}upsample.columns"].shape[1])
-    graph = PatchCoreGraph(config, backbone.Backbone(config.backbone, config.layers), grid)
-    graph.fill(tensors[f"{prefix}bank"], tensors[f"{prefix}bank_images"])
+    graph.complete(banks, [grid] * len(banks))
     return graph
+
+
+def _judged_as_new(graph: PatchCoreGraph, found: Sequence[Sequence[Hits]]) -> tuple[Tensor, Tensor]:
+    """Scores (M,) and maps of training images from their hits, once the banks' scales have been learned from them."""
+    for image in found:
+        for bank, hits in zip(graph.memory, image, strict=True):
+            bank.learn_scale(hits.distances[:, 0], hits.entries[:, 0])
+    outcomes = [graph.as_if_new(image) for image in found]
+    return torch.cat([scores for scores, _ in outcomes]), torch.cat([maps for _, maps in outcomes])
 
 
 def _learned(graph: nn.Module, scores: Tensor, maps: Tensor, facts: dict[str, Any]) -> Learned:
