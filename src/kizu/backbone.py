@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from kizu.errors import ModelError, OptionError, require
 
-__all__ = ["EMBEDDED", "Backbone", "create", "weights_hash"]
+__all__ = ["EMBEDDED", "Backbone", "blank", "create", "weights_hash"]
 
 # kizu's name → timm's name, package that carries the weights, file in it
 EMBEDDED = {
@@ -58,8 +58,25 @@ class Backbone(nn.Module):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """(B, 3, H, W) uint8 → [(B, C, H / reduction, W / reduction)] in the order of `layers`."""
-        maps = self.network((images.float() - self.mean) / self.std)
+        pixels = images.contiguous(memory_format=torch.channels_last).float()
+        maps = self.network((pixels - self.mean) / self.std)
         return [maps[index] for index in self.order]
+
+    def fold(self) -> None:
+        """Move each batch normalisation into the convolution before it, as a trial run shows the pairs.
+
+        Evaluation is some two times faster; results are the same to rounding.
+        """
+        for convolution, (parent, name) in _pairs(self.network):
+            norm = getattr(parent, name)
+            factor = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
+            bias = 0 if convolution.bias is None else convolution.bias.double()
+            shift = norm.bias.double() + factor * (bias - norm.running_mean.double())
+            weight = convolution.weight.double() * factor.view(-1, 1, 1, 1)
+            convolution.weight = nn.Parameter(weight.float(), requires_grad=False)
+            convolution.bias = nn.Parameter(shift.float(), requires_grad=False)
+            setattr(parent, name, getattr(norm, "act", None) or nn.Identity())
+        self.network.to(memory_format=torch.channels_last)
 
 
 def create(name: str, layers: tuple[str, ...] = (), weights: str | None = None) -> Backbone:
@@ -76,7 +93,15 @@ def create(name: str, layers: tuple[str, ...] = (), weights: str | None = None) 
     else:
         state = _from_hub(name)
     _load(backbone.network, state, weights or name)
-    return backbone.eval().requires_grad_(False)
+    backbone.eval().requires_grad_(False).fold()
+    return backbone
+
+
+def blank(name: str, layers: tuple[str, ...] = ()) -> Backbone:
+    """A backbone as `create` makes it, with any weights: for those of a saved model."""
+    backbone = Backbone(name, layers)
+    backbone.eval().requires_grad_(False).fold()
+    return backbone
 
 
 def weights_hash(graph: nn.Module) -> str:
@@ -87,6 +112,32 @@ def weights_hash(graph: nn.Module) -> str:
         digest.update(key.encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+def _pairs(network: nn.Module) -> list[tuple[nn.Conv2d, tuple[nn.Module, str]]]:
+    """Convolutions and where the batch normalisation is that takes the output of each, and nothing else does."""
+    made: dict[int, nn.Conv2d] = {}  # id of an output → what made it
+    taken: dict[int, list[nn.Module]] = {}  # id of an input → what takes it
+    kept: list[Tensor] = []  # so that no id is used twice
+    places = {child: (parent, name) for parent in network.modules() for name, child in parent.named_children()}
+
+    def note(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        for tensor in inputs:
+            if isinstance(tensor, Tensor):
+                taken.setdefault(id(tensor), []).append(module)
+                kept.append(tensor)
+        if isinstance(module, nn.Conv2d):
+            made[id(output)] = module
+            kept.append(output)
+
+    leaves = [module for module in places if isinstance(module, nn.BatchNorm2d) or not any(module.children())]
+    hooks = [module.register_forward_hook(note) for module in leaves]
+    with torch.inference_mode():
+        network(torch.zeros(1, 3, 64, 64))
+    for hook in hooks:
+        hook.remove()
+    takers = ((made[key], modules[0]) for key, modules in taken.items() if key in made and len(modules) == 1)
+    return [(convolution, places[norm]) for convolution, norm in takers if isinstance(norm, nn.BatchNorm2d)]
 
 
 def _stages(timm_name: str, name: str) -> dict[str, int]:

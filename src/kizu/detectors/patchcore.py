@@ -56,11 +56,10 @@ class Bank(nn.Module):
         self.register_buffer("sums", torch.zeros_like(self.half_norms))
         self.register_buffer("counts", torch.zeros_like(self.half_norms))
 
-    def search(self, queries: Tensor, count: int, own: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Distances and entries (N, count) nearest to queries (N, D), none of them from the images `own` (N,)."""
-        images = None if own is None else self.images
-        norms = self.half_norms
-        return nearest(queries, self.entries, count, half_norms=norms, query_images=own, bank_images=images)
+    def search(self, queries: Tensor, count: int, own: int | None = None) -> tuple[Tensor, Tensor]:
+        """Distances and entries (N, count) nearest to queries (N, D), none of them from the training image `own`."""
+        excluded = None if own is None else self.images == own
+        return nearest(queries, self.entries, count, half_norms=self.half_norms, excluded=excluded)
 
     def learn_scale(self, distances: Tensor, entries: Tensor) -> None:
         """Remember the distances (N,) of training patches to their nearest entries (N,) from other images."""
@@ -136,8 +135,7 @@ class PatchCoreGraph(nn.Module):
 
     def search(self, bank: Bank, queries: Tensor, own: int | None = None) -> Hits:
         """What is nearest in a bank, among the entries that are not from the image `own`."""
-        excluded = None if own is None else torch.full(queries.shape[:1], own, device=queries.device)
-        distances, entries = bank.search(queries, self.config.neighbours, excluded)
+        distances, entries = bank.search(queries, self.config.neighbours, own)
         return Hits(distances, entries, queries if self.config.reweight > 1 else None, own)
 
     def as_if_new(self, hits: Sequence[Hits]) -> tuple[Tensor, Tensor]:
@@ -180,8 +178,7 @@ class PatchCoreGraph(nn.Module):
         bank = self.memory[0]
         assert hit.queries is not None
         nearest_entries = bank.entries[hit.entries[worst, 0]]  # m* (B, D)
-        excluded = None if hit.own is None else torch.full(worst.shape, hit.own, device=worst.device)
-        _, around = bank.search(nearest_entries, self.config.reweight, excluded)  # (B, b), m* first
+        _, around = bank.search(nearest_entries, self.config.reweight, hit.own)  # (B, b), m* first
         distances = (hit.queries[worst][:, None] - bank.entries[around]).norm(dim=2)
         return 1 - torch.softmax(distances, dim=1)[:, 0]
 
@@ -392,7 +389,7 @@ def _summary(
 
 
 def _restore_one(config: PatchCoreConfig, tensors: dict[str, Tensor], prefix: str) -> PatchCoreGraph:
-    graph = PatchCoreGraph(config, backbone.Backbone(config.backbone, config.layers))
+    graph = PatchCoreGraph(config, backbone.blank(config.backbone, config.layers))
     names = [f"{prefix}banks.{number}" for number in range(len(graph.taps))]
     banks = [Bank(tensors[f"{name}.entries"], tensors[f"{name}.images"]) for name in names]
     grid = (tensors[f"{prefix}upsample.rows"].shape[1], tensors[f"{prefix}upsample.columns"].shape[1])
