@@ -36,7 +36,7 @@ def main() -> None:
     }
     config = build(CONFIGS[options.method], chosen)
     with tempfile.TemporaryDirectory() as scratch:
-        folders = options.data or ([demo.render(scratch)] if options.quick else _present())
+        folders = options.data or ([demo.render(scratch)] if options.quick else present())
         results = []
         for folder in folders:
             data = dataset.find(Path(folder))
@@ -52,7 +52,7 @@ def main() -> None:
         write_text(options.output, results_csv(results))
 
 
-def _present() -> list[Path]:
+def present() -> list[Path]:
     folders = [SHARED / name for name in ("mvtec_ad", "magnetic_tile", "mvtec_loco/juice_bottle")]
     if not all(folder.is_dir() for folder in folders):
         sys.exit(f"There are no images at {SHARED}: name a data set, or use --quick")

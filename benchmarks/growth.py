@@ -126,7 +126,7 @@ def measure_fit(path: str) -> dict[str, float]:
     seconds = detector.seconds | {"fit": time.perf_counter() - start}
     peak = memory("VmHWM") - bare
     detector.save(job["model"])
-    return {stage: seconds.get(stage, 0.0) for stage in STAGES} | {"fit_mib": peak, "bank": detector.facts["bank"]}
+    return {stage: seconds.get(stage, 0.0) for stage in STAGES} | {"fit_mib": peak, "bank": sum(detector.facts["bank"])}
 
 
 def measure_predict(path: str) -> dict[str, float]:

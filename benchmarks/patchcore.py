@@ -209,7 +209,8 @@ def measure_kizu(job: dict[str, Any]) -> dict[str, Any]:
     bare = memory("VmRSS")
     import kizu
 
-    detector = kizu.PatchCore(backbone="resnet18", layers=LAYERS, weights=job["weights"], coreset=job["coreset"])
+    settings = {"size": 256, "fusion": "stack", "coreset": job["coreset"]}  # one bank of both layers, as the peer has
+    detector = kizu.PatchCore(backbone="resnet18", layers=LAYERS, weights=job["weights"], **settings)
     folder = Path(job["folder"])
     start = time.perf_counter()
     detector.fit(sorted(Path(folder, "train", "good").iterdir()))
@@ -220,9 +221,9 @@ def measure_kizu(job: dict[str, Any]) -> dict[str, Any]:
         "predict_1": statistics.median(one_by_one(detector.predict, files)),
         "predict_16": statistics.median(in_batches(detector, folder)),
         "memory": memory("VmHWM") - bare,
-        "radius": detector.facts.get("radius"),
-        "bank": detector.facts["bank"],
-        "patches": detector.facts["patches"],
+        "radius": detector.facts["radius"][0],
+        "bank": detector.facts["bank"][0],
+        "patches": detector.facts["patches"][0],
         "version": f"kizu {kizu.__version__}, torch {torch.__version__}, timm {timm.__version__}",
     }
     predictions = [detector.predict(file) for file in files]

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 from PIL import Image
 
 from test_detectors import part
+from test_image import bad_files
 
 KIZU = Path(sys.executable).with_name("kizu")
 
@@ -80,7 +82,7 @@ def test_help_is_quick_and_light():
 
 
 def test_every_command_has_help_with_an_example():
-    commands = ["train", "evaluate", "predict", "data", "demo", "info", "doctor"]
+    commands = ["train", "update", "merge", "evaluate", "predict", "data", "demo", "info", "doctor"]
     listing = kizu("--help").stdout
     for command in commands:
         assert command in listing
@@ -116,22 +118,65 @@ def test_the_same_command_gives_the_same_model_and_predictions(trained, tmp_path
 
 def test_predict_judges_files_folders_and_globs_and_survives_a_broken_one(trained, tmp_path):
     data, run, _ = trained
-    (tmp_path / "broken.png").write_bytes(b"\x89PNG nothing")
+    (tmp_path / "bad").mkdir()
+    bad = list(bad_files(tmp_path / "bad"))
     save(tmp_path / "more" / "0.png", part(77))
     done = kizu(
-        *("predict", run, data / "test" / "spot" / "*.png", tmp_path / "broken.png", tmp_path / "more"),
+        *("predict", run, data / "test" / "spot" / "*.png", *(path for path, _ in bad), tmp_path / "more"),
+        *("--csv", tmp_path / "out.csv", "--overlays", tmp_path / "seen", "--json"),
+        code=2,  # one of them is a folder without an image
+    )
+    assert "folder.png: there are no images in this folder" in done.stderr
+    bad = [(path, reason) for path, reason in bad if not path.is_dir()]
+    done = kizu(
+        *("predict", run, data / "test" / "spot" / "*.png", *(path for path, _ in bad), tmp_path / "more"),
         *("--csv", tmp_path / "out.csv", "--overlays", tmp_path / "seen", "--json"),
         code=1,
     )
     rows = json.loads(done.stdout)
-    assert [row["verdict"] for row in rows] == ["stop"] * 4 + ["error", "pass"]
-    assert "not an image" in rows[4]["error"] and rows[4]["score"] is None
+    assert [row["verdict"] for row in rows] == ["stop"] * 4 + ["error"] * len(bad) + ["pass"]
+    for row, (path, reason) in zip(rows[4:], bad, strict=False):
+        assert row["path"] == str(path) and reason in row["error"] and row["score"] is None
     written = table(tmp_path / "out.csv")
     assert list(written[0]) == ["image", "score", "threshold", "verdict", "seconds", "error"]
     assert [row["verdict"] for row in written] == [row["verdict"] for row in rows]
     overlays = sorted(path.name for path in (tmp_path / "seen").iterdir())
     assert len(overlays) == 5  # two files are named 0.png, and none overwrites the other
     assert "stop" in kizu("predict", run, data / "test" / "spot").stdout
+
+
+def test_training_on_bad_files_stops_before_any_work_with_all_of_them(tmp_path):
+    for seed in range(4):
+        save(tmp_path / "photos" / f"good{seed}.png", part(seed))
+    bad = [(path, reason) for path, reason in bad_files(tmp_path / "photos") if path.is_file()]
+    command = ("train", "patchcore", tmp_path / "photos", "--output", tmp_path / "results", *FAST)
+    errors = kizu(*command, code=2).stderr
+    assert all(f"{path}: " in errors and reason in errors for path, reason in bad) and "--skip-bad" in errors
+    assert not list((tmp_path / "results").rglob("model.json"))
+    kizu(*command, "--skip-bad", "--name", "rest")
+    assert "4 good images" in kizu("info", tmp_path / "results" / "project" / "group" / "rest").stdout
+
+
+def test_models_are_updated_rolled_back_and_merged(trained, tmp_path):
+    _, run, _ = trained
+    model, more = tmp_path / "model", tmp_path / "more"
+    shutil.copytree(run / "models" / "disc", model)
+    for seed in range(5):
+        save(more / f"{seed}.png", part(200 + seed))
+    assert "13 good images" in kizu("update", model, more).stdout
+    assert "13 good images" in kizu("info", model).stdout
+    kizu("merge", model, run, "--output", tmp_path / "both")
+    assert "21 good images" in kizu("info", tmp_path / "both").stdout
+    assert "8 good images" in kizu("update", model, "--rollback").stdout
+    assert "no previous model" in kizu("update", model, "--rollback", code=2).stderr
+    tensors = "model.safetensors"
+    assert (model / tensors).read_bytes() == (run / "models" / "disc" / tensors).read_bytes()
+
+
+def test_profile_says_where_the_time_goes(trained):
+    data, run, _ = trained
+    printed = kizu("predict", run, data / "test" / "good", "--profile").stdout
+    assert all(word in printed for word in ("decode", "backbone", "search and score"))
 
 
 def test_evaluating_again_gives_the_same_numbers(trained, tmp_path):

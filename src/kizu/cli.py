@@ -154,6 +154,7 @@ def _train_command(method: str) -> click.Command:
     @click.option("--resume", is_flag=True, help="Go on with a run that was interrupted.")
     @click.option("--overwrite", is_flag=True, help="Replace a run of the same name.")
     @click.option("--skip-bad", is_flag=True, help="Leave out training images that cannot be read.")
+    @click.option("--profile", is_flag=True, help="Say where the time went.")
     @click.option("--memory", metavar="AMOUNT", help="Bound the working data, e.g. 2GB. Default: half of what is free.")
     @quiet_option
     @json_option
@@ -175,6 +176,9 @@ def _train_command(method: str) -> click.Command:
                 **{key: options[key] for key in ("name", "resume", "overwrite", "skip_bad", "memory")},
             )
         terminal.print_results(results, finished.folder, options)
+        if options["profile"]:
+            rows = [{"category": r.category, **{k: f"{v:.3f} s" for k, v in r.seconds.items()}} for r in results]
+            terminal.print_table(rows)
 
     command.headings = {
         "Data": ("categories", "layout", "good", "bad", "skip_bad"),
@@ -321,6 +325,7 @@ def merge(models: tuple[str, ...], output: str, quiet: bool) -> None:
 @click.argument("images", nargs=-1, required=True)
 @click.option("--csv", "csv_file", metavar="FILE", help="Write a row an image.")
 @click.option("--overlays", metavar="DIR", help="Write each photograph with its heat map and contours.")
+@click.option("--profile", is_flag=True, help="Say where the time goes, over the first 20 photographs.")
 @quiet_option
 @json_option
 def predict(model: str, images: tuple[str, ...], csv_file: str | None, overlays: str | None, **options: Any) -> None:
@@ -332,7 +337,7 @@ def predict(model: str, images: tuple[str, ...], csv_file: str | None, overlays:
     Example:  kizu predict results/project/group/run new/*.png --csv verdicts.csv --overlays seen
     """
     from kizu import load
-    from kizu.prediction import judge, listing, write_csv
+    from kizu.prediction import judge, listing, profile, write_csv
 
     detector = load(_model_folder(model))
     paths = listing(images)
@@ -344,6 +349,10 @@ def predict(model: str, images: tuple[str, ...], csv_file: str | None, overlays:
         click.echo(json.dumps([row.to_json() for row in rows], indent=1, ensure_ascii=False))
     else:
         terminal.print_verdicts(rows, options)
+    if options["profile"]:
+        readable = [path for path, row in zip(paths, rows, strict=True) if not row.error]
+        spent = profile(detector, readable) if readable else {}
+        terminal.print_table([{"where": name, "ms an image": f"{value:.1f}"} for name, value in spent.items()])
     if any(row.error for row in rows):
         click.get_current_context().exit(1)
 
