@@ -20,7 +20,7 @@ __all__ = ["Coreset", "Summary", "select"]
 
 CANDIDATES = 512
 DECAY = 0.95
-BLOCK = 4096  # rows, and
+BLOCK = 2048  # rows, and
 CENTRES = 512  # centres at a time in a matrix product
 CHUNK = 2**17  # rows that a summary reduces at a time
 OVERSAMPLING = 2
@@ -59,9 +59,8 @@ def select(
         return Coreset(chosen, _radius(rows, rows[chosen.to(rows.device)]))
     if sampler == "k_center":
         points = rows
-        start = (rows - rows.mean(0)).norm(dim=1)
-        first = int(start.argmax())
-        distances = (rows - rows[first]).norm(dim=1)
+        first = int(_distances_to(rows, rows.mean(0)).argmax())
+        distances = _distances_to(rows, rows[first])
         picks = [first]
     elif sampler == "approx_greedy_coreset":
         points = _project(rows, generator)
@@ -85,7 +84,7 @@ def _farthest_first(
     progress: Callable[[int, int], None] | None,
 ) -> Coreset:
     """Exact greedy from given initial distances (N,), which are worked on in place."""
-    half_norms = points.square().sum(1) / 2
+    half_norms = torch.cat([block.square().sum(1) for block in points.split(BLOCK)]) / 2
     seen = torch.full(distances.shape, len(picks), device=points.device)  # how many picks a row's distance knows of
     chosen = torch.tensor(picks, dtype=torch.long, device=points.device)
     distances[chosen] = -1  # never again
@@ -137,17 +136,25 @@ def _catch_up(
     points: Tensor, half_norms: Tensor, rows: Tensor, seen: Tensor, chosen: Tensor, distances: Tensor
 ) -> None:
     """distances[rows] ← min(distances[rows], distance to the nearest of the picks that a row does not know of)."""
+    gathered = points.new_empty(BLOCK, points.shape[1])  # both written again and again: fresh memory costs more
+    table = points.new_empty(BLOCK, CENTRES)  # than the product
     for known in seen[rows].unique().tolist():
         if known == len(chosen):
             continue
         stale = rows[seen[rows] == known]
         for some in chosen[known:].split(CENTRES):
             centres, norms = points[some].T, half_norms[some]
+            cells = table.view(-1)[: BLOCK * len(some)].view(BLOCK, -1)
             for block in stale.split(BLOCK):
-                nearest = torch.addmm(norms, points[block], centres, alpha=-1).amin(1)
+                those = torch.index_select(points, 0, block, out=gathered[: len(block)])
+                nearest = torch.addmm(norms, those, centres, alpha=-1, out=cells[: len(block)]).amin(1)
                 squared = (2 * (nearest + half_norms[block])).clamp_(min=0)
                 distances[block] = torch.minimum(distances[block], squared.sqrt_())
     seen[rows] = len(chosen)
+
+
+def _distances_to(rows: Tensor, point: Tensor) -> Tensor:
+    return torch.cat([(block - point).norm(dim=1) for block in rows.split(BLOCK)])
 
 
 def _project(rows: Tensor, generator: torch.Generator, dimension: int = 128) -> Tensor:

@@ -38,6 +38,12 @@ class Hits(NamedTuple):
     queries: Tensor | None  # (N, D), where Eq. 7 needs them
     own: int | None  # the training image that they are of, whose own entries did not count
 
+    def moved_to(self, place: tuple[Tensor, Tensor], position: int) -> "Hits":
+        """The same in a place for many: small tensors among large ones would scatter over the memory."""
+        distances, entries = place[0][position], place[1][position]
+        distances[:], entries[:] = self.distances, self.entries
+        return self._replace(distances=distances, entries=entries)
+
 
 class Bank(nn.Module):
     """A memory of K good patches (K, D). N queries, B images of P patches."""
@@ -116,6 +122,7 @@ class PatchCoreGraph(nn.Module):
     def complete(self, banks: Sequence[Bank], grids: Sequence[tuple[int, int]]) -> None:
         """Give it its memory, and the grid of patches (h, w) that each bank is for; the map is made from the first."""
         self.banks, self.grids = nn.ModuleList(banks), list(grids)
+        self.register_buffer("grid_sizes", torch.tensor(grids))  # so that a saved model knows them
         self.upsample = MapUpsampling(grids[0], self.config.size, self.config.smoothing).to(banks[0].entries.device)
 
     @property
@@ -137,6 +144,12 @@ class PatchCoreGraph(nn.Module):
         """What is nearest in a bank, among the entries that are not from the image `own`."""
         distances, entries = bank.search(queries, self.config.neighbours, own)
         return Hits(distances, entries, queries if self.config.reweight > 1 else None, own)
+
+    def room_for_hits(self, images: int, which: int) -> tuple[Tensor, Tensor]:
+        """Places for the distances and entries that so many images find in one of the banks."""
+        bank, (height, width) = self.memory[which], self.grids[which]
+        shape = (images, height * width, min(self.config.neighbours, len(bank.entries)))
+        return bank.entries.new_empty(shape), bank.images.new_empty(shape)
 
     def as_if_new(self, hits: Sequence[Hits]) -> tuple[Tensor, Tensor]:
         """Score (1,) and map of a training image, from hits among other images' entries, as if it were not learned."""
@@ -284,13 +297,16 @@ class PatchCore(Detector):
         Where the features are not all at hand any more they are computed again, of at most `CALIBRATED` images.
         """
         at_hand = all(summary.is_whole for summary in summaries)
-        for number in range(0, len(photos), 1 if at_hand else max(1, len(photos) // CALIBRATED)):
+        numbers = range(0, len(photos), 1 if at_hand else max(1, len(photos) // CALIBRATED))
+        kept = [graph.room_for_hits(len(numbers), which) for which in range(len(graph.grids))]
+        for position, number in enumerate(numbers):
             if at_hand:
                 features = [summary.rows.view(len(photos), -1, summary.rows.shape[1])[number] for summary in summaries]
             else:
                 pixels = torch.from_numpy(photos.batch(number, number + 1)).to(self.device)
                 features = [as_rows(layer) for layer in graph.embed(pixels)]
-            yield [graph.search(bank, rows, number) for bank, rows in zip(graph.memory, features, strict=True)]
+            hits = [graph.search(bank, rows, number) for bank, rows in zip(graph.memory, features, strict=True)]
+            yield [hit.moved_to(place, position) for hit, place in zip(hits, kept, strict=True)]
             progress("Threshold", number + 1, len(photos))
 
     def update(
@@ -392,8 +408,7 @@ def _restore_one(config: PatchCoreConfig, tensors: dict[str, Tensor], prefix: st
     graph = PatchCoreGraph(config, backbone.blank(config.backbone, config.layers))
     names = [f"{prefix}banks.{number}" for number in range(len(graph.taps))]
     banks = [Bank(tensors[f"{name}.entries"], tensors[f"{name}.images"]) for name in names]
-    grid = (tensors[f"{prefix}upsample.rows"].shape[1], tensors[f"{prefix}upsample.columns"].shape[1])
-    graph.complete(banks, [grid] * len(banks))
+    graph.complete(banks, [(height, width) for height, width in tensors[f"{prefix}grid_sizes"].tolist()])
     return graph
 
 
