@@ -30,13 +30,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "stacked layers": {"fusion": "stack"},
     "worst patch alone": {"top": 0},
     "256 × 256": {"size": 256},
-    "patchsize 1": {"patchsize": 1},
     "patchsize 5": {"patchsize": 5},
     "fine layer alone": {"layers": "blocks.2"},
     "coarse layer alone": {"layers": "blocks.4"},
     "1 % banks": {"coreset": 0.01},
-    "10 % banks": {"coreset": 0.1},
-    "3 neighbours": {"neighbours": 3},
+    "4 % banks": {"coreset": 0.04},
 }
 
 

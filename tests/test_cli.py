@@ -153,8 +153,8 @@ def test_training_on_bad_files_stops_before_any_work_with_all_of_them(tmp_path):
     errors = kizu(*command, code=2).stderr
     assert all(f"{path}: " in errors and reason in errors for path, reason in bad) and "--skip-bad" in errors
     assert not list((tmp_path / "results").rglob("model.json"))
-    kizu(*command, "--skip-bad", "--name", "rest")
-    assert "4 good images" in kizu("info", tmp_path / "results" / "project" / "group" / "rest").stdout
+    kizu(*command, "--skip-bad")
+    assert "4 good images" in kizu("info", tmp_path / "results" / "project" / "group" / "run").stdout
 
 
 def test_models_are_updated_rolled_back_and_merged(trained, tmp_path):

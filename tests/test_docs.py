@@ -1,5 +1,6 @@
 """Every snippet in the README and the documents runs."""
 
+import csv
 import re
 import shlex
 import subprocess
@@ -64,3 +65,12 @@ def test_the_drawing_shows_every_room():
     drawing = (ROOT / "docs" / "architecture.md").read_text()
     for path in (ROOT / "src" / "kizu").glob("*.py"):
         assert path.name in drawing, f"{path.name} is not in docs/architecture.md"
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/benchmarks.md"])
+def test_the_published_table_is_the_measured_one(page):
+    text = (ROOT / page).read_text()
+    for row in csv.DictReader((ROOT / "benchmarks" / "results" / "accuracy.csv").read_text().splitlines()):
+        values = (row[key] for key in ("image_auroc", "pixel_auroc", "au_pro"))
+        cells = " | ".join(value if value == "n/a" else f"{float(value):.4f}" for value in values)
+        assert f"| {row['category'].replace('_', ' ')} | {cells} |" in text, row["category"]

@@ -74,6 +74,8 @@ def cli() -> None:
     kizu demo                                a whole run on rendered parts, in a minute
     kizu train patchcore photos/good         learn what good parts look like
     kizu predict results/…/models/good new/  judge new photographs
+
+    Exit codes: 0 done; 1 done, but some images could not be judged; 2 not done; 130 interrupted.
     """
 
 

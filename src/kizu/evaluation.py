@@ -110,7 +110,11 @@ def evaluate(
     elapsed = time.perf_counter() - start
     order = {sample.name(root): index for index, sample in enumerate(samples)}
     judged.sort(key=lambda row: order[row.image])
+    if progress:
+        progress("Measuring", 0, 1)
     values, reasons, notes = _measure(predictions)
+    if progress:
+        progress("Measuring", 1, 1)
     return CategoryResult(
         category=category,
         train_images=detector.training.get("images", 0),

@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import count, islice, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +73,8 @@ def open_run(parent: Path, name: str | None, about: dict[str, Any], *, resume: b
     rather than mix two runs or overwrite one that was not meant.
     """
     if name is None:
-        taken = [candidate for candidate in _names() if (parent / candidate).exists()] if parent.exists() else []
-        name = (taken[-1] if taken else "run") if resume else next(c for c in _names(len(taken) + 2) if c not in taken)
+        taken = list(takewhile(lambda candidate: (parent / candidate).exists(), _names()))
+        name = taken[-1] if resume and taken else next(islice(_names(), len(taken), None))
     run = Run(parent / name)
     if run.folder.exists() and resume:
         if not run.unfinished.exists():
@@ -94,9 +95,9 @@ def open_run(parent: Path, name: str | None, about: dict[str, Any], *, resume: b
     return run
 
 
-def _names(most: int = 10_000) -> Iterator[str]:
+def _names() -> Iterator[str]:
     yield "run"
-    yield from (f"run-{number}" for number in range(2, most + 1))
+    yield from (f"run-{number}" for number in count(2))
 
 
 def train(
@@ -123,33 +124,33 @@ def train(
     settings = {"method": method, "config": config.model_dump(mode="json"), "data": str(data.root.resolve())}
     about = {**settings, "categories": categories, "data_hash": fingerprint(data.samples)}
     run = open_run(parent, name, about, resume=resume, overwrite=overwrite)
-    results = []
-    with _logging_to(run.folder / "log.txt"):
-        log.info("%s", command_line())
-        for category in categories:
-            result = run.finished(category)
-            if result is None:
-                detector = kind(config)
-                detector.fit(
-                    data.select(category, "train"),
-                    held_out=data.select(category, "validation"),
-                    skip_bad=skip_bad,
-                    memory=memory,
-                    progress=progress(category),
-                )
-                result = evaluate(
-                    detector,
-                    data.select(category, "test"),
-                    category=category,
-                    root=data.root,
-                    progress=progress(category),
-                )
-                detector.save(run.model(category))
-                files.write_text(run.unfinished / f"{category}.json", json.dumps(result.to_json()))
-            results.append(result)
-            log.info("%s: %s", category, _one_line(result))
-        _finish(run, about, results, time.time() - start)
-        log.info("finished: %s", run.folder)
+    results: list[CategoryResult] = []
+    try:
+        with _logging_to(run.folder / "log.txt"):
+            log.info("%s", command_line())
+            for category in categories:
+                result = run.finished(category)
+                if result is None:
+                    detector = kind(config)
+                    detector.fit(
+                        data.select(category, "train"),
+                        held_out=data.select(category, "validation"),
+                        skip_bad=skip_bad,
+                        memory=memory,
+                        progress=progress(category),
+                    )
+                    test = data.select(category, "test")
+                    result = evaluate(detector, test, category=category, root=data.root, progress=progress(category))
+                    detector.save(run.model(category))
+                    files.write_text(run.unfinished / f"{category}.json", json.dumps(result.to_json()))
+                results.append(result)
+                log.info("%s: %s", category, _one_line(result))
+            _finish(run, about, results, time.time() - start)
+            log.info("finished: %s", run.folder)
+    except KizuError:
+        if not results:  # nothing to resume, and the name is free again
+            shutil.rmtree(run.folder)
+        raise
     return run, results
 
 

@@ -149,6 +149,8 @@ class Detector:
         """
         progress = progress or (lambda stage, done, total: None)
         most = budget(memory)
+        if self.device.type == "cuda":
+            most = min(most, torch.cuda.mem_get_info(self.device)[0])
         self.seconds = {}
         with ExitStack() as open_files:
             with self.timed("decode"):

@@ -6,8 +6,9 @@ a layer instead of one of all layers (`fusion`), distances measured in units of 
 """
 
 import hashlib
+import statistics
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -15,96 +16,18 @@ from torch.nn import functional as F
 
 from kizu import backbone, coreset
 from kizu.backbone import weights_hash
+from kizu.bank import Bank, Hits
 from kizu.config import PatchCoreConfig
 from kizu.detectors.detector import Detector, Learned, Progress
 from kizu.errors import DataError, ModelError
 from kizu.maps import MapUpsampling
 from kizu.memory import budget
-from kizu.neighbours import nearest
 from kizu.patches import PatchFeatures
 from kizu.preprocess import Stack
 
 __all__ = ["PatchCore"]
 
 CALIBRATED = 1000  # images that set scales and threshold where their features must be computed again for it
-PRIOR = 5  # patches: how firmly an entry's scale holds to that of all entries
-
-
-class Hits(NamedTuple):
-    """What a search in a bank found, for N patches of images."""
-
-    distances: Tensor  # (N, n)
-    entries: Tensor  # (N, n)
-    queries: Tensor | None  # (N, D), where Eq. 7 needs them
-    own: int | None  # the training image that they are of, whose own entries did not count
-
-    def moved_to(self, place: tuple[Tensor, Tensor], position: int) -> "Hits":
-        """The same in a place for many: small tensors among large ones would scatter over the memory."""
-        distances, entries = place[0][position], place[1][position]
-        distances[:], entries[:] = self.distances, self.entries
-        return self._replace(distances=distances, entries=entries)
-
-
-class Bank(nn.Module):
-    """A memory of K good patches (K, D). N queries, B images of P patches."""
-
-    entries: Tensor  # (K, D)
-    half_norms: Tensor  # (K,) ‖entry‖² / 2
-    images: Tensor  # (K,) the training image that each is from
-    sums: Tensor  # (K,) of the distances of the training patches nearest to each entry, other images' only,
-    counts: Tensor  # (K,) and how many these are
-
-    def __init__(self, entries: Tensor, images: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("entries", entries)
-        self.register_buffer("half_norms", entries.square().sum(1) / 2)
-        self.register_buffer("images", images)
-        self.register_buffer("sums", torch.zeros_like(self.half_norms))
-        self.register_buffer("counts", torch.zeros_like(self.half_norms))
-
-    def search(self, queries: Tensor, count: int, own: int | None = None) -> tuple[Tensor, Tensor]:
-        """Distances and entries (N, count) nearest to queries (N, D), none of them from the training image `own`."""
-        excluded = None if own is None else self.images == own
-        return nearest(queries, self.entries, count, half_norms=self.half_norms, excluded=excluded)
-
-    def learn_scale(self, distances: Tensor, entries: Tensor) -> None:
-        """Remember the distances (N,) of training patches to their nearest entries (N,) from other images."""
-        known = distances.isfinite()
-        self.sums.index_add_(0, entries[known], distances[known])
-        self.counts.index_add_(0, entries[known], torch.ones_like(distances[known]))
-
-    def exchange(self, rows: Tensor, images: Tensor) -> None:
-        """Keep as many entries as before, those of the old ones and the rows (N, D) that cover both best."""
-        both = torch.cat([self.entries, rows])
-        kept = coreset.select(both, len(self.entries)).indices.to(both.device).sort().values
-        nothing = torch.zeros_like(rows[:, 0])
-        self.half_norms = both[kept].square().sum(1) / 2
-        self.images = torch.cat([self.images, images])[kept]
-        self.sums, self.counts = torch.cat([self.sums, nothing])[kept], torch.cat([self.counts, nothing])[kept]
-        self.entries = both[kept]
-
-    @classmethod
-    def joined(cls, shards: "Sequence[Bank]", starts: Sequence[int]) -> "Bank":
-        """The banks of several shards side by side, whose images are numbered from `starts`."""
-        images = torch.cat([shard.images + start for shard, start in zip(shards, starts, strict=True)])
-        bank = cls(torch.cat([shard.entries for shard in shards]), images)
-        bank.sums = torch.cat([shard.sums for shard in shards])
-        bank.counts = torch.cat([shard.counts for shard in shards])
-        return bank
-
-    def usual(self, local: bool, without: Hits | None = None) -> Tensor:
-        """How far good patches usually are from each entry (K,), or from all of them.
-
-        `without` are the hits of a training image that is to be judged as if it had not been learned from.
-        """
-        sums, counts = self.sums, self.counts
-        if without is not None:
-            known = without.distances[:, 0].isfinite()
-            distances, entries = without.distances[known, 0], without.entries[known, 0]
-            sums = sums.index_add(0, entries, -distances)
-            counts = counts.index_add(0, entries, -torch.ones_like(distances))
-        overall = (sums.sum() / counts.sum().clamp(min=1)).clamp(min=1e-6)
-        return (sums + PRIOR * overall) / (counts + PRIOR) if local else overall.expand_as(sums)
 
 
 class PatchCoreGraph(nn.Module):
@@ -136,6 +59,12 @@ class PatchCoreGraph(nn.Module):
         return [self.patches(maps[tap]) for tap in self.taps]
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        scores, grid = self.rate(images)
+        anomaly_maps: Tensor = self.upsample(grid)
+        return scores, anomaly_maps
+
+    def rate(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, 3, H, W) → scores (B,) and patch scores (B, h, w)."""
         layers = self.embed(images)
         hits = [self.search(bank, as_rows(layer)) for bank, layer in zip(self.memory, layers, strict=True)]
         return self.judge(hits, [layer.shape for layer in layers])
@@ -152,14 +81,14 @@ class PatchCoreGraph(nn.Module):
         return bank.entries.new_empty(shape), bank.images.new_empty(shape)
 
     def as_if_new(self, hits: Sequence[Hits]) -> tuple[Tensor, Tensor]:
-        """Score (1,) and map of a training image, from hits among other images' entries, as if it were not learned."""
+        """As `rate`, a training image from its hits among other images' entries, as if it had not been learned from."""
         shapes = [(1, 0, *grid) for grid in self.grids]
         return self.judge(hits, shapes, as_if_new=True)
 
     def judge(
         self, hits: Sequence[Hits], shapes: Sequence[Sequence[int]], as_if_new: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """Scores and maps of images from the nearest entries in each bank, whose features were of `shapes`."""
+        """Scores and patch scores of images from their hits in each bank, for features of `shapes`."""
         grids = []
         for bank, hit, (count, _, height, width) in zip(self.memory, hits, shapes, strict=True):
             grids.append(self.patch_scores(bank, hit, as_if_new).view(count, 1, height, width))
@@ -173,8 +102,7 @@ class PatchCoreGraph(nn.Module):
         if self.config.reweight > 1:
             worst = flat.argmax(1) + torch.arange(len(flat), device=flat.device) * flat.shape[1]
             scores = scores * self.weight(hits[0], worst)
-        anomaly_maps: Tensor = self.upsample(grid[:, 0])
-        return scores, anomaly_maps
+        return scores, grid[:, 0]
 
     def patch_scores(self, bank: Bank, hit: Hits, as_if_new: bool) -> Tensor:
         """(N,): distances as they are, or in units of what is usual around the entries, or in the whole bank."""
@@ -211,6 +139,14 @@ class EnsembleGraph(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         return self.combine([member(images) for member in self.members])
 
+    def learn_stats(self, rated: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """From each member's scores (M,) and patch scores (M, h, w) of good images."""
+        for number, (scores, grids) in enumerate(rated):
+            known = scores.isfinite()
+            for stats, values in ((self.score_stats, scores[known]), (self.map_stats, grids[known])):
+                if len(values):
+                    stats[number] = torch.stack([values.mean(), values.std(correction=0).clamp(min=1e-6)])
+
     def combine(self, outcomes: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         """Scores (B,) and maps (B, 1, H, W) of each member → of all together."""
         scores = [(s - mean) / std for (s, _), (mean, std) in zip(outcomes, self.score_stats, strict=True)]
@@ -224,28 +160,19 @@ class PatchCore(Detector):
     method = "patchcore"
 
     def learn(self, photos: Stack, held_out: Stack, memory: int, progress: Progress) -> Learned:
-        members, outcomes, facts = [], [], []
         with torch.inference_mode():
-            for config in self.config.members():
-                graph, outcome, fact = self._learn_one(config, photos, held_out, memory, progress)
-                members.append(graph)
-                outcomes.append(outcome)
-                facts.append(fact)
-            if len(members) == 1:
-                return _learned(members[0], *outcomes[0], facts[0])
-            ensemble = EnsembleGraph(members).to(self.device)
-            for number, (scores, maps) in enumerate(outcomes):
-                for stats, values in ((ensemble.score_stats, scores), (ensemble.map_stats, maps)):
-                    values = values[scores.isfinite()]
-                    if len(values):
-                        spread = values.std(correction=0).clamp(min=1e-6)
-                        stats[number] = torch.stack([values.mean(), spread])
-            return _learned(ensemble, *ensemble.combine(outcomes), {"members": facts})
+            learned = [self._learn_one(config, photos, held_out, memory, progress) for config in self.config.members()]
+            graphs, rated, facts = zip(*learned, strict=True)
+            if len(graphs) == 1:
+                return _learned(graphs[0], graphs, rated, facts[0])
+            ensemble = EnsembleGraph(graphs).to(self.device)
+            ensemble.learn_stats(rated)
+            return _learned(ensemble, graphs, rated, {"members": list(facts)})
 
     def _learn_one(
         self, config: PatchCoreConfig, photos: Stack, held_out: Stack, memory: int, progress: Progress
     ) -> tuple[PatchCoreGraph, tuple[Tensor, Tensor], dict[str, Any]]:
-        """One member: its graph, its scores and maps of good images held out, and facts."""
+        """One member: its graph, its scores and patch scores of good images held out, and facts."""
         network = backbone.create(config.backbone, config.layers, config.weights)
         graph = PatchCoreGraph(config, network.to(self.device))
         summaries: list[coreset.Summary] = []
@@ -281,13 +208,13 @@ class PatchCore(Detector):
         held_out: Stack,
         progress: Progress,
     ) -> tuple[Tensor, Tensor]:
-        """Scores (M,) and maps of the held-out images, or else of the training images, each as if it were new."""
+        """Scores (M,) and patch scores of the held-out images, or else of the training images, each as if new."""
         found = list(self._search_among_others(graph, photos, summaries, progress))
         as_new = _judged_as_new(graph, found)
         if not len(held_out):
             return as_new
-        outcomes = [graph(pixels) for _, pixels in self.stream(held_out, "Threshold", progress)]
-        return torch.cat([scores for scores, _ in outcomes]), torch.cat([maps for _, maps in outcomes])
+        rated = [graph.rate(pixels) for _, pixels in self.stream(held_out, "Threshold", progress)]
+        return torch.cat([scores for scores, _ in rated]), torch.cat([grids for _, grids in rated])
 
     def _search_among_others(
         self, graph: PatchCoreGraph, photos: Stack, summaries: Sequence[coreset.Summary], progress: Progress
@@ -338,7 +265,7 @@ class PatchCore(Detector):
                 for number, image in zip(numbers.tolist(), pixels.split(1), strict=True):
                     layers = zip(graph.memory, graph.embed(image), strict=True)
                     found.append([graph.search(bank, as_rows(layer), before + number) for bank, layer in layers])
-            new = _learned(graph, *_judged_as_new(graph, found), self.facts)
+            new = _learned(graph, [graph], [_judged_as_new(graph, found)], self.facts)
         self.training = {
             "images": before + len(names),
             "hash": hashlib.blake2b((self.training["hash"] + photos.hash).encode(), digest_size=16).hexdigest(),
@@ -413,16 +340,29 @@ def _restore_one(config: PatchCoreConfig, tensors: dict[str, Tensor], prefix: st
 
 
 def _judged_as_new(graph: PatchCoreGraph, found: Sequence[Sequence[Hits]]) -> tuple[Tensor, Tensor]:
-    """Scores (M,) and maps of training images from their hits, once the banks' scales have been learned from them."""
+    """Scores (M,) and patch scores of training images from their hits, once the scales are learned from these."""
     for image in found:
         for bank, hits in zip(graph.memory, image, strict=True):
             bank.learn_scale(hits.distances[:, 0], hits.entries[:, 0])
-    outcomes = [graph.as_if_new(image) for image in found]
-    return torch.cat([scores for scores, _ in outcomes]), torch.cat([maps for _, maps in outcomes])
+    rated = [graph.as_if_new(image) for image in found]
+    return torch.cat([scores for scores, _ in rated]), torch.cat([grids for _, grids in rated])
 
 
-def _learned(graph: nn.Module, scores: Tensor, maps: Tensor, facts: dict[str, Any]) -> Learned:
-    known = scores.isfinite()  # an image that alone filled the bank has nothing else to be compared with
-    peaks = maps.flatten(1).amax(1)[known]
-    middle = float(maps[known].median()) if known.any() else 0.0
-    return Learned(graph, scores[known].tolist(), peaks.tolist(), middle, facts)
+def _learned(
+    graph: nn.Module,
+    members: Sequence[PatchCoreGraph],
+    rated: Sequence[tuple[Tensor, Tensor]],
+    facts: dict[str, Any],
+) -> Learned:
+    """What follows from the members' scores (M,) and patch scores of good images; maps are made a few at a time."""
+    known = rated[0][0].isfinite()  # an image that alone filled the bank has nothing else to be compared with
+    scores: list[float] = []
+    peaks: list[float] = []
+    medians: list[float] = []
+    for some in known.nonzero()[:, 0].split(16):
+        outcomes = [(s[some], member.upsample(grids[some])) for member, (s, grids) in zip(members, rated, strict=True)]
+        both = graph.combine(outcomes) if isinstance(graph, EnsembleGraph) else outcomes[0]
+        scores += both[0].tolist()
+        peaks += both[1].flatten(1).amax(1).tolist()
+        medians += both[1].flatten(1).median(1).values.tolist()
+    return Learned(graph, scores, peaks, statistics.median(medians) if medians else 0.0, facts)
