@@ -27,8 +27,8 @@ class Threshold:
             return "No good image was left over to set a level from, so nothing is stopped: train on more images."
         if self.rate >= self.supported - 1e-12:
             return (
-                f"About {one_in(self.rate)} good parts will be stopped: the level comes from {self.count} good images "
-                "that were judged without having been learned from."
+                f"About {one_in(self.rate)} good parts will be stopped: the level comes from {self.count} good images, "
+                "each judged as if it were new."
             )
         needed = math.ceil(1 / self.rate) - 1
         return (
