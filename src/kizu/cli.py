@@ -194,18 +194,21 @@ def _train_command(method: str) -> click.Command:
     \b
     Example:  kizu train {method} mvtec/bottle --size 320 --name fine
     """
-    for field, about in kind.model_fields.items():
-        default = about.get_default()
-        shown = "x".join(map(str, default)) if isinstance(default, tuple) and default else default
-        suffix = f"  [default: {shown}]" if shown not in (None, ()) else ""
-        option = click.Option(
-            [_flags(field, about.annotation)],
-            type=_option_type(about.annotation),
-            default=None,
-            help=f"{about.description}{suffix}",
-        )
-        command.params.append(option)
+    command.params += [_config_option(field, about) for field, about in kind.model_fields.items()]
     return command
+
+
+def _config_option(field: str, about: Any) -> click.Option:
+    """The option that sets a field of a config; not given, it leaves the field's default."""
+    default = about.get_default()
+    shown = "x".join(map(str, default)) if isinstance(default, tuple) and default else default
+    suffix = f"  [default: {shown}]" if shown not in (None, ()) else ""
+    return click.Option(
+        [_flags(field, about.annotation)],
+        type=_option_type(about.annotation),
+        default=None,
+        help=f"{about.description}{suffix}",
+    )
 
 
 def _flags(field: str, annotation: Any) -> str:

@@ -7,8 +7,6 @@ the felt underneath are exact or nearly so. Every picture is drawn at twice its 
 
 import math
 import os
-import shutil
-import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -19,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFilter
 
-from kizu import image
+from kizu import files, image
 from kizu.errors import DataError, OptionError
 
 __all__ = ["DEFECTS", "render"]
@@ -68,14 +66,8 @@ def render(
     if target.exists():
         raise DataError(f"{target} exists already: delete it or choose another folder.")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = Path(tempfile.mkdtemp(dir=target.parent, prefix=".flange-"))
-        try:
+        with files.new_folder(target) as unfinished:
             _write_all(unfinished, _studio(seed, size), jobs, progress)
-            unfinished.chmod(0o755)
-            unfinished.rename(target)
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
     except OSError as error:
         raise DataError(f"{target} cannot be written ({error.strerror}): choose another folder.") from None
     return target

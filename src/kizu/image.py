@@ -2,7 +2,6 @@
 
 import io
 import os
-import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
+from kizu import files
 from kizu.errors import BadImage
 
 __all__ = ["MAX_PIXELS", "MIN_SIDE", "SUFFIXES", "Float", "Source", "encode", "heat", "is_image_name"]
@@ -175,18 +175,10 @@ def encode(rgb: npt.NDArray[np.uint8], format: str = "PNG", **options: Any) -> b
 def write(path: str | os.PathLike[str], rgb: npt.NDArray[np.uint8]) -> None:
     """Write an image in the format that its name says; an interrupted write leaves no file."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     format = Image.registered_extensions().get(path.suffix.lower(), "PNG")
     options = {"quality": 92} if format in ("JPEG", "WEBP") else {}
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=path.suffix)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(encode(rgb, format, **options))
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with files.new_file(path) as temporary:
+        temporary.write_bytes(encode(rgb, format, **options))
 
 
 def _open(source: Source, name: str) -> Image.Image:

@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -98,7 +99,7 @@ class Learned:
     facts: dict[str, Any] = field(default_factory=dict)  # worth knowing, e.g. the size of a memory bank
 
 
-class Detector:
+class Detector(ABC):
     """Base of all methods. A method gives `learn` and `restore_graph`; everything else is common.
 
     After `fit` or `load`, `graph` is the whole detector: uint8 images (B, 3, H, W) in, scores (B,) and anomaly maps
@@ -123,14 +124,14 @@ class Detector:
         self.seconds: dict[str, float] = {}
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
+    @abstractmethod
     def learn(self, photos: Stack, held_out: Stack, memory: int, progress: Progress) -> Learned:
         """Learn from photos; held_out may be empty. Working data should stay below `memory` bytes."""
-        raise NotImplementedError
 
     @classmethod
+    @abstractmethod
     def restore_graph(cls, config: Any, tensors: dict[str, Tensor]) -> nn.Module:
         """The graph that `tensors` are the state of, on the meta device or with any values."""
-        raise NotImplementedError
 
     def fit(
         self,
