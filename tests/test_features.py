@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from kizu import coreset
 from kizu.errors import OptionError
 from kizu.maps import MapUpsampling
-from kizu.neighbours import nearest
+from kizu.neighbours import Cells, arrange, nearest
 from kizu.patches import PatchFeatures
 
 
@@ -90,11 +90,32 @@ def test_nearest_neighbours_are_exact(seed, queries, entries, count):
 def test_an_image_can_be_left_out_of_the_bank():
     rng = np.random.default_rng(3)
     bank = torch.from_numpy(rng.normal(size=(30, 4)).astype(np.float32))
-    own = torch.arange(30) < 10
-    distances, indices = nearest(bank[own], bank, 2, excluded=own)
-    assert (indices >= 10).all() and (distances > 0).all()
-    nothing, _ = nearest(bank, bank, 1, excluded=torch.ones(30, dtype=torch.bool))
+    images = torch.arange(30) // 10
+    distances, indices = nearest(bank, bank, 2, images=(images, images))
+    assert (images[indices] != images[:, None]).all() and (distances > 0).all()
+    nothing, _ = nearest(bank, bank, 1, images=(torch.zeros(30), torch.zeros(30)))
     assert nothing.isinf().all()
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.sampled_from([1, 40, 2000]), st.sampled_from([2, 30]), st.booleans())
+def test_search_by_cells_finds_what_a_comparison_with_every_entry_finds(seed, entries, dimension, left_out):
+    rng = np.random.default_rng(seed)
+    centres = rng.normal(size=(6, dimension)) * 5 + 20
+    bank = (centres[rng.integers(0, 6, entries)] + rng.normal(size=(entries, dimension))).astype(np.float32)
+    queries = np.concatenate([bank[:20], rng.normal(size=(50, dimension)) * 9 + 20]).astype(np.float32)
+    images = torch.from_numpy(rng.integers(0, 3, entries))
+    own = torch.from_numpy(rng.integers(0, 3, len(queries))) if left_out else None
+    order, centres, sizes = arrange(torch.from_numpy(bank))
+    rows = torch.from_numpy(bank)[order]
+    bank = rows.numpy()
+    distances, indices = Cells(rows, images, centres, sizes).nearest(torch.from_numpy(queries), own)
+    table = np.linalg.norm(queries[:, None].astype(float) - bank[None], axis=2)
+    if own is not None:
+        table[(own[:, None] == images).numpy()] = np.inf
+    np.testing.assert_allclose(distances.numpy(), table.min(1), rtol=1e-3, atol=1e-3)
+    at = np.take_along_axis(table, indices.numpy()[:, None], 1)[:, 0]
+    np.testing.assert_allclose(at, distances.numpy(), rtol=1e-4, atol=1e-4)
 
 
 def assert_greedy(points, start, picks, radius):

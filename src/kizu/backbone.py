@@ -47,6 +47,9 @@ class Backbone(nn.Module):
             )
         indices = [list(stages).index(layer) for layer in self.layers]
         self.network = timm.create_model(timm_name, features_only=True, out_indices=sorted(set(indices)))
+        if hasattr(self.network, "blocks"):  # timm keeps those that nothing is taken from
+            last = max((int(layer.split(".")[1]) for layer in self.layers if layer.startswith("blocks.")), default=-1)
+            self.network.blocks = self.network.blocks[: last + 1]
         self.order = [sorted(set(indices)).index(index) for index in indices]
         config = (
             self.network.default_cfg

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from kizu import coreset
-from kizu.neighbours import nearest
+from kizu.neighbours import Cells, arrange, nearest
 
 __all__ = ["Bank", "Hits"]
 
+LARGE = 1000  # entries from which on a bank is sorted into cells
 PRIOR = 5  # patches: how firmly an entry's scale holds to that of all entries
 
 
@@ -20,7 +21,12 @@ class Hits(NamedTuple):
     distances: Tensor  # (N, n)
     entries: Tensor  # (N, n)
     queries: Tensor | None  # (N, D), where Eq. 7 needs them
-    own: int | None  # the training image that they are of, whose own entries did not count
+    own: Tensor | None  # (N,) the training images that they are of, whose own entries did not count
+
+    def split(self, patches: int) -> "list[Hits]":
+        """One for each image of so many patches."""
+        parts = [[None] * (len(self.distances) // patches) if p is None else p.split(patches) for p in self]
+        return [Hits(*image) for image in zip(*parts, strict=True)]
 
     def moved_to(self, place: tuple[Tensor, Tensor], position: int) -> "Hits":
         """The same in a place for many: small tensors among large ones would scatter over the memory."""
@@ -30,26 +36,52 @@ class Hits(NamedTuple):
 
 
 class Bank(nn.Module):
-    """A memory of K good patches (K, D). N queries, B images of P patches."""
+    """A memory of K good patches (K, D), sorted into C cells if there are many. N queries, B images of P patches."""
 
     entries: Tensor  # (K, D)
     half_norms: Tensor  # (K,) ‖entry‖² / 2
     images: Tensor  # (K,) the training image that each is from
     sums: Tensor  # (K,) of the distances of the training patches nearest to each entry, other images' only,
     counts: Tensor  # (K,) and how many these are
+    centres: Tensor  # (C, D)
+    sizes: Tensor  # (C,) entries in each cell, which follow one another
 
-    def __init__(self, entries: Tensor, images: Tensor) -> None:
+    def __init__(
+        self, entries: Tensor, images: Tensor, sums: Tensor, counts: Tensor, centres: Tensor, sizes: Tensor
+    ) -> None:
         super().__init__()
         self.register_buffer("entries", entries)
         self.register_buffer("half_norms", entries.square().sum(1) / 2)
         self.register_buffer("images", images)
-        self.register_buffer("sums", torch.zeros_like(self.half_norms))
-        self.register_buffer("counts", torch.zeros_like(self.half_norms))
+        self.register_buffer("sums", sums)
+        self.register_buffer("counts", counts)
+        self.register_buffer("centres", centres)
+        self.register_buffer("sizes", sizes)
+        self._cells: tuple[Tensor, Cells] | None = None
 
-    def search(self, queries: Tensor, count: int, own: int | None = None) -> tuple[Tensor, Tensor]:
-        """Distances and entries (N, count) nearest to queries (N, D), none of them from the training image `own`."""
-        excluded = None if own is None else self.images == own
-        return nearest(queries, self.entries, count, half_norms=self.half_norms, excluded=excluded)
+    @classmethod
+    def of(cls, entries: Tensor, images: Tensor, sums: Tensor | None = None, counts: Tensor | None = None) -> "Bank":
+        """A new bank of entries in any order, with what is known of the distances to each."""
+        sums = torch.zeros_like(entries[:, 0]) if sums is None else sums
+        counts = torch.zeros_like(entries[:, 0]) if counts is None else counts
+        if len(entries) < LARGE:
+            return cls(entries, images, sums, counts, entries[:0], images[:0])
+        order, centres, sizes = arrange(entries)
+        return cls(entries[order], images[order], sums[order], counts[order], centres, sizes)
+
+    def search(self, queries: Tensor, count: int, own: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Distances and entries (N, count) nearest to queries (N, D), none from the queries' own images (N,)."""
+        if count == 1 and len(self.centres) and queries.device.type == "cpu" and not _is_exported():
+            distances, entries = self.cells().nearest(queries, own)
+            return distances[:, None], entries[:, None]
+        images = None if own is None else (own, self.images)
+        return nearest(queries, self.entries, count, half_norms=self.half_norms, images=images)
+
+    def cells(self) -> Cells:
+        """Search by cells in the present entries."""
+        if self._cells is None or self._cells[0] is not self.entries:
+            self._cells = self.entries, Cells(self.entries, self.images, self.centres, self.sizes)
+        return self._cells[1]
 
     def learn_scale(self, distances: Tensor, entries: Tensor) -> None:
         """Remember the distances (N,) of training patches to their nearest entries (N,) from other images."""
@@ -57,24 +89,21 @@ class Bank(nn.Module):
         self.sums.index_add_(0, entries[known], distances[known])
         self.counts.index_add_(0, entries[known], torch.ones_like(distances[known]))
 
-    def exchange(self, rows: Tensor, images: Tensor) -> None:
-        """Keep as many entries as before, those of the old ones and the rows (N, D) that cover both best."""
+    def exchanged(self, rows: Tensor, images: Tensor) -> "Bank":
+        """A bank of as many entries, those of this one and of the rows (N, D) that cover both best."""
         both = torch.cat([self.entries, rows])
         kept = coreset.select(both, len(self.entries)).indices.to(both.device).sort().values
         nothing = torch.zeros_like(rows[:, 0])
-        self.half_norms = both[kept].square().sum(1) / 2
-        self.images = torch.cat([self.images, images])[kept]
-        self.sums, self.counts = torch.cat([self.sums, nothing])[kept], torch.cat([self.counts, nothing])[kept]
-        self.entries = both[kept]
+        sums, counts = torch.cat([self.sums, nothing]), torch.cat([self.counts, nothing])
+        return Bank.of(both[kept], torch.cat([self.images, images])[kept], sums[kept], counts[kept])
 
     @classmethod
     def joined(cls, shards: "Sequence[Bank]", starts: Sequence[int]) -> "Bank":
-        """The banks of several shards side by side, whose images are numbered from `starts`."""
+        """The entries of several shards' banks in one, their images numbered from `starts`."""
         images = torch.cat([shard.images + start for shard, start in zip(shards, starts, strict=True)])
-        bank = cls(torch.cat([shard.entries for shard in shards]), images)
-        bank.sums = torch.cat([shard.sums for shard in shards])
-        bank.counts = torch.cat([shard.counts for shard in shards])
-        return bank
+        entries = torch.cat([shard.entries for shard in shards])
+        sums = torch.cat([shard.sums for shard in shards])
+        return cls.of(entries, images, sums, torch.cat([shard.counts for shard in shards]))
 
     def usual(self, local: bool, without: Hits | None = None) -> Tensor:
         """How far good patches usually are from each entry (K,), or from all of them.
@@ -89,3 +118,7 @@ class Bank(nn.Module):
             counts = counts.index_add(0, entries, -torch.ones_like(distances))
         overall = (sums.sum() / counts.sum().clamp(min=1)).clamp(min=1e-6)
         return (sums + PRIOR * overall) / (counts + PRIOR) if local else overall.expand_as(sums)
+
+
+def _is_exported() -> bool:
+    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None

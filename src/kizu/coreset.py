@@ -22,6 +22,8 @@ CANDIDATES = 512
 DECAY = 0.95
 BLOCK = 2048  # rows, and
 CENTRES = 512  # centres at a time in a matrix product
+PIVOTS = 256  # picks that divide the rows into cells
+SLACK = 1e-4  # for rounding, where distances are compared
 CHUNK = 2**17  # rows that a summary reduces at a time
 OVERSAMPLING = 2
 
@@ -83,43 +85,139 @@ def _farthest_first(
     count: int,
     progress: Callable[[int, int], None] | None,
 ) -> Coreset:
-    """Exact greedy from given initial distances (N,), which are worked on in place."""
-    half_norms = torch.cat([block.square().sum(1) for block in points.split(BLOCK)]) / 2
-    seen = torch.full(distances.shape, len(picks), device=points.device)  # how many picks a row's distance knows of
-    chosen = torch.tensor(picks, dtype=torch.long, device=points.device)
-    distances[chosen] = -1  # never again
+    """Exact greedy from given initial distances (N,)."""
+    cover = _Cover(points, distances, picks, count)
     level = math.inf  # distances above it are up to date, those below are upper bounds
-    while len(chosen) < count:
-        above = int((distances > level).sum())
+    while cover.filled < count:
+        if len(cover.cells) == 1 and cover.filled >= PIVOTS and points.device.type == "cpu":
+            cover.divide()
+        above = int((cover.distances > level).sum())
         if above == 0:
-            highest = float(distances.max())
+            highest = float(cover.distances.max())
             level = DECAY * highest if highest > 0 else -0.5
         else:
-            bound, candidates = distances.topk(min(CANDIDATES, above))
+            bound, candidates = cover.distances.topk(min(CANDIDATES, above))
             limit = float(bound[-1]) if above > CANDIDATES else level
-            new = _among(points[candidates], bound, limit, count - len(chosen))
-            chosen = torch.cat([chosen, candidates[new]])
-            distances[candidates[new]] = -1
+            cover.pick(candidates[_among(cover.rows(candidates), bound, limit, count - cover.filled)])
             if progress is not None:
-                progress(len(chosen), count)
-        rows = (distances > level).nonzero()[:, 0]
-        _catch_up(points, half_norms, rows, seen, chosen, distances)
-    return Coreset(chosen.cpu(), _cover(points, half_norms, seen, chosen, distances))
+                progress(cover.filled, count)
+        cover.catch_up((cover.distances > level).nonzero()[:, 0])
+    return Coreset(cover.order[cover.chosen].cpu(), cover.radius())
 
 
-def _cover(points: Tensor, half_norms: Tensor, seen: Tensor, chosen: Tensor, distances: Tensor) -> float:
-    """The largest distance once every row that could have it knows of all picks."""
-    while (highest := float(distances.max())) > 0:
-        rows = (distances >= DECAY * highest).nonzero()[:, 0]
-        if bool((seen[rows] == len(chosen)).all()):
-            return highest
-        _catch_up(points, half_norms, rows, seen, chosen, distances)
-    return 0.0
+class _Cover:
+    """How far each row is from the nearest pick, worked out only where it matters.
+
+    The first picks divide the rows into cells, each row to the pick p that is nearest to it. By the triangle
+    inequality a later pick c can be nearer to a row x than all before it only if ‖c − p‖ < ‖x − p‖ + distance(x), so a
+    cell's rows are compared with the few picks that are near the cell.
+
+    A row is named by its position, in an order in which cells are contiguous.
+    """
+
+    def __init__(self, points: Tensor, distances: Tensor, picks: list[int], count: int) -> None:
+        self.points = points
+        self.order = torch.arange(len(points), device=points.device)  # position → row
+        self.half_norms = _of_each(points, points.dtype, lambda rows: rows.square().sum(1) / 2)
+        self.distances = distances  # (N,) to the nearest pick that a row knows of; -1 once it is a pick itself
+        self.seen = torch.full(distances.shape, len(picks), device=points.device)  # how many picks that are
+        self.chosen = torch.empty(count, dtype=torch.long, device=points.device)  # positions of the picks
+        self.centres = points.new_empty(count, points.shape[1])  # their features
+        self.cells = [len(points)]  # rows in each
+        self.pivots = torch.zeros(1, points.shape[1], device=points.device)  # (cells, D)
+        self.to_pivots = points.new_full((count, 1), -torch.inf)  # (count, cells): of picks
+        self.own = torch.zeros_like(distances)  # (N,) distance to the pivot of the row's cell
+        self.filled = 0
+        self._gathered = points.new_empty(BLOCK, points.shape[1])  # both written again and again: fresh memory costs
+        self._table = points.new_empty(BLOCK * CENTRES)  # more than the product
+        self.pick(torch.tensor(picks, dtype=torch.long, device=points.device))
+
+    def rows(self, positions: Tensor) -> Tensor:
+        """Features (n, D) of the rows at these positions."""
+        return self.points.index_select(0, self.order[positions])
+
+    def pick(self, positions: Tensor) -> None:
+        """Make these rows the next picks."""
+        end = self.filled + len(positions)
+        self.chosen[self.filled : end] = positions
+        self.centres[self.filled : end] = self.rows(positions)
+        self.distances[positions] = -1
+        if len(self.cells) > 1:
+            self.to_pivots[self.filled : end] = torch.cdist(self.centres[self.filled : end], self.pivots)
+        self.filled = end
+
+    def divide(self) -> None:
+        """Sort the rows into a cell for each pick so far."""
+        self.pivots = self.centres[: self.filled].clone()
+        norms = self.pivots.square().sum(1) / 2
+        owner = _of_each(
+            self.points, torch.long, lambda rows: torch.addmm(norms, rows, self.pivots.T, alpha=-1).argmin(1)
+        )
+        owner = owner[self.order]
+        sorting = owner.argsort(stable=True)
+        place = torch.empty_like(sorting)
+        place[sorting] = torch.arange(len(sorting), device=sorting.device)
+        self.chosen[: self.filled] = place[self.chosen[: self.filled]]
+        self.order, self.distances = self.order[sorting], self.distances[sorting]
+        self.seen, self.half_norms = self.seen[sorting], self.half_norms[sorting]
+        self.cells = torch.bincount(owner, minlength=self.filled).tolist()
+        self.to_pivots = self.points.new_empty(len(self.chosen), self.filled)
+        self.to_pivots[: self.filled] = torch.cdist(self.pivots, self.pivots)
+        owner = owner[sorting]
+        for start in range(0, len(owner), BLOCK):
+            some = slice(start, start + BLOCK)
+            self.own[some] = (self.points[self.order[some]] - self.pivots[owner[some]]).norm(dim=1)
+
+    def catch_up(self, positions: Tensor) -> None:
+        """Bring the distances of these rows, in ascending order, up to date with all picks."""
+        positions = positions[self.seen[positions] < self.filled]
+        if not len(positions):
+            return
+        ends = torch.tensor(self.cells, device=positions.device).cumsum(0)
+        bounds = torch.searchsorted(positions, ends)
+        counts = bounds.diff(prepend=bounds.new_zeros(1))
+        cell = torch.repeat_interleave(torch.arange(len(self.cells), device=positions.device), counts)
+        known = counts.new_full((len(self.cells),), self.filled).scatter_reduce_(0, cell, self.seen[positions], "amin")
+        reach = self.own[positions] + self.distances[positions]
+        reach = reach.new_full((len(self.cells),), -torch.inf).scatter_reduce_(0, cell, reach, "amax")
+        first = int(known.min())
+        near = self.to_pivots[first : self.filled] < reach * (1 + SLACK)
+        near &= torch.arange(first, self.filled, device=known.device)[:, None] >= known
+        picks = near.T.nonzero()[:, 1] + first
+        some = picks.split(near.sum(0).tolist())
+        for those, rows in zip(some, positions.split(counts.tolist()), strict=True):
+            if len(those) and len(rows):
+                self._compare(rows, those)
+        self.seen[positions] = self.filled
+
+    def _compare(self, positions: Tensor, picks: Tensor) -> None:
+        """distances[positions] ← min(distances[positions], distance to the nearest of these picks)."""
+        half_norms = self.half_norms[positions]
+        rows = self.order[positions]
+        nearest = torch.full_like(half_norms, torch.inf)
+        for some in picks.split(CENTRES):
+            centres = self.centres.index_select(0, some)
+            norms = centres.square().sum(1) / 2
+            for block, best in zip(rows.split(BLOCK), nearest.split(BLOCK), strict=True):
+                gathered = torch.index_select(self.points, 0, block, out=self._gathered[: len(block)])
+                cells = self._table[: len(block) * len(some)].view(len(block), -1)
+                torch.minimum(best, torch.addmm(norms, gathered, centres.T, alpha=-1, out=cells).amin(1), out=best)
+        distances = (2 * (nearest + half_norms)).clamp_(min=0).sqrt_()
+        self.distances[positions] = torch.minimum(self.distances[positions], distances)
+
+    def radius(self) -> float:
+        """The largest distance, once every row that could have it knows of all picks."""
+        while (highest := float(self.distances.max())) > 0:
+            rows = (self.distances >= DECAY * highest).nonzero()[:, 0]
+            if bool((self.seen[rows] == self.filled).all()):
+                return highest
+            self.catch_up(rows)
+        return 0.0
 
 
 def _among(candidates: Tensor, distances: Tensor, limit: float, most: int) -> Tensor:
     """Greedy picks among candidates (C, D), farthest first, for as long as they beat `limit`; at least one."""
-    mutual = torch.cdist(candidates, candidates, compute_mode="donot_use_mm_for_euclid_dist").numpy(force=True)
+    mutual = torch.cdist(candidates.double(), candidates.double()).float().numpy(force=True)
     remaining = distances.numpy(force=True)
     picks: list[int] = []
     while len(picks) < most:
@@ -132,29 +230,16 @@ def _among(candidates: Tensor, distances: Tensor, limit: float, most: int) -> Te
     return torch.tensor(picks, device=candidates.device)
 
 
-def _catch_up(
-    points: Tensor, half_norms: Tensor, rows: Tensor, seen: Tensor, chosen: Tensor, distances: Tensor
-) -> None:
-    """distances[rows] ← min(distances[rows], distance to the nearest of the picks that a row does not know of)."""
-    gathered = points.new_empty(BLOCK, points.shape[1])  # both written again and again: fresh memory costs more
-    table = points.new_empty(BLOCK, CENTRES)  # than the product
-    for known in seen[rows].unique().tolist():
-        if known == len(chosen):
-            continue
-        stale = rows[seen[rows] == known]
-        for some in chosen[known:].split(CENTRES):
-            centres, norms = points[some].T, half_norms[some]
-            cells = table.view(-1)[: BLOCK * len(some)].view(BLOCK, -1)
-            for block in stale.split(BLOCK):
-                those = torch.index_select(points, 0, block, out=gathered[: len(block)])
-                nearest = torch.addmm(norms, those, centres, alpha=-1, out=cells[: len(block)]).amin(1)
-                squared = (2 * (nearest + half_norms[block])).clamp_(min=0)
-                distances[block] = torch.minimum(distances[block], squared.sqrt_())
-    seen[rows] = len(chosen)
-
-
 def _distances_to(rows: Tensor, point: Tensor) -> Tensor:
-    return torch.cat([(block - point).norm(dim=1) for block in rows.split(BLOCK)])
+    return _of_each(rows, rows.dtype, lambda block: (block - point).norm(dim=1))
+
+
+def _of_each(rows: Tensor, dtype: torch.dtype, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """A number (N,) of each row, block by block, into one place: small results would scatter over the memory."""
+    results = torch.empty(len(rows), dtype=dtype, device=rows.device)
+    for start in range(0, len(rows), BLOCK):
+        results[start : start + BLOCK] = function(rows[start : start + BLOCK])
+    return results
 
 
 def _project(rows: Tensor, generator: torch.Generator, dimension: int = 128) -> Tensor:
@@ -213,6 +298,11 @@ class Summary:
             self.rows[self._filled : end], self.images[self._filled : end] = some, images[: len(some)]
             images = images[len(some) :]
             self._filled = end
+
+    def of_images(self, start: int, stop: int, images: int) -> Tensor:
+        """The rows of images start … stop − 1 of so many, while all rows are kept as they are."""
+        patches = self.total // images
+        return self.rows[start * patches : stop * patches]
 
     def choose(self, progress: Callable[[int, int], None] | None = None) -> tuple[Tensor, Tensor, float]:
         """The bank: entries (K, D), their images (K,), and how far the farthest row is from an entry, at most."""

@@ -10,6 +10,7 @@ import statistics
 from collections.abc import Iterator, Sequence
 from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -28,6 +29,7 @@ from kizu.preprocess import Stack
 __all__ = ["PatchCore"]
 
 CALIBRATED = 1000  # images that set scales and threshold where their features must be computed again for it
+TOGETHER = 4  # images searched for at a time
 
 
 class PatchCoreGraph(nn.Module):
@@ -69,10 +71,21 @@ class PatchCoreGraph(nn.Module):
         hits = [self.search(bank, as_rows(layer)) for bank, layer in zip(self.memory, layers, strict=True)]
         return self.judge(hits, [layer.shape for layer in layers])
 
-    def search(self, bank: Bank, queries: Tensor, own: int | None = None) -> Hits:
-        """What is nearest in a bank, among the entries that are not from the image `own`."""
+    def search(self, bank: Bank, queries: Tensor, own: Tensor | None = None) -> Hits:
+        """What is nearest in a bank to queries (N, D), among the entries that are not from their own images (N,)."""
         distances, entries = bank.search(queries, self.config.neighbours, own)
         return Hits(distances, entries, queries if self.config.reweight > 1 else None, own)
+
+    def search_all(self, features: Sequence[Tensor], numbers: Tensor) -> list[list[Hits]]:
+        """For training images of these numbers (B,), what is nearest in each bank among other images' entries.
+
+        `features` are those of all images together, (B · P, D) for each bank.
+        """
+        found = []
+        for bank, rows in zip(self.memory, features, strict=True):
+            patches = len(rows) // len(numbers)
+            found.append(self.search(bank, rows, numbers.repeat_interleave(patches)).split(patches))
+        return [list(image) for image in zip(*found, strict=True)]
 
     def room_for_hits(self, images: int, which: int) -> tuple[Tensor, Tensor]:
         """Places for the distances and entries that so many images find in one of the banks."""
@@ -119,7 +132,8 @@ class PatchCoreGraph(nn.Module):
         bank = self.memory[0]
         assert hit.queries is not None
         nearest_entries = bank.entries[hit.entries[worst, 0]]  # m* (B, D)
-        _, around = bank.search(nearest_entries, self.config.reweight, hit.own)  # (B, b), m* first
+        own = None if hit.own is None else hit.own[worst]
+        _, around = bank.search(nearest_entries, self.config.reweight, own)  # (B, b), m* first
         distances = (hit.queries[worst][:, None] - bank.entries[around]).norm(dim=2)
         return 1 - torch.softmax(distances, dim=1)[:, 0]
 
@@ -185,18 +199,23 @@ class PatchCore(Detector):
                 for summary, layer in zip(summaries, layers, strict=True):
                     summary.add(as_rows(layer), numbers.repeat_interleave(layer.shape[2] * layer.shape[3]))
         with self.timed("coreset"):
-            chosen = [summary.choose(lambda d, n: progress("Memory bank", d, n)) for summary in summaries]
-            graph.complete([Bank(entries, images) for entries, images, _ in chosen], grids)
+            banks, radii = [], []
+            for summary in summaries:
+                entries, images, radius = summary.choose(lambda done, total: progress("Memory bank", done, total))
+                banks.append(Bank.of(entries, images))
+                radii.append(radius)
+            del entries, images
+            graph.complete(banks, grids)
         with self.timed("calibration"):
             outcome = self._calibrate(graph, photos, summaries, held_out, progress)
         return (
             graph,
             outcome,
             {
-                "bank": [len(entries) for entries, _, _ in chosen],
-                "dimension": [entries.shape[1] for entries, _, _ in chosen],
+                "bank": [len(bank.entries) for bank in banks],
+                "dimension": [bank.entries.shape[1] for bank in banks],
                 "patches": [summary.total for summary in summaries],
-                "radius": [radius for _, _, radius in chosen],
+                "radius": radii,
             },
         )
 
@@ -226,15 +245,17 @@ class PatchCore(Detector):
         at_hand = all(summary.is_whole for summary in summaries)
         numbers = range(0, len(photos), 1 if at_hand else max(1, len(photos) // CALIBRATED))
         kept = [graph.room_for_hits(len(numbers), which) for which in range(len(graph.grids))]
-        for position, number in enumerate(numbers):
+        for start in range(0, len(numbers), TOGETHER):
+            some = numbers[start : start + TOGETHER]
             if at_hand:
-                features = [summary.rows.view(len(photos), -1, summary.rows.shape[1])[number] for summary in summaries]
+                features = [summary.of_images(some[0], some[-1] + 1, len(photos)) for summary in summaries]
             else:
-                pixels = torch.from_numpy(photos.batch(number, number + 1)).to(self.device)
-                features = [as_rows(layer) for layer in graph.embed(pixels)]
-            hits = [graph.search(bank, rows, number) for bank, rows in zip(graph.memory, features, strict=True)]
-            yield [hit.moved_to(place, position) for hit, place in zip(hits, kept, strict=True)]
-            progress("Threshold", number + 1, len(photos))
+                pixels = np.concatenate([photos.batch(number, number + 1) for number in some])
+                features = [as_rows(layer) for layer in graph.embed(torch.from_numpy(pixels).to(self.device))]
+            found = graph.search_all(features, torch.tensor(some, device=self.device))
+            for position, image in enumerate(found, start):
+                yield [hits.moved_to(place, position) for hits, place in zip(image, kept, strict=True)]
+            progress("Threshold", some[-1] + 1, len(photos))
 
     def update(
         self,
@@ -257,14 +278,13 @@ class PatchCore(Detector):
         before = self.training["images"]
         with torch.inference_mode(), photos:
             for numbers, pixels in self.stream(photos, "Features", progress):
-                for bank, layer in zip(graph.memory, graph.embed(pixels), strict=True):
-                    rows = as_rows(layer)
-                    bank.exchange(rows, (numbers + before).repeat_interleave(len(rows) // len(numbers)))
+                layers = [as_rows(layer) for layer in graph.embed(pixels)]
+                images = [(numbers + before).repeat_interleave(len(rows) // len(numbers)) for rows in layers]
+                both = zip(graph.memory, layers, images, strict=True)
+                graph.banks = nn.ModuleList([bank.exchanged(rows, those) for bank, rows, those in both])
             found = []
             for numbers, pixels in self.stream(photos, "Threshold", progress):
-                for number, image in zip(numbers.tolist(), pixels.split(1), strict=True):
-                    layers = zip(graph.memory, graph.embed(image), strict=True)
-                    found.append([graph.search(bank, as_rows(layer), before + number) for bank, layer in layers])
+                found += graph.search_all([as_rows(layer) for layer in graph.embed(pixels)], before + numbers)
             new = _learned(graph, [graph], [_judged_as_new(graph, found)], self.facts)
         self.training = {
             "images": before + len(names),
@@ -334,7 +354,8 @@ def _summary(
 def _restore_one(config: PatchCoreConfig, tensors: dict[str, Tensor], prefix: str) -> PatchCoreGraph:
     graph = PatchCoreGraph(config, backbone.blank(config.backbone, config.layers))
     names = [f"{prefix}banks.{number}" for number in range(len(graph.taps))]
-    banks = [Bank(tensors[f"{name}.entries"], tensors[f"{name}.images"]) for name in names]
+    parts = ("entries", "images", "sums", "counts", "centres", "sizes")
+    banks = [Bank(*(tensors[f"{name}.{part}"] for part in parts)) for name in names]
     graph.complete(banks, [(height, width) for height, width in tensors[f"{prefix}grid_sizes"].tolist()])
     return graph
 
@@ -344,8 +365,11 @@ def _judged_as_new(graph: PatchCoreGraph, found: Sequence[Sequence[Hits]]) -> tu
     for image in found:
         for bank, hits in zip(graph.memory, image, strict=True):
             bank.learn_scale(hits.distances[:, 0], hits.entries[:, 0])
-    rated = [graph.as_if_new(image) for image in found]
-    return torch.cat([scores for scores, _ in rated]), torch.cat([grids for _, grids in rated])
+    entries = graph.memory[0].entries
+    scores, grids = entries.new_empty(len(found)), entries.new_empty(len(found), *graph.grids[0])
+    for number, image in enumerate(found):
+        scores[number : number + 1], grids[number : number + 1] = graph.as_if_new(image)
+    return scores, grids
 
 
 def _learned(
