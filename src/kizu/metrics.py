@@ -21,12 +21,13 @@ IMAGE = ("image_auroc", "image_ap", "image_f1max", "pg2", "pb2")
 PIXEL = ("pixel_auroc", "pixel_ap", "pixel_f1max", "au_pro")
 
 Floats = npt.NDArray[np.floating[Any]]
+Counts = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 Values = dict[str, float | None]  # metric → value, or None where it is not defined
 Reasons = dict[str, str]  # metric → why it is None
 
 EIGHT_NEIGHBOURS = np.ones((3, 3), dtype=int)
-ROOM = 1 << 23  # good pixels that are sorted at once, at least
+ROOM = 1 << 24  # good pixels that are sorted at once, at least
 
 
 def image_metrics(scores: Sequence[float], labels: Sequence[bool]) -> tuple[Values, Reasons]:
@@ -118,10 +119,10 @@ class _Curve:
     The thresholds between them, scores of good pixels only, add nothing to any of the areas but straight lines.
     """
 
-    hits: Floats  # (L,) defect pixels at or above
+    hits: Counts  # (L,) defect pixels at or above
     overlap: Floats  # (L,) the regions' mean share at or above
-    alarms_above: Floats  # (L,) good pixels above
-    alarms: Floats  # (L,) good pixels at or above
+    alarms_above: Counts  # (L,) good pixels above
+    alarms: Counts  # (L,) good pixels at or above
     good: int  # all good pixels
 
     def auroc(self) -> float:
@@ -161,26 +162,29 @@ def _curve(hits: Sequence[Floats], shares: Sequence[Floats], regions: int, good:
     levels, places = np.unique(np.concatenate(hits), return_inverse=True)  # ascending
     counts = np.bincount(places)[::-1]
     rises = np.bincount(places, weights=np.concatenate(shares))[::-1] / regions
-    above, at_least, total = np.zeros(len(levels)), np.zeros(len(levels)), 0
+    below, equal, total = np.zeros(len(levels), dtype=np.int64), np.zeros(len(levels), dtype=np.int64), 0
     for scores in _gathered(good, max(len(levels), ROOM)):
         scores.sort()
-        above += len(scores) - np.searchsorted(scores, levels, side="right")
-        at_least += len(scores) - np.searchsorted(scores, levels, side="left")
+        first = np.asarray(np.searchsorted(scores, levels))
+        below += first
+        tied = np.flatnonzero(scores.take(first, mode="clip") == levels)
+        equal[tied] += np.searchsorted(scores, levels[tied], side="right") - first[tied]
         total += len(scores)
     if total == 0:
         return "the masks leave no good pixel"
-    return _Curve(np.cumsum(counts).astype(float), np.cumsum(rises), above[::-1], at_least[::-1], total)
+    alarms = total - below[::-1]
+    return _Curve(np.cumsum(counts), np.cumsum(rises), alarms - equal[::-1], alarms, total)
 
 
 def _gathered(arrays: Iterable[Floats], room: int) -> Iterator[Floats]:
-    """The same numbers in new arrays of at least `room`, and a last one."""
+    """The same numbers in new arrays of at least `room`, and a last one that is not empty."""
     waiting: list[Floats] = []
     for array in arrays:
         waiting.append(array)
         if sum(map(len, waiting)) >= room:
             yield np.concatenate(waiting)
             waiting = []
-    if waiting:
+    if any(map(len, waiting)):
         yield np.concatenate(waiting)
 
 
