@@ -104,12 +104,14 @@ def main() -> None:
 
 
 quiet_option = click.option("-q", "--quiet", is_flag=True, help="Print nothing but results and errors.")
+save_maps_option = click.option("--save-maps", is_flag=True, help="Write the test images' anomaly maps as float TIFF.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
 
 
 def data_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """The options that say how a folder of images is to be understood."""
     for option in (
+        click.option("--defects-config", metavar="FILE", help="LOCO: saturation thresholds, if not in the data."),
         click.option("--bad", metavar="NAME", help="Plain folders: the folder of defective images."),
         click.option("--good", metavar="NAME", help="Plain folders: the folder of good images."),
         click.option("--layout", default="auto", show_default=True, help="Name the layout instead of recognising it."),
@@ -128,6 +130,7 @@ def _find(path: str, options: dict[str, Any]) -> "Dataset":
         categories=options["categories"],
         good=options["good"],
         bad=options["bad"],
+        defects_config=options["defects_config"],
     )
 
 
@@ -156,6 +159,7 @@ def _train_command(method: str) -> click.Command:
     @click.option("--resume", is_flag=True, help="Go on with a run that was interrupted.")
     @click.option("--overwrite", is_flag=True, help="Replace a run of the same name.")
     @click.option("--skip-bad", is_flag=True, help="Leave out training images that cannot be read.")
+    @save_maps_option
     @click.option("--profile", is_flag=True, help="Say where the time went.")
     @click.option("--memory", metavar="AMOUNT", help="Bound the working data, e.g. 2GB. Default: half of what is free.")
     @quiet_option
@@ -175,7 +179,7 @@ def _train_command(method: str) -> click.Command:
                 found,
                 Path(options["output"]) / options["project"] / options["group"],
                 progress=progress,
-                **{key: options[key] for key in ("name", "resume", "overwrite", "skip_bad", "memory")},
+                **{key: options[key] for key in ("name", "resume", "overwrite", "skip_bad", "memory", "save_maps")},
             )
         terminal.print_results(results, finished.folder, options)
         if options["profile"]:
@@ -183,7 +187,7 @@ def _train_command(method: str) -> click.Command:
             terminal.print_table(rows)
 
     command.headings = {
-        "Data": ("categories", "layout", "good", "bad", "skip_bad"),
+        "Data": ("categories", "layout", "good", "bad", "defects_config", "skip_bad"),
         "Method": [name for name in kind.model_fields if name not in Config.model_fields],
         "Every method": list(Config.model_fields),
     }
@@ -231,9 +235,10 @@ def _option_type(annotation: Any) -> Any:
 @click.argument("data")
 @data_options
 @click.option("--output", metavar="DIR", help="Write results.csv, predictions.csv and report.html there.")
+@save_maps_option
 @quiet_option
 @json_option
-def evaluate(model: str, data: str, output: str | None, **options: Any) -> None:
+def evaluate(model: str, data: str, output: str | None, save_maps: bool, **options: Any) -> None:
     """Measure a model on the test images of a data set.
 
     MODEL is a model's folder, or a run's folder with one model a category.
@@ -245,6 +250,8 @@ def evaluate(model: str, data: str, output: str | None, **options: Any) -> None:
 
     from kizu import evaluation, load, run
 
+    if save_maps and output is None:
+        raise OptionError("--save-maps needs --output DIR, where the folder maps is written")
     start = time.time()
     found = _find(data, options)
     results = []
@@ -252,10 +259,16 @@ def evaluate(model: str, data: str, output: str | None, **options: Any) -> None:
     with terminal.progress(options["quiet"] or options["as_json"]) as progress:
         for category in found.categories:
             detector = load(_model_folder(model, category))
-            samples = found.select(category, "test")
-            results.append(
-                evaluation.evaluate(detector, samples, category=category, root=found.root, progress=progress(category))
+            result = evaluation.evaluate(
+                detector,
+                found.select(category, "test"),
+                category=category,
+                root=found.root,
+                saturations=found.saturations.get(category),
+                maps=Path(str(output)) / "maps" if save_maps else None,
+                progress=progress(category),
             )
+            results.append(result)
             about = {"method": detector.method, "config": detector.config.model_dump(mode="json")}
     if output is not None:
         about |= {

@@ -4,9 +4,9 @@ import difflib
 import hashlib
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ from kizu.folders import Folder, Names, walk
 from kizu.image import MIN_SIDE, read_mask, size_of
 from kizu.layouts import EXPECTED, NO_IMAGE_FOR_MASK, RECOGNISERS, Found, sole_folder, unnamed_folder
 from kizu.sample import CIFAR_SIDE, Sample
+from kizu.saturation import Saturations, read_saturations
 
 __all__ = ["LAYOUTS", "Dataset", "Inspection", "Sample", "find", "inspect"]
 
@@ -35,6 +36,7 @@ class Dataset:
     samples: tuple[Sample, ...]
     left_out: tuple[tuple[Path, str], ...] = ()  # what is in the folder but not used, and why
     notes: tuple[str, ...] = ()  # decisions that the user must know of
+    saturations: Mapping[str, Saturations] = field(default_factory=dict)  # category → LOCO's saturation thresholds
 
     @property
     def categories(self) -> list[str]:
@@ -65,11 +67,12 @@ def find(
     categories: Sequence[str] = (),
     good: str | None = None,
     bad: str | None = None,
+    defects_config: str | Path | None = None,
 ) -> Dataset:
     """Find out how a folder of images is laid out and what each image is.
 
     `layout` is "auto" or one of `LAYOUTS`; `categories` keeps only these; `good` and `bad` name a folder of good
-    or bad images whose own name does not say so.
+    or bad images whose own name does not say so; `defects_config` is used in place of LOCO's own defects_config.json.
 
     Raises `DataError` when there is nothing to learn from or the folder can be read in two ways, and
     `OptionError` for a layout, category or folder name that does not exist.
@@ -97,6 +100,7 @@ def find(
             (path, reason) for path, reason in sorted(left_out) if dropped.isdisjoint(path.parts[len(root.parts) :])
         ),
         notes=tuple(found.notes),
+        saturations=_saturations(found, [category for category in known if category not in dropped], defects_config),
     )
 
 
@@ -221,6 +225,18 @@ def _categories(folder: Folder, layout: str, names: Names) -> Found | None:
         )
     merged.layout = next(iter(by_layout))
     return merged
+
+
+def _saturations(found: Found, categories: Sequence[str], given: str | Path | None) -> dict[str, Saturations]:
+    tables = {category: path for category, path in found.saturations.items() if category in categories}
+    if given is not None:
+        if found.layout != "loco":
+            raise OptionError(f"--defects-config belongs to the layout loco; this data is laid out as {found.layout}.")
+        if len(categories) > 1:
+            listed = ", ".join(categories)
+            raise OptionError(f"--defects-config is of one category: name it with --category (there are {listed}).")
+        tables = {categories[0]: Path(given)}
+    return {category: read_saturations(path) for category, path in tables.items()}
 
 
 def _unexplained(folder: Folder, found: Found) -> list[tuple[Path, str]]:

@@ -2,18 +2,19 @@
 
 import base64
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from kizu import image as images
-from kizu import metrics
+from kizu import loco, metrics
 from kizu.dataset import Sample
 from kizu.errors import BadImage, DataError
+from kizu.saturation import Region, Saturations, read_regions
 
 if TYPE_CHECKING:
     from kizu.detectors.detector import Detector, Prediction
@@ -22,6 +23,9 @@ __all__ = ["CategoryResult", "Judged", "Picture", "evaluate"]
 
 PICTURES = {"miss": 6, "false alarm": 6, "sample": 9}
 PICTURE_SIDE = 280
+LISTED = 5  # masks that do not fit, by name
+DEEPEST = 20  # folders in the name of a map
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -89,14 +93,19 @@ def evaluate(
     *,
     category: str,
     root: Path,
+    saturations: Saturations | None = None,
+    maps: Path | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> CategoryResult:
     """Judge the test images and compare with what they are. Nothing of it flows back into the detector.
 
-    Masks are used at the photographs' own resolution. Metrics that cannot be computed are None, with the reason.
+    Masks are used at the photographs' own resolution. Metrics that cannot be computed are None, with the reason. For
+    MVTec LOCO's types of defect its own metrics are added, by `saturations`. With `maps`, each image's anomaly map is
+    written as <maps>/<category>/test/<defect>/<stem>.tiff, of floats, at the photograph's size.
     """
     judged: list[Judged] = []
     predictions: list[tuple[Sample, Prediction]] = []
+    targets = _map_names(samples, maps / category / "test", root) if maps else {}
     start = time.perf_counter()
     for sample, outcome in detector.judge(samples):
         name = sample.name(root)
@@ -105,6 +114,8 @@ def evaluate(
         else:
             judged.append(Judged(name, sample.defect, outcome.score))
             predictions.append((sample, outcome))
+            if maps:
+                images.write_map(targets[sample], _restored(outcome))
         if progress:
             progress("Evaluating", len(judged), len(samples))
     elapsed = time.perf_counter() - start
@@ -112,7 +123,7 @@ def evaluate(
     judged.sort(key=lambda row: order[row.image])
     if progress:
         progress("Measuring", 0, 1)
-    values, reasons, notes = _measure(predictions)
+    values, reasons, notes = _measure(predictions, saturations)
     if progress:
         progress("Measuring", 1, 1)
     return CategoryResult(
@@ -133,28 +144,94 @@ def evaluate(
 
 
 def _measure(
-    predictions: "Sequence[tuple[Sample, Prediction]]",
+    predictions: "Sequence[tuple[Sample, Prediction]]", saturations: Saturations | None
 ) -> tuple[dict[str, float | None], dict[str, str], list[str]]:
-    """Metrics, reasons for missing ones, notes."""
+    """Metrics, reasons for missing ones, notes. Maps and masks are made anew whenever needed, one at a time."""
     scores = [prediction.score for _, prediction in predictions]
-    labels = [sample.is_anomalous for sample, _ in predictions]
-    values, reasons = metrics.image_metrics(scores, labels)
-    maps: list[npt.NDArray[np.float32]] = []
-    masks: list[npt.NDArray[np.bool_]] = []
-    notes: list[str] = []
+    values, reasons = metrics.image_metrics(scores, [sample.is_anomalous for sample, _ in predictions])
+    usable, notes = _usable(predictions, saturations)
+    found = [
+        metrics.pixel_metrics(
+            _Anew(lambda: (_restored(prediction) for _, prediction in usable)),
+            _Anew(lambda: (_mask(sample, prediction) for sample, prediction in usable)),
+        )
+    ]
+    defects = [sample.defect for sample, _ in predictions]
+    if loco.applies(defects):
+
+        def image(index: int) -> tuple[npt.NDArray[np.float32], list[Region]]:
+            sample, prediction = usable[index]
+            return _restored(prediction), _regions(sample, prediction, saturations)
+
+        peaks = [float(_restored(prediction).max()) for _, prediction in predictions]
+        found.append(loco.detection(defects, scores, peaks))
+        found.append(loco.localisation([sample.defect for sample, _ in usable], image))
+        if saturations is None:
+            notes.append(loco.NO_CONFIG)
+    for more, why in found:
+        values, reasons = values | more, reasons | why
+    return values, reasons, notes
+
+
+def _usable(
+    predictions: "Sequence[tuple[Sample, Prediction]]", saturations: Saturations | None
+) -> "tuple[list[tuple[Sample, Prediction]], list[str]]":
+    """Those whose masks are known and fit, and notes on the others."""
+    usable, notes = [], []
     for sample, prediction in predictions:
         try:
-            mask = sample.mask(prediction.shape)
+            if saturations is not None:
+                _regions(sample, prediction, saturations)
+            if sample.mask(prediction.shape) is not None:
+                usable.append((sample, prediction))
         except DataError as error:
             notes.append(f"Left out of the pixel metrics: {error}")
-            continue
-        if mask is not None:
-            maps.append(prediction.anomaly_map)
-            masks.append(mask)
-    if 0 < len(masks) < len(predictions) and any(mask.any() for mask in masks):
-        notes.append(f"{len(predictions) - len(masks)} test images have no usable mask; pixel metrics leave them out.")
-    pixel_values, pixel_reasons = metrics.pixel_metrics(maps, masks)
-    return values | pixel_values, reasons | pixel_reasons, notes
+    if len(notes) > LISTED:
+        notes[LISTED:] = [f"Left out of the pixel metrics: {len(notes) - LISTED} more, for such reasons."]
+    missing = len(predictions) - len(usable)
+    if missing and any(sample.masks for sample, _ in usable):
+        notes.append(f"{missing} test images have no usable mask; pixel metrics leave them out.")
+    return usable, notes
+
+
+def _restored(prediction: "Prediction") -> npt.NDArray[np.float32]:
+    """The anomaly map over the photograph, not kept."""
+    return prediction.detector.preprocessing.restore(prediction.input_map, prediction.shape)
+
+
+def _mask(sample: Sample, prediction: "Prediction") -> npt.NDArray[np.bool_]:
+    mask = sample.mask(prediction.shape)
+    assert mask is not None
+    return mask
+
+
+def _regions(sample: Sample, prediction: "Prediction", saturations: Saturations | None) -> list[Region]:
+    return read_regions(sample.masks, prediction.shape, saturations) if sample.is_anomalous else []
+
+
+@dataclass(frozen=True)
+class _Anew(Generic[Item]):
+    """Items that are made anew each time one goes through them, so that they need no memory."""
+
+    make: Callable[[], Iterator[Item]]
+
+    def __iter__(self) -> Iterator[Item]:
+        return self.make()
+
+
+def _map_names(samples: Sequence[Sample], folder: Path, root: Path) -> dict[Sample, Path]:
+    """<folder>/<defect>/<stem>.tiff, with as many parent folders in the stem as tell the images apart."""
+
+    def stem(sample: Sample, depth: int) -> str:
+        path = PurePosixPath(sample.name(root))
+        name = path.stem if sample.index is None else f"{path.stem}_{sample.index}"
+        return "_".join([*path.parts[-depth:-1], name if depth < DEEPEST else path.name]).replace("/", "_")
+
+    for depth in range(1, DEEPEST + 1):
+        targets = {sample: folder / sample.defect / f"{stem(sample, depth)}.tiff" for sample in samples}
+        if len(set(targets.values())) == len(targets):
+            break
+    return targets
 
 
 def _pictures(predictions: "Sequence[tuple[Sample, Prediction]]", root: Path, seed: int) -> list[Picture]:

@@ -21,11 +21,13 @@ __all__ += [
     "read",
     "read_at_least",
     "read_mask",
+    "read_mask_values",
     "resize",
     "resize_map",
     "scan",
     "size_of",
     "write",
+    "write_map",
 ]
 
 Source = str | os.PathLike[str] | bytes | npt.NDArray[Any] | Image.Image
@@ -77,17 +79,15 @@ def read_at_least(source: Source, size: tuple[int, int] | None = None) -> tuple[
 
 def read_mask(source: Source) -> npt.NDArray[np.bool_]:
     """Read a ground-truth mask: every pixel that is not zero is part of a defect. Shape (H, W)."""
-    name = name_of(source)
-    if isinstance(source, np.ndarray):
-        return np.asarray(source.reshape((*source.shape[:2], -1)).any(axis=2))
-    with _open(source, name) as image:
-        try:
-            values = np.asarray(image.convert("RGB") if image.mode == "P" else image)
-        except (OSError, SyntaxError, ValueError, EOFError) as error:
-            raise BadImage(name, f"is damaged and cannot be decoded ({error})") from None
-    if values.ndim == 3 and values.shape[2] in (2, 4):
-        values = values[:, :, :-1]
-    return np.asarray(values.reshape((*values.shape[:2], -1)).any(axis=2))
+    return np.asarray(_mask_channels(source).any(axis=2))
+
+
+def read_mask_values(source: Source) -> npt.NDArray[np.uint8]:
+    """Read a ground-truth mask whose values mean something, 0 to 255; of several channels the highest. Shape (H, W)."""
+    values = _mask_channels(source).max(axis=2)
+    if values.dtype != np.bool_ and (values.min() < 0 or values.max() > 255):
+        raise BadImage(name_of(source), "holds values outside 0…255")
+    return np.asarray(values * 255 if values.dtype == np.bool_ else values).astype(np.uint8)
 
 
 def size_of(source: Source) -> tuple[int, int]:
@@ -179,6 +179,27 @@ def write(path: str | os.PathLike[str], rgb: npt.NDArray[np.uint8]) -> None:
     options = {"quality": 92} if format in ("JPEG", "WEBP") else {}
     with files.new_file(path) as temporary:
         temporary.write_bytes(encode(rgb, format, **options))
+
+
+def write_map(path: str | os.PathLike[str], values: Float) -> None:
+    """Write a map (H, W) as a TIFF of 32-bit floats, not compressed; an interrupted write leaves no file."""
+    with files.new_file(path) as temporary:
+        Image.fromarray(np.ascontiguousarray(values, dtype=np.float32)).save(temporary, format="TIFF")
+
+
+def _mask_channels(source: Source) -> npt.NDArray[Any]:
+    """A mask's values (H, W, C) without alpha."""
+    name = name_of(source)
+    if isinstance(source, np.ndarray):
+        return source.reshape((*source.shape[:2], -1))
+    with _open(source, name) as image:
+        try:
+            values = np.asarray(image.convert("RGB") if image.mode == "P" else image)
+        except (OSError, SyntaxError, ValueError, EOFError) as error:
+            raise BadImage(name, f"is damaged and cannot be decoded ({error})") from None
+    if values.ndim == 3 and values.shape[2] in (2, 4):
+        values = values[:, :, :-1]
+    return values.reshape((*values.shape[:2], -1))
 
 
 def _open(source: Source, name: str) -> Image.Image:

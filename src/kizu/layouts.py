@@ -26,6 +26,7 @@ from kizu.errors import BadImage, DataError
 from kizu.folders import Folder, Names, is_mask_folder
 from kizu.image import read_mask
 from kizu.sample import CIFAR_RECORD, Sample
+from kizu.saturation import CONFIG_NAME
 
 __all__ = ["EXPECTED", "NO_IMAGE_FOR_MASK", "RECOGNISERS", "Found", "sole_folder", "unnamed_folder"]
 
@@ -53,12 +54,14 @@ class Found:
     left_out: list[tuple[Path, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     used: set[Path] = field(default_factory=set)  # files other than images and their masks
+    saturations: dict[str, Path] = field(default_factory=dict)  # category → LOCO's table of defects
 
     def add(self, other: "Found") -> None:
         self.samples += other.samples
         self.left_out += other.left_out
         self.notes += [note for note in other.notes if note not in self.notes]
         self.used |= other.used
+        self.saturations |= other.saturations
 
 
 Recogniser = Callable[[Folder, str, Names], Found | None]  # (folder, category, names); None: not this layout
@@ -141,6 +144,10 @@ def _splits(folder: Folder, category: str, names: Names) -> Found | None:
     found = Found("mvtec")
     if test and test.get("logical_anomalies", "structural_anomalies"):
         found.layout = "loco"
+        table = folder.path / CONFIG_NAME
+        if table.is_file():
+            found.saturations[category] = table
+            found.used.add(table)
     elif train.get("ok") and test and test.get("ko"):
         found.layout = "btad"
     for split, part in (("train", train), ("validation", validation)):

@@ -3,7 +3,8 @@
 All of these need labels: they are reports and never decide anything about a detector.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,17 +12,22 @@ import numpy.typing as npt
 from scipy import ndimage
 from sklearn import metrics as sklearn_metrics
 
-__all__ = ["IMAGE", "PIXEL", "au_pro", "image_metrics", "pixel_metrics", "presorted_bad", "presorted_good", "ranking"]
+from kizu.saturation import Region
+
+__all__ = ["IMAGE", "PIXEL", "Reasons", "Values", "au_pro", "au_spro", "image_metrics", "pixel_metrics"]
+__all__ += ["presorted_bad", "presorted_good", "ranking"]
 
 IMAGE = ("image_auroc", "image_ap", "image_f1max", "pg2", "pb2")
 PIXEL = ("pixel_auroc", "pixel_ap", "pixel_f1max", "au_pro")
 
 Floats = npt.NDArray[np.floating[Any]]
+Counts = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 Values = dict[str, float | None]  # metric → value, or None where it is not defined
 Reasons = dict[str, str]  # metric → why it is None
 
 EIGHT_NEIGHBOURS = np.ones((3, 3), dtype=int)
+ROOM = 1 << 24  # good pixels that are sorted at once, at least
 
 
 def image_metrics(scores: Sequence[float], labels: Sequence[bool]) -> tuple[Values, Reasons]:
@@ -39,16 +45,16 @@ def image_metrics(scores: Sequence[float], labels: Sequence[bool]) -> tuple[Valu
     return dict(zip(IMAGE, values, strict=True)), {}
 
 
-def pixel_metrics(maps: Sequence[Floats], masks: Sequence[Bools]) -> tuple[Values, Reasons]:
-    """The metrics of `PIXEL`, for maps (H, W) and masks of the same shapes; good images have masks without a True."""
-    if not any(mask.any() for mask in masks):
-        reason = "there are no ground-truth masks of defects" if masks else "there are no test images with known masks"
-        return dict.fromkeys(PIXEL), dict.fromkeys(PIXEL, reason)
-    if all(mask.all() for mask in masks):
-        return dict.fromkeys(PIXEL), dict.fromkeys(PIXEL, "the masks leave no good pixel")
-    y = np.concatenate([mask.ravel() for mask in masks])
-    s = np.concatenate([values.ravel() for values in maps])
-    return dict(zip(PIXEL, (*ranking(s, y), au_pro(maps, masks)), strict=True)), {}
+def pixel_metrics(maps: Iterable[Floats], masks: Iterable[Bools]) -> tuple[Values, Reasons]:
+    """The metrics of `PIXEL`, for maps (H, W) and masks of the same shapes; good images have masks without a True.
+
+    Exact. Both are gone through twice and may make their items anew each time: memory grows with the defects' pixels.
+    """
+    curve = _region_curve(maps, masks)
+    if isinstance(curve, str):
+        return dict.fromkeys(PIXEL), dict.fromkeys(PIXEL, curve)
+    values = (curve.auroc(), curve.average_precision(), curve.f1_max(), curve.area(0.3))
+    return dict(zip(PIXEL, values, strict=True)), {}
 
 
 def ranking(scores: Floats, labels: Bools) -> tuple[float, float, float]:
@@ -62,29 +68,38 @@ def ranking(scores: Floats, labels: Bools) -> tuple[float, float, float]:
     return float(sklearn_metrics.auc(false_rate, true_rate)), average_precision, float(f1.max())
 
 
-def au_pro(maps: Sequence[Floats], masks: Sequence[Bools], limit: float = 0.3) -> float:
+def au_pro(maps: Iterable[Floats], masks: Iterable[Bools], limit: float = 0.3) -> float:
     """Area under the per-region-overlap curve up to a false-positive rate of `limit`, divided by `limit`.
 
     As MVTec defines it (Bergmann et al., IJCV 2021): regions are 8-connected; the rate counts all good pixels of all
-    images; points between thresholds are interpolated. Exact: every distinct score is a threshold. Only the pixels
-    above the score at which the rate reaches the limit are sorted.
+    images; points between thresholds are interpolated. Exact: every distinct score is a threshold.
     """
-    regions = list(_region_pixels(maps, masks))
-    good = np.concatenate([values[~mask] for values, mask in zip(maps, masks, strict=True)])
-    rank = max(1, int(np.ceil(limit * len(good) - 1e-9)))
-    cut = np.partition(good, len(good) - rank)[len(good) - rank]
-    alarms = good[good >= cut]
-    hits = np.concatenate([scores for scores, _ in regions])
-    shares = np.concatenate([np.full(len(scores), share) for scores, share in regions]) / len(regions)
-    kept = hits >= cut
-    scores = np.concatenate([alarms, hits[kept]])
-    order = np.argsort(-scores, kind="stable")
-    ends = np.flatnonzero(np.append(np.diff(scores[order]) != 0, True))  # the last pixel of each tied score
-    is_good = order < len(alarms)
-    overlap = np.concatenate([np.zeros(len(alarms)), shares[kept]])[order]
-    x = np.append(0.0, np.cumsum(is_good)[ends] / len(good))
-    y = np.append(0.0, np.cumsum(overlap)[ends])
-    return _area(x, y, limit) / limit
+    curve = _region_curve(maps, masks)
+    if isinstance(curve, str):
+        raise ValueError(curve)
+    return curve.area(limit)
+
+
+def au_spro(
+    images: Callable[[], Iterable[tuple[Floats, Sequence[Region]]]], limits: Sequence[float]
+) -> tuple[list[float] | None, str]:
+    """For each limit, the area under the saturated per-region-overlap curve up to it, divided by it; or why not.
+
+    As MVTec LOCO defines it (Bergmann et al., IJCV 2022): of a region with saturation s, min(hits / s, 1) is
+    found; the rate counts the pixels of all images that lie in no region. That minimum is the share found of the s
+    highest scores of the region, whatever the threshold, so that only these matter. Exact: every distinct score is a
+    threshold. `images` is called twice for maps (H, W) with the regions in them.
+    """
+    hits, shares = [], []
+    for values, regions in images():
+        for region in regions:
+            scores = values[region.pixels]
+            hits.append(np.partition(scores, len(scores) - region.saturation)[len(scores) - region.saturation :])
+            shares.append(np.full(region.saturation, 1 / region.saturation))
+    if not hits:
+        return None, "there are no ground-truth masks of defects"
+    curve = _curve(hits, shares, len(hits), (_outside(values, regions) for values, regions in images()))
+    return (None, curve) if isinstance(curve, str) else ([curve.area(limit) for limit in limits], "")
 
 
 def presorted_good(good: Floats, bad: Floats, missed: float = 0.02) -> float:
@@ -97,13 +112,88 @@ def presorted_bad(good: Floats, bad: Floats, false_alarms: float = 0.02) -> floa
     return float(np.mean(bad > np.quantile(good, 1 - false_alarms)))
 
 
-def _region_pixels(maps: Sequence[Floats], masks: Sequence[Bools]) -> Iterator[tuple[Floats, float]]:
-    """For each connected defect region: its scores and 1 / its size."""
+@dataclass(frozen=True)
+class _Curve:
+    """What passes when the threshold is one of the distinct scores of defect pixels, from the highest down.
+
+    The thresholds between them, scores of good pixels only, add nothing to any of the areas but straight lines.
+    """
+
+    hits: Counts  # (L,) defect pixels at or above
+    overlap: Floats  # (L,) the regions' mean share at or above
+    alarms_above: Counts  # (L,) good pixels above
+    alarms: Counts  # (L,) good pixels at or above
+    good: int  # all good pixels
+
+    def auroc(self) -> float:
+        passed = np.diff(self.hits, prepend=0) @ (self.good - (self.alarms_above + self.alarms) / 2)
+        return float(passed / (self.hits[-1] * self.good))
+
+    def average_precision(self) -> float:
+        return float(np.diff(self.hits, prepend=0) @ (self.hits / (self.hits + self.alarms)) / self.hits[-1])
+
+    def f1_max(self) -> float:
+        return float((2 * self.hits / (self.hits[-1] + self.hits + self.alarms)).max())
+
+    def area(self, limit: float) -> float:
+        """Under overlap against false-positive rate, up to `limit`, divided by it."""
+        x = np.stack([self.alarms_above, self.alarms], axis=1).ravel() / self.good
+        y = np.repeat(np.append(0.0, self.overlap), 2)[1:-1]
+        return _area(np.append(np.append(0.0, x), 1.0), np.append(np.append(0.0, y), 1.0), limit) / limit
+
+
+def _region_curve(maps: Iterable[Floats], masks: Iterable[Bools]) -> _Curve | str:
+    """With connected regions, each pixel a share of 1 / area; or why there is none."""
+    hits, shares, regions, images = [], [], 0, 0
     for values, mask in zip(maps, masks, strict=True):
-        labels, _ = ndimage.label(mask, structure=EIGHT_NEIGHBOURS)
-        for label, box in enumerate(ndimage.find_objects(labels), start=1):
-            scores = values[box][labels[box] == label]
-            yield scores, 1 / len(scores)
+        images += 1
+        if mask.any():
+            labels, count = ndimage.label(mask, structure=EIGHT_NEIGHBOURS)
+            own = labels[mask]
+            hits.append(values[mask])
+            shares.append(1 / np.bincount(own)[own])
+            regions += count
+    if not regions:
+        return "there are no ground-truth masks of defects" if images else "there are no test images with known masks"
+    return _curve(hits, shares, regions, (values[~mask] for values, mask in zip(maps, masks, strict=True)))
+
+
+def _curve(hits: Sequence[Floats], shares: Sequence[Floats], regions: int, good: Iterable[Floats]) -> _Curve | str:
+    levels, places = np.unique(np.concatenate(hits), return_inverse=True)  # ascending
+    counts = np.bincount(places)[::-1]
+    rises = np.bincount(places, weights=np.concatenate(shares))[::-1] / regions
+    below, equal, total = np.zeros(len(levels), dtype=np.int64), np.zeros(len(levels), dtype=np.int64), 0
+    for scores in _gathered(good, max(len(levels), ROOM)):
+        scores.sort()
+        first = np.asarray(np.searchsorted(scores, levels))
+        below += first
+        tied = np.flatnonzero(scores.take(first, mode="clip") == levels)
+        equal[tied] += np.searchsorted(scores, levels[tied], side="right") - first[tied]
+        total += len(scores)
+    if total == 0:
+        return "the masks leave no good pixel"
+    alarms = total - below[::-1]
+    return _Curve(np.cumsum(counts), np.cumsum(rises), alarms - equal[::-1], alarms, total)
+
+
+def _gathered(arrays: Iterable[Floats], room: int) -> Iterator[Floats]:
+    """The same numbers in new arrays of at least `room`, and a last one that is not empty."""
+    waiting: list[Floats] = []
+    for array in arrays:
+        waiting.append(array)
+        if sum(map(len, waiting)) >= room:
+            yield np.concatenate(waiting)
+            waiting = []
+    if any(map(len, waiting)):
+        yield np.concatenate(waiting)
+
+
+def _outside(values: Floats, regions: Sequence[Region]) -> Floats:
+    """The scores of the pixels in no region."""
+    inside = np.zeros(values.shape, dtype=np.bool_)
+    for region in regions:
+        inside |= region.pixels
+    return values[~inside]
 
 
 def _area(x: Floats, y: Floats, limit: float) -> float:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kizu import files, image
+from kizu import files, image, loco
 from kizu.errors import require
 from kizu.evaluation import CategoryResult, Judged, Picture
 
@@ -86,6 +86,7 @@ def _page(summary: RunSummary, results: Sequence[CategoryResult], note: str) -> 
         sections=sections,
         total=Tally.of(chain.from_iterable(section.verdicts.values() for section in sections)),
         means={key: mean for key in _keys(results) if (mean := _mean(results, key)) is not None},
+        limits=loco.LIMITS,
         palette=", ".join(f"rgb({r} {g} {b})" for r, g, b in image.heat(np.linspace(0, 1, 16, dtype="f4"), 0, 1)),
         note=note,
     )
@@ -184,6 +185,8 @@ class Section:
     precision_recall: Curve | None
     defect_types: list[DefectType]
     unavailable: dict[str, list[str]]  # reason → keys of metrics
+    loco: dict[str, list[float | None]]  # kind of anomaly → image AUROC, map AUROC, AU-sPRO up to each limit
+    loco_reasons: list[str]  # why some of them are None
     pictures: dict[str, list[PictureRow]]  # why → rows
     unreadable: list[Judged]
 
@@ -203,8 +206,10 @@ def _section(result: CategoryResult) -> Section:
     roc, precision_recall = _curves(good, bad, result.threshold)
     names = sorted({row.defect for row in result.judged if row.defect != "good" and row.score is not None})
     unavailable: dict[str, list[str]] = {}
+    loco_rows = {kind: _loco_keys(kind) for kind in (*loco.TYPES, "by_type") if loco.spro_key(0.05) in result.metrics}
+    loco_keys = set(chain.from_iterable(loco_rows.values()))
     for key, value in result.metrics.items():
-        if value is None:
+        if value is None and key not in loco_keys:
             unavailable.setdefault(result.reasons.get(key, "It was not computed."), []).append(key)
     return Section(
         result=result,
@@ -216,9 +221,16 @@ def _section(result: CategoryResult) -> Section:
         precision_recall=precision_recall,
         defect_types=[_defect_type(name, result, verdicts, good) for name in names],
         unavailable=unavailable,
+        loco={kind: [result.metrics[key] for key in keys] for kind, keys in loco_rows.items()},
+        loco_reasons=sorted({result.reasons[key] for key in loco_keys if result.metrics[key] is None}),
         pictures=_picture_rows(result, verdicts),
         unreadable=[row for row in result.judged if row.score is None],
     )
+
+
+def _loco_keys(kind: str) -> list[str]:
+    """Of the metrics of one kind of anomaly, in the order of the columns."""
+    return [f"{name}_{kind}" for name in loco.BY_TYPE] + [loco.spro_key(limit, kind) for limit in loco.LIMITS]
 
 
 def _verdict(row: Judged, threshold: float) -> str:

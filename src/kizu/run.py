@@ -6,6 +6,7 @@
 ├── results.csv                 a row a category, the last one their mean
 ├── predictions.csv             a row a test image
 ├── report.html
+├── maps/<category>/test/       anomaly maps, if asked for
 ├── run.json                    config, seed, versions, machine, hash of the data
 ├── log.txt
 └── unfinished/                 while the run lasts; a folder that has it is not a result
@@ -22,7 +23,7 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -35,6 +36,7 @@ from kizu.config import Config
 from kizu.dataset import Dataset, Sample
 from kizu.errors import DataError, KizuError, OptionError
 from kizu.evaluation import CategoryResult, evaluate
+from kizu.saturation import Saturations
 
 __all__ = ["Run", "command_line", "fingerprint", "machine", "predictions_csv", "results_csv", "train", "write_tables"]
 
@@ -111,6 +113,7 @@ def train(
     overwrite: bool = False,
     skip_bad: bool = False,
     memory: str | None = None,
+    save_maps: bool = False,
     progress: Callable[[str], Progress] = lambda category: lambda stage, done, total: None,
 ) -> tuple[Run, list[CategoryResult]]:
     """Fit and evaluate one detector a category, and write the results folder."""
@@ -123,6 +126,8 @@ def train(
         raise DataError(f"{data.root} holds no training images of good parts")
     settings = {"method": method, "config": config.model_dump(mode="json"), "data": str(data.root.resolve())}
     about = {**settings, "categories": categories, "data_hash": fingerprint(data.samples)}
+    if data.saturations:
+        about["saturations"] = _plain(data.saturations)
     run = open_run(parent, name, about, resume=resume, overwrite=overwrite)
     results: list[CategoryResult] = []
     try:
@@ -139,8 +144,15 @@ def train(
                         memory=memory,
                         progress=progress(category),
                     )
-                    test = data.select(category, "test")
-                    result = evaluate(detector, test, category=category, root=data.root, progress=progress(category))
+                    result = evaluate(
+                        detector,
+                        data.select(category, "test"),
+                        category=category,
+                        root=data.root,
+                        saturations=data.saturations.get(category),
+                        maps=run.folder / "maps" if save_maps else None,
+                        progress=progress(category),
+                    )
                     detector.save(run.model(category))
                     files.write_text(run.unfinished / f"{category}.json", json.dumps(result.to_json()))
                 results.append(result)
@@ -198,6 +210,7 @@ def write_tables(folder: Path, about: dict[str, Any], results: Sequence[Category
 def results_csv(results: Sequence[CategoryResult]) -> str:
     """A row a category, metrics to six places, n/a where there is none, and the mean of what there is."""
     rows = []
+    columns = [*COLUMNS, *dict.fromkeys(name for r in results for name in r.metrics if name not in COLUMNS)]
     for result in results:
         counts: tuple[float, ...] = (
             result.train_images,
@@ -208,13 +221,13 @@ def results_csv(results: Sequence[CategoryResult]) -> str:
         )
         spent = sum(seconds for stage, seconds in result.seconds.items() if stage != "per image")
         per_image = 1000 * result.seconds.get("per image", 0.0)
-        rows.append([*(result.metrics.get(name) for name in COLUMNS), *counts, per_image, spent])
+        rows.append([*(result.metrics.get(name) for name in columns), *counts, per_image, spent])
     means = [_mean(column) for column in zip(*rows, strict=True)]
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(["category", *COLUMNS, *COUNTS, "ms_per_image", "seconds"])
+    writer.writerow(["category", *columns, *COUNTS, "ms_per_image", "seconds"])
     for label, row in zip([*(result.category for result in results), "mean"], [*rows, means], strict=True):
-        places = [6] * len(COLUMNS) + [1 if label == "mean" else 0] * len(COUNTS) + [1, 2]
+        places = [6] * len(columns) + [1 if label == "mean" else 0] * len(COUNTS) + [1, 2]
         cells = ("n/a" if v is None else f"{v:.{digits}f}" for v, digits in zip(row, places, strict=True))
         writer.writerow([label, *cells])
     return table.getvalue()
@@ -266,6 +279,14 @@ def machine() -> dict[str, Any]:
 def command_line() -> str:
     """The command that is running, as one would type it."""
     return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+def _plain(saturations: Mapping[str, Saturations]) -> dict[str, Any]:
+    """As JSON gives it back."""
+    return {
+        category: {str(value): list(saturation) for value, saturation in table.items()}
+        for category, table in saturations.items()
+    }
 
 
 def _one_line(result: CategoryResult) -> str:

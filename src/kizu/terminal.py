@@ -15,6 +15,14 @@ if TYPE_CHECKING:
 
 __all__ = ["count", "print_facts", "print_results", "print_table", "print_verdicts", "progress", "summary"]
 
+COLUMNS = {"image_auroc": "image AUROC", "pixel_auroc": "pixel AUROC", "au_pro": "AU-PRO"}
+LOCO_COLUMNS = {
+    "image_auroc_logical": "logical AUROC",
+    "au_spro_logical_0.05": "logical sPRO",
+    "image_auroc_structural": "structural AUROC",
+    "au_spro_structural_0.05": "structural sPRO",
+}
+
 
 @contextmanager
 def progress(quiet: bool) -> Iterator[Callable[[str], Callable[[str, int, int], None]]]:
@@ -65,7 +73,8 @@ def print_results(results: "Sequence[CategoryResult]", folder: Path | None, opti
         ]
         click.echo(json.dumps({"folder": folder and str(folder), "categories": rows}, indent=1))
         return
-    print_table([_result_row(result) for result in results])
+    loco = any(LOCO_COLUMNS.keys() <= result.metrics.keys() for result in results)
+    print_table([_result_row(result, COLUMNS | LOCO_COLUMNS if loco else COLUMNS) for result in results])
     for result in results:
         click.echo(f"\n{result.category}: {result.statement}" if result.statement else "")
         for reason in sorted(set(result.reasons.values())):
@@ -80,9 +89,8 @@ def print_results(results: "Sequence[CategoryResult]", folder: Path | None, opti
         click.echo(f"\nResults: {folder}\nReport:  {folder / 'report.html'}")
 
 
-def _result_row(result: "CategoryResult") -> dict[str, str]:
+def _result_row(result: "CategoryResult", names: dict[str, str]) -> dict[str, str]:
     good, bad = result.count(defective=False), result.count(defective=True)
-    names = {"image_auroc": "image AUROC", "pixel_auroc": "pixel AUROC", "au_pro": "AU-PRO"}
     values = {key: result.metrics.get(key) for key in names}
     return {
         "category": result.category,
