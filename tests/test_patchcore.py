@@ -118,6 +118,22 @@ def test_amounts_of_memory(asked, amount):
             budget(wrong)
 
 
+def test_the_approximate_search_states_its_recall_and_keeps_the_verdicts(tmp_path):
+    pytest.importorskip("faiss")
+    settings = {"size": 320, "layers": ["blocks.2"], "sampler": "identity"}
+    train, test = photographs(8, size=320), [*photographs(2, seed=9, size=320), np.zeros((320, 320, 3), np.uint8)]
+    exact = kizu.PatchCore(**settings).fit(train)
+    quick = kizu.PatchCore(**settings, search="ivfpq").fit(train)
+    assert 0.5 < quick.facts["recall"][0] <= 1 and "recall" not in exact.facts
+    again = kizu.load(quick.save(tmp_path / "model"))
+    for picture in test:
+        assert quick.predict(picture).score >= exact.predict(picture).score * 0.999  # another entry is never nearer
+        assert quick.predict(picture).score == pytest.approx(exact.predict(picture).score, rel=0.05)
+        assert again.predict(picture).score == pytest.approx(quick.predict(picture).score, rel=1e-6)
+    with pytest.raises(kizu.OptionError, match="--search exact"):
+        kizu.PatchCore(size=64, search="ivfpq").fit(train[:3])
+
+
 def test_an_update_learns_what_is_new_and_can_be_taken_back(tmp_path):
     old, new = [part(seed) for seed in range(12)], [255 - part(seed) for seed in range(12)]
     detector = kizu.PatchCore(size=64, coreset=0.1).fit(old)

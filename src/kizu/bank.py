@@ -1,6 +1,6 @@
 """A memory bank: good patches, what is nearest to a query, and how far good patches usually are from each entry."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from kizu import coreset
 from kizu.neighbours import Cells, arrange, nearest
+from kizu.quantised import QuantisedCells
 
 __all__ = ["Bank", "Hits"]
 
@@ -57,7 +58,8 @@ class Bank(nn.Module):
         self.register_buffer("counts", counts)
         self.register_buffer("centres", centres)
         self.register_buffer("sizes", sizes)
-        self._cells: tuple[Tensor, Cells] | None = None
+        self._index: tuple[Tensor, Cells | QuantisedCells] | None = None
+        self.quantise: Callable[[Tensor, Tensor], QuantisedCells] | None = None  # for a search that is not exact
 
     @classmethod
     def of(cls, entries: Tensor, images: Tensor, sums: Tensor | None = None, counts: Tensor | None = None) -> "Bank":
@@ -71,17 +73,29 @@ class Bank(nn.Module):
 
     def search(self, queries: Tensor, count: int, own: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Distances and entries (N, count) nearest to queries (N, D), none from the queries' own images (N,)."""
-        if count == 1 and len(self.centres) and queries.device.type == "cpu" and not _is_exported():
-            distances, entries = self.cells().nearest(queries, own)
+        sorted_here = len(self.centres) > 0 and queries.device.type == "cpu"
+        if count == 1 and (sorted_here or self.quantise) and not _is_exported():
+            distances, entries = self.index().nearest(queries, own)
             return distances[:, None], entries[:, None]
         images = None if own is None else (own, self.images)
         return nearest(queries, self.entries, count, half_norms=self.half_norms, images=images)
 
-    def cells(self) -> Cells:
-        """Search by cells in the present entries."""
-        if self._cells is None or self._cells[0] is not self.entries:
-            self._cells = self.entries, Cells(self.entries, self.images, self.centres, self.sizes)
-        return self._cells[1]
+    def index(self) -> Cells | QuantisedCells:
+        """Search by cells in the present entries, made when first needed."""
+        if self._index is None or self._index[0] is not self.entries:
+            made = (
+                self.quantise(self.entries, self.images)
+                if self.quantise
+                else Cells(self.entries, self.images, self.centres, self.sizes)
+            )
+            self._index = self.entries, made
+        return self._index[1]
+
+    def recall(self, queries: Tensor, own: Tensor) -> float:
+        """Share of the queries (N, D) for which the search finds an entry that is as near as the nearest."""
+        found = self.search(queries, 1, own)[0]
+        exact, _ = nearest(queries, self.entries, half_norms=self.half_norms, images=(own, self.images))
+        return float((found <= exact * (1 + 1e-5) + 1e-6).float().mean())
 
     def learn_scale(self, distances: Tensor, entries: Tensor) -> None:
         """Remember the distances (N,) of training patches to their nearest entries (N,) from other images."""

@@ -95,6 +95,11 @@ class PatchCoreConfig(Config):
     neighbours: int = Field(
         1, ge=1, le=100, description="A patch's score is the mean distance to this many bank entries."
     )
+    search: Literal["exact", "ivfpq"] = Field(
+        "exact",
+        description="Find the nearest entry for sure, or one of the nearest with faiss (extra faiss, for huge banks).",
+    )
+    faiss_on_gpu: bool = Field(False, description="With --search ivfpq: search on the GPU.")
     fusion: Literal["separate", "stack"] = Field(
         "separate", description="A bank for each layer, or one of all layers stacked as in the paper."
     )
@@ -115,6 +120,10 @@ class PatchCoreConfig(Config):
     def _parts_fit(self) -> "PatchCoreConfig":
         if (self.pretrain_embed_dimension is None) != (self.target_embed_dimension is None):
             raise ValueError("--pretrain-embed-dimension and --target-embed-dimension go together")
+        if self.search == "ivfpq" and self.neighbours > 1:
+            raise ValueError("--search ivfpq finds one entry: it needs --neighbours 1")
+        if self.faiss_on_gpu and self.search != "ivfpq":
+            raise ValueError("--faiss-on-gpu needs --search ivfpq; the exact search uses a GPU wherever there is one")
         if self.target_embed_dimension is not None and self.fusion != "stack":
             raise ValueError("--target-embed-dimension pools all layers together: it needs --fusion stack")
         if self.reweight > 1 and (self.fusion, self.local_scale, self.top) != ("stack", False, 0):

