@@ -62,6 +62,7 @@ class CategoryResult:
     pictures: list[Picture] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)  # stage → seconds; "per image" in seconds
     notes: list[str] = field(default_factory=list)  # what a reader must know, e.g. masks that do not fit
+    curves: dict[str, list[float]] = field(default_factory=dict)  # of training, a value a round
 
     def count(self, defective: bool, stopped: bool | None = None) -> int:
         """Test images of a kind that could be judged, all or those (not) stopped."""
@@ -128,7 +129,8 @@ def evaluate(
         map_level=detector.map_level,
         pictures=_pictures(predictions, root, seed=detector.config.seed),
         seconds={**detector.seconds, "evaluation": elapsed, "per image": elapsed / max(1, len(judged))},
-        notes=notes,
+        notes=[*detector.remarks, *notes],
+        curves=detector.curves,
     )
 
 

@@ -6,7 +6,7 @@ import os
 import shutil
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from kizu import dataset, files
 from kizu import image as images
+from kizu.augmentation import Augmentation
 from kizu.backbone import weights_hash
 from kizu.config import CONFIGS, Config, build
 from kizu.detectors import detector_class
@@ -107,12 +108,14 @@ class Detector(ABC):
     """
 
     method: ClassVar[str]
+    learns_in_rounds: ClassVar[bool] = False
 
     def __init__(self, config: Config | None = None, **settings: Any) -> None:
         """From a config, or from its fields as keyword arguments. Raises `OptionError` for a wrong one."""
         kind = CONFIGS[self.method]
         self.config: Any = config if config is not None else build(kind, settings)
         self.preprocessing = Preprocessing(self.config.size, self.config.resize)
+        self.augmentation = Augmentation.of(self.config)
         self.graph: nn.Module | None = None
         self.threshold = Threshold(float("inf"), self.config.false_alarms, 0)
         self.calibration_scores: list[float] = []
@@ -121,6 +124,10 @@ class Detector(ABC):
         self.scale = (0.0, 1.0)
         self.training: dict[str, Any] = {}
         self.facts: dict[str, Any] = {}
+        self.remarks: list[str] = []  # on the settings, for the user
+        self.curves: dict[str, list[float]] = {}  # of training, a value a round
+        self.checkpoint: Path | None = None
+        self.after_round: Callable[[nn.Module, int], None] = lambda graph, number: None
         self.seconds: dict[str, float] = {}
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -140,15 +147,19 @@ class Detector(ABC):
         held_out: Iterable[Any] = (),
         memory: str | int | None = None,
         skip_bad: bool = False,
+        checkpoint: str | os.PathLike[str] | None = None,
         progress: Progress | None = None,
     ) -> Self:
         """Learn from good images: a folder, or any of paths, arrays, PIL images, encoded bytes and samples.
 
         Images in `held_out`, if there are any, are not learned from but set the threshold; otherwise each method
         holds out its own. `memory` ("2GB") bounds the working data; without it, half of what is free may be used.
+        A method that learns in rounds writes where it is to the file `checkpoint`, and goes on from there if it exists.
         Raises `DataError` with the list of all images that cannot be read, before any work, unless `skip_bad`.
         """
         progress = progress or (lambda stage, done, total: None)
+        self.checkpoint = None if checkpoint is None else Path(checkpoint)
+        self.remarks = []
         most = budget(memory)
         if self.device.type == "cuda":
             most = min(most, torch.cuda.mem_get_info(self.device)[0])
@@ -251,12 +262,27 @@ class Detector(ABC):
             "versions": {name: version(name) for name in ("kizu", "torch", "timm", "numpy", "pillow")},
         }
 
-    def stream(self, photos: Stack, stage: str, progress: Progress) -> Iterator[tuple[Tensor, Tensor]]:
-        """Numbers (B,) and pixels (B, 3, h, w) of photos, batch by batch on the device, with progress."""
-        for start in range(0, len(photos), BATCH):
-            pixels = torch.from_numpy(photos.batch(start, start + BATCH)).to(self.device)
-            yield torch.arange(start, start + len(pixels), device=self.device), pixels
-            progress(stage, start + len(pixels), len(photos))
+    def stream(
+        self, photos: Stack, stage: str, progress: Progress, *, only: Sequence[int] | None = None, copies: int = 0
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Numbers (B,) and pixels (B, 3, h, w) of photos, or only of some, batch by batch on the device, with progress.
+
+        After all of them come `copies` varied ones of each, numbered as their originals.
+        """
+        numbers = range(len(photos)) if only is None else only
+        total = len(numbers) * (1 + copies)
+        for turn in range(1 + copies):
+            for start in range(0, len(numbers), BATCH):
+                some = numbers[start : start + BATCH]
+                yield torch.tensor(some, device=self.device), self.pixels(photos, some, turn)
+                progress(stage, turn * len(numbers) + start + len(some), total)
+
+    def pixels(self, photos: Stack, numbers: Sequence[int], turn: int = 0) -> Tensor:
+        """Photos (B, 3, h, w) on the device: as they are at turn 0, at any other varied in its own way."""
+        taken = torch.from_numpy(photos.take(numbers))
+        if turn and self.augmentation is not None:
+            taken, _ = self.augmentation(taken, [(self.config.seed, number, turn) for number in numbers])
+        return taken.to(self.device)
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
