@@ -14,7 +14,15 @@ from kizu.detectors.detector import Photo
 
 SETTINGS = {
     "patchcore": {"size": 64, "coreset": 0.2},
-    "simplenet": {"size": 64, "meta_epochs": 20, "sampled": 1, "dsc_hidden": 128, "dsc_lr": 2e-3},
+    "simplenet": {
+        "size": 64,
+        "meta_epochs": 40,
+        "sampled": 1,
+        "batch_size": 2,
+        "dsc_hidden": 128,
+        "dsc_lr": 2e-3,
+        "seed": 3,
+    },
 }
 
 
