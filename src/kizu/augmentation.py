@@ -84,7 +84,8 @@ class Augmentation:
         shift = -(turn @ torch.tensor([right, down], dtype=torch.float64))
         theta = torch.cat([turn * half[None] / half[:, None], (shift / half)[:, None]], dim=1).float()
         grid = F.affine_grid(theta[None], [1, *image.shape], align_corners=False).to(image.device)
-        return F.grid_sample(image[None], grid, mode=mode, padding_mode="reflection", align_corners=False)[0]
+        moved: Tensor = F.grid_sample(image[None], grid, mode=mode, padding_mode="reflection", align_corners=False)
+        return moved[0]
 
 
 def _mixed(image: Tensor, other: Tensor, strength: float) -> Tensor:
@@ -93,7 +94,7 @@ def _mixed(image: Tensor, other: Tensor, strength: float) -> Tensor:
 
 def _grey(image: Tensor) -> Tensor:
     """(3, H, W) → (1, H, W)."""
-    return torch.tensordot(torch.tensor(GREY, device=image.device), image, dims=1)[None]
+    return (torch.tensor(GREY, device=image.device)[:, None, None] * image).sum(0, keepdim=True)
 
 
 def _happens(probability: float, draw: float) -> bool:

@@ -18,7 +18,7 @@ from kizu.errors import BadImage, DataError
 if TYPE_CHECKING:
     from kizu.detectors.detector import Detector, Prediction
 
-__all__ = ["CategoryResult", "Judged", "Picture", "evaluate"]
+__all__ = ["CategoryResult", "Judged", "Picture", "evaluate", "measure"]
 
 PICTURES = {"miss": 6, "false alarm": 6, "sample": 9}
 PICTURE_SIDE = 280
@@ -63,6 +63,7 @@ class CategoryResult:
     seconds: dict[str, float] = field(default_factory=dict)  # stage → seconds; "per image" in seconds
     notes: list[str] = field(default_factory=list)  # what a reader must know, e.g. masks that do not fit
     curves: dict[str, list[float]] = field(default_factory=dict)  # of training, a value a round
+    oracle: dict[str, float | None] = field(default_factory=dict)  # metrics of the round best on the test images
 
     def count(self, defective: bool, stopped: bool | None = None) -> int:
         """Test images of a kind that could be judged, all or those (not) stopped."""
@@ -90,11 +91,13 @@ def evaluate(
     *,
     category: str,
     root: Path,
+    overlays: Path | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> CategoryResult:
     """Judge the test images and compare with what they are. Nothing of it flows back into the detector.
 
     Masks are used at the photographs' own resolution. Metrics that cannot be computed are None, with the reason.
+    With a folder for `overlays`, each photograph is written there with its map over it.
     """
     judged: list[Judged] = []
     predictions: list[tuple[Sample, Prediction]] = []
@@ -106,6 +109,8 @@ def evaluate(
         else:
             judged.append(Judged(name, sample.defect, outcome.score))
             predictions.append((sample, outcome))
+            if overlays is not None:
+                images.write(overlays / (name.replace("/", "_") + ".png"), outcome.overlay())
         if progress:
             progress("Evaluating", len(judged), len(samples))
     elapsed = time.perf_counter() - start
@@ -113,7 +118,7 @@ def evaluate(
     judged.sort(key=lambda row: order[row.image])
     if progress:
         progress("Measuring", 0, 1)
-    values, reasons, notes = _measure(predictions)
+    values, reasons, notes = measure(predictions)
     if progress:
         progress("Measuring", 1, 1)
     return CategoryResult(
@@ -134,7 +139,7 @@ def evaluate(
     )
 
 
-def _measure(
+def measure(
     predictions: "Sequence[tuple[Sample, Prediction]]",
 ) -> tuple[dict[str, float | None], dict[str, str], list[str]]:
     """Metrics, reasons for missing ones, notes."""

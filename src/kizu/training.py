@@ -27,9 +27,11 @@ CHECKED = 1 << 14  # rows that a round is judged by
 class Networks(Protocol):
     """What is trained."""
 
-    backbone: nn.Module
     projection: Projection
     discriminator: Discriminator
+
+    @property
+    def backbone(self) -> nn.Module: ...
 
     def adapt(self, rows: Tensor) -> Tensor:
         """Features (N, D) in units of their deviation, projected (N, E)."""
@@ -160,8 +162,8 @@ class Training:
             "modules": {name: module.state_dict() for name, module in self.modules.items()},
             "optimisers": {name: optimiser.state_dict() for name, optimiser in self.optimisers.items()},
         }
-        with files.new_file(path) as temporary:
-            torch.save(content, temporary)
+        with files.new_file(path) as temporary, temporary.open("wb") as file:
+            torch.save(content, file)
 
     def _resume(self, path: Path, key: str) -> None:
         try:

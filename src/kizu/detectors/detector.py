@@ -27,12 +27,12 @@ from kizu.augmentation import Augmentation
 from kizu.backbone import weights_hash
 from kizu.config import CONFIGS, Config, build
 from kizu.detectors import detector_class
-from kizu.errors import BadImage, DataError, ModelError
+from kizu.errors import BadImage, DataError, ModelError, OptionError
 from kizu.memory import budget
 from kizu.preprocess import Preprocessing, Readable, Stack, batches
 from kizu.threshold import Threshold, calibrate
 
-__all__ = ["Detector", "Learned", "Photo", "Prediction", "load"]
+__all__ = ["Detector", "Learned", "Photo", "Prediction", "gpu_device", "load"]
 
 FORMAT = 1
 BATCH = 16
@@ -130,6 +130,7 @@ class Detector(ABC):
         self.after_round: Callable[[nn.Module, int], None] = lambda graph, number: None
         self.seconds: dict[str, float] = {}
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.workers = 2  # threads that read photographs
 
     @abstractmethod
     def learn(self, photos: Stack, held_out: Stack, memory: int, progress: Progress) -> Learned:
@@ -197,10 +198,10 @@ class Detector(ABC):
         raise AssertionError("one image gives one outcome")
 
     def judge(
-        self, items: Iterable[Item], *, batch_size: int = BATCH, workers: int = 2
+        self, items: Iterable[Item], *, batch_size: int = BATCH, workers: int | None = None
     ) -> Iterator[tuple[Item, Prediction | BadImage]]:
         """Judge many, in threads ahead of the network; what cannot be read comes with its error."""
-        for batch in batches(items, self.preprocessing, batch_size=batch_size, workers=workers):
+        for batch in batches(items, self.preprocessing, batch_size=batch_size, workers=workers or self.workers):
             yield from batch.failures
             if not batch.items:
                 continue
@@ -262,6 +263,14 @@ class Detector(ABC):
             "versions": {name: version(name) for name in ("kizu", "torch", "timm", "numpy", "pillow")},
         }
 
+    def restore_levels(self, about: dict[str, Any]) -> None:
+        """Take levels and facts as `describe` gave them."""
+        level = about["threshold"]
+        self.threshold = Threshold(_finite(level["value"]), level["rate"], level["count"])
+        self.calibration_scores, self.map_peaks = about["calibration_scores"], about["map"]["peaks"]
+        self.map_level, self.scale = _finite(about["map"]["level"]), tuple(about["map"]["scale"])
+        self.facts, self.training = about["facts"], about["training"]
+
     def stream(
         self, photos: Stack, stage: str, progress: Progress, *, only: Sequence[int] | None = None, copies: int = 0
     ) -> Iterator[tuple[Tensor, Tensor]]:
@@ -301,7 +310,7 @@ class Detector(ABC):
         photos = Stack(len(items), self.preprocessing.size, memory)
         names: list[str] = []
         bad: list[BadImage] = []
-        for batch in batches(items, self.preprocessing):
+        for batch in batches(items, self.preprocessing, workers=self.workers):
             photos.append(batch.pixels)
             names += [_name(item) for item in batch.items]
             bad += [error for _, error in batch.failures]
@@ -315,12 +324,21 @@ class Detector(ABC):
         return photos, names
 
 
+def gpu_device(number: int) -> torch.device:
+    """A GPU by its number, or the CPU for -1. Raises `OptionError` where there is none of that number."""
+    count = torch.cuda.device_count()
+    if number >= count:
+        raise OptionError(f"--gpu {number}: this machine has {count} that torch can use; -1 is the CPU")
+    return torch.device("cpu" if number < 0 else f"cuda:{number}")
+
+
 def load(folder: str | os.PathLike[str]) -> Detector:
     """Read a model that `save` wrote. Nothing in it is executed. Raises `ModelError` when it is none, or damaged."""
     folder = Path(folder)
     try:
         about = json.loads((folder / "model.json").read_text(encoding="utf-8"))
-        tensors = load_file(folder / "model.safetensors")
+        packed = load_file(folder / "model.safetensors")
+        tensors = {key: tensor.clone() for key, tensor in packed.items()}  # aligned: the last bit depends on it
     except FileNotFoundError as error:
         raise ModelError(f"{folder} is not a kizu model: {Path(error.filename or 'a file').name} is missing") from None
     except (OSError, ValueError, SafetensorError) as error:
@@ -335,11 +353,7 @@ def load(folder: str | os.PathLike[str]) -> Detector:
         graph = kind.restore_graph(detector.config, tensors)
         graph.load_state_dict(tensors, assign=True)
         detector.graph = graph.eval().requires_grad_(False).to(detector.device)
-        level = about["threshold"]
-        detector.threshold = Threshold(_finite(level["value"]), level["rate"], level["count"])
-        detector.calibration_scores, detector.map_peaks = about["calibration_scores"], about["map"]["peaks"]
-        detector.map_level, detector.scale = _finite(about["map"]["level"]), tuple(about["map"]["scale"])
-        detector.facts, detector.training = about["facts"], about["training"]
+        detector.restore_levels(about)
     except (KeyError, TypeError, RuntimeError) as error:
         raise ModelError(f"{folder}: the model is damaged ({error})") from None
     return detector

@@ -8,18 +8,20 @@ and an image score from its most anomalous patches instead of one (`top`). Nothi
 import hashlib
 import json
 import math
+import os
 import statistics
 from collections.abc import Iterator, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from kizu import backbone
+from kizu import backbone, published
 from kizu.config import SimpleNetConfig
-from kizu.detectors.detector import Detector, Learned, Progress
+from kizu.detectors.detector import Detector, Learned, Progress, load
 from kizu.discriminator import Discriminator, Projection
-from kizu.errors import OptionError
+from kizu.errors import ModelError, OptionError
 from kizu.features import FeatureStore
 from kizu.maps import MapUpsampling
 from kizu.patches import PatchFeatures
@@ -103,8 +105,9 @@ class SimpleNet(Detector):
             "rounds": training.best["round"] if training.best else len(training.history),
         }
         with self.timed("calibration"):
-            aside = (held_out, None) if len(held_out) else (photos, calibrating)
-            return self._judged(graph, *aside, facts, progress)
+            if len(held_out):
+                return self._judged(graph, held_out, range(len(held_out)), facts, progress)
+            return self._judged(graph, photos, calibrating, facts, progress)
 
     def _start(
         self, graph: SimpleNetGraph, photos: Stack, learning: Sequence[int], memory: int, progress: Progress
@@ -155,7 +158,7 @@ class SimpleNet(Detector):
         self,
         graph: SimpleNetGraph,
         photos: Stack,
-        only: Sequence[int] | None,
+        only: Sequence[int],
         facts: dict[str, Any],
         progress: Progress,
     ) -> Learned:
@@ -170,6 +173,33 @@ class SimpleNet(Detector):
             medians += maps.flatten(1).median(1).values.tolist()
         return Learned(graph, scores, peaks, statistics.median(medians) if medians else -self.config.dsc_margin, facts)
 
+    def save_to_path(self, folder: str | os.PathLike[str]) -> Path:
+        """Write `ckpt.pth` and `params.pkl` in the published layout; the backbone's weights are not inside."""
+        if not isinstance(self.graph, SimpleNetGraph):
+            raise ModelError("There is nothing to save: call fit first.")
+        levels = {key: self.describe()[key] for key in ("threshold", "calibration_scores", "map", "facts", "training")}
+        return published.write(folder, self.graph, levels)
+
+    def load_from_path(self, folder: str | os.PathLike[str]) -> Self:
+        """Become the model in a folder: kizu's own, or `ckpt.pth` with or without `params.pkl`.
+
+        Of a run, models/0 is the model of its first category. Raises `ModelError` where there is none. A model without
+        levels stops nothing.
+        """
+        folder = _numbered(Path(folder))
+        if (folder / "model.json").exists() or not (folder / published.CHECKPOINT).exists():
+            loaded = load(folder)
+            if not isinstance(loaded, SimpleNet):
+                raise ModelError(f"{folder} is a model of {loaded.method}: open it with kizu.load")
+        else:
+            config, graph, levels = published.read(folder, self.config)
+            loaded = SimpleNet(config)
+            loaded.graph = graph.to(self.device)
+            if levels:
+                loaded.restore_levels(levels)
+        self.__dict__.update(loaded.__dict__)
+        return self
+
     def _key(self, photos: Stack) -> str:
         """Of everything that training depends on."""
         settings = json.dumps(self.config.model_dump(mode="json"), sort_keys=True)
@@ -178,19 +208,24 @@ class SimpleNet(Detector):
     @classmethod
     def restore_graph(cls, config: Any, tensors: dict[str, Tensor]) -> nn.Module:
         graph = SimpleNetGraph(config, backbone.blank(config.backbone, config.layers, config.size))
-        first = "projection.layers.0fc.weight" if config.pre_proj else _first_of_discriminator(config)
+        network, key = published.first_layer(config)
+        first = f"{network.removeprefix('pre_')}.{key}"
         grid = tensors["upsample.rows"].shape[1], tensors["upsample.columns"].shape[1]
         graph.complete(tensors[first].shape[1], grid)
         return graph
 
 
+def _numbered(folder: Path) -> Path:
+    """models/0 → the first of the models that lie in models/, where no folder has such a name."""
+    if folder.exists() or not folder.name.isdigit():
+        return folder
+    models = sorted(path.parent for path in folder.parent.glob("*/model.json"))
+    return models[int(folder.name)] if int(folder.name) < len(models) else folder
+
+
 def as_rows(features: Tensor) -> Tensor:
     """(B, D, h, w) → (B · h · w, D)."""
     return features.permute(0, 2, 3, 1).flatten(0, 2)
-
-
-def _first_of_discriminator(config: SimpleNetConfig) -> str:
-    return "discriminator.body.block1.0.weight" if config.dsc_layers > 1 else "discriminator.tail.weight"
 
 
 def _divided(count: int, has_others: bool, config: SimpleNetConfig) -> tuple[list[int], list[int], list[int]]:
