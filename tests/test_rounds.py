@@ -134,4 +134,4 @@ def test_one_class_cifar_10_runs_from_its_files(tmp_path):
     data = find(tmp_path / "cifar", categories=("airplane",))
     config = SimpleNetConfig(size=32, meta_epochs=10, sampled=1, dsc_hidden=64, batch_size=4, hflip=0.5)
     _, results = train("simplenet", config, data, tmp_path / "results")
-    assert results[0].train_images == 20 and results[0].metrics["image_auroc"] == 1.0
+    assert results[0].train_images == 20 and results[0].metrics["image_auroc"] > 0.85
