@@ -17,8 +17,9 @@ SETTINGS = {
     "simplenet": {
         "size": 64,
         "meta_epochs": 40,
-        "sampled": 1,
+        "gan_epochs": 1,
         "batch_size": 2,
+        "sampled": 1,
         "dsc_hidden": 128,
         "dsc_lr": 2e-3,
         "seed": 3,

@@ -17,7 +17,20 @@ from kizu.oracle import Oracle
 from kizu.run import train
 from test_cli import KIZU, factory, kizu, table
 
-TINY = ("--size", "64", "--sampled", "1", "--batch_size", "2", "--dsc_hidden", "64", "--dsc_lr", "2e-3")
+TINY = (
+    "--size",
+    "64",
+    "--sampled",
+    "1",
+    "--batch_size",
+    "2",
+    "--gan_epochs",
+    "1",
+    "--dsc_hidden",
+    "64",
+    "--dsc_lr",
+    "2e-3",
+)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +65,7 @@ def test_what_an_oracle_chose_stands_beside_the_rest_and_is_marked(watched):
 
 def test_an_oracle_changes_nothing_of_the_model(tmp_path):
     data = factory(tmp_path / "data")
-    config = SimpleNetConfig(size=64, meta_epochs=4, sampled=1, dsc_hidden=64)
+    config = SimpleNetConfig(size=64, meta_epochs=4, sampled=1, gan_epochs=1, dsc_hidden=64)
     runs = [train("simplenet", config, find(data), tmp_path, name=str(oracle), oracle=oracle)[0] for oracle in (0, 1)]
     for name in ("model.safetensors", "model.json"):
         one, two = (run.model("disc") / name for run in runs)
@@ -65,7 +78,7 @@ def test_the_oracle_keeps_the_round_with_the_best_image_and_then_pixel_auroc(tmp
 
     data = find(factory(tmp_path / "data"))
     test = data.select(split="test")
-    detector = package.SimpleNet(size=64, meta_epochs=5, sampled=1, dsc_hidden=64)
+    detector = package.SimpleNet(size=64, meta_epochs=5, sampled=1, gan_epochs=1, dsc_hidden=64)
     oracle = Oracle(detector, test)
     seen = []
 
@@ -116,7 +129,7 @@ def test_training_that_was_killed_goes_on_to_the_same_model(ending, tmp_path):
     kizu(*command, "--name", "killed", "--resume")
     log = (run / "log.txt").read_text()
     assert log.count("round 1:") == log.count("round 60:") == 1 and not (run / "unfinished").exists()
-    config = SimpleNetConfig(size=64, sampled=1, batch_size=2, dsc_hidden=64, dsc_lr=2e-3, meta_epochs=60)
+    config = SimpleNetConfig(size=64, sampled=1, gan_epochs=1, batch_size=2, dsc_hidden=64, dsc_lr=2e-3, meta_epochs=60)
     whole, _ = train("simplenet", config, find(data), tmp_path / "whole")
     one, two = (folder / "models" / "disc" / "model.safetensors" for folder in (run, whole.folder))
     assert one.read_bytes() == two.read_bytes()
@@ -132,6 +145,6 @@ def test_one_class_cifar_10_runs_from_its_files(tmp_path):
         records = np.concatenate([labels[:, None], pixels], axis=1).astype(np.uint8)
         (tmp_path / "cifar" / f"{name}.bin").write_bytes(records.tobytes())
     data = find(tmp_path / "cifar", categories=("airplane",))
-    config = SimpleNetConfig(size=32, meta_epochs=10, sampled=1, dsc_hidden=64, batch_size=4, hflip=0.5)
+    config = SimpleNetConfig(size=32, meta_epochs=10, sampled=1, gan_epochs=1, dsc_hidden=64, batch_size=4, hflip=0.5)
     _, results = train("simplenet", config, data, tmp_path / "results")
     assert results[0].train_images == 20 and results[0].metrics["image_auroc"] > 0.85

@@ -206,12 +206,12 @@ class SimpleNetConfig(Config):
     )
     mix_noise: int = Field(1, ge=1, le=20, description="Noise of this many strengths, each 1.1 times the one before.")
     meta_epochs: int = Field(40, ge=1, le=10000, description="Rounds of training; after each a checkpoint is written.")
-    gan_epochs: int = Field(1, ge=1, le=1000, description="Passes over the images in a round. Paper: 4.")
+    gan_epochs: int = Field(4, ge=1, le=1000, description="Passes over the images in a round.")
     aed_meta_epochs: int = Field(1, ge=0, le=10000, description="With --cos-lr: the last rounds, at the lowest rate.")
-    cos_lr: bool = Field(False, description="Lower the learning rates along a cosine to 0.4 of themselves.")
-    batch_size: int = Field(8, ge=1, le=1024, description="Images in a training step.")
+    cos_lr: bool = Field(False, description="Lower the discriminator's learning rate along a cosine to 0.4 of itself.")
+    batch_size: int = Field(32, ge=1, le=1024, description="Images in a training step. Paper: 8.")
     sampled: float = Field(
-        0.125, gt=0, le=1, description="Share of an image's patches in a step, drawn afresh. Paper: 1."
+        1 / 32, gt=0, le=1, description="Share of an image's patches in a step, drawn afresh. Paper: 1."
     )
     train_backbone: bool = Field(False, description="Train the backbone too. Slow: nothing can be kept.")
     backbone_lr: float = Field(1e-5, gt=0, le=1, description="The backbone's learning rate, if it is trained.")
