@@ -30,9 +30,9 @@ from kizu.training import Training, generator
 
 __all__ = ["SimpleNet", "SimpleNetGraph"]
 
-MEASURED = 32  # images that the features' deviation is measured on
+MEASURED = 16  # images that the features' deviation is measured on
 HELD_OUT = 1 / 4  # at most so many of the good images set the threshold
-SELECTING = 1 / 10  # so many select a round, where one is selected
+SELECTING, MOST = 1 / 10, 64  # so many of them, and no more images, select a round, where one is selected
 
 
 class SimpleNetGraph(nn.Module):
@@ -235,7 +235,7 @@ def _divided(count: int, has_others: bool, config: SimpleNetConfig) -> tuple[lis
     """
     needed = math.ceil(1 / config.false_alarms) - 1
     calibrating = 0 if has_others else min(needed, int(HELD_OUT * count))
-    selecting = max(1, int(SELECTING * count)) if config.select == "held_out" else 0
+    selecting = max(1, min(int(SELECTING * count), MOST)) if config.select == "held_out" else 0
     if selecting and count - calibrating - selecting < 1:
         raise OptionError(f"--select held_out: of {count} images none would be left to learn from; use --select last")
     order = torch.randperm(count, generator=generator(config.seed, 2**32)).tolist()
