@@ -138,6 +138,7 @@ def train(
         raise OptionError(
             f"--oracle: {method} does not learn in rounds, so there is nothing to choose on the test images"
         )
+    device = None if gpu is None else gpu_device(gpu)
     start = time.time()
     categories = [category for category in data.categories if data.select(category, "train")]
     if not categories:
@@ -154,8 +155,7 @@ def train(
                 if result is None:
                     detector = kind(config)
                     detector.workers = num_workers
-                    if gpu is not None:
-                        detector.device = gpu_device(gpu)
+                    detector.device = device or detector.device
                     overlays = run.folder / "segmentation_images" / category if save_segmentation_images else None
                     options = {"skip_bad": skip_bad, "memory": memory, "progress": progress(category)}
                     result = _fit_and_evaluate(detector, data, category, run, oracle, overlays, options)
@@ -164,7 +164,7 @@ def train(
             _finish(run, about, results, time.time() - start)
             log.info("finished: %s", run.folder)
     except KizuError:
-        if not results:  # nothing to resume, and the name is free again
+        if not results and not any(run.unfinished.glob("*.checkpoint")):  # nothing to resume: the name is free again
             shutil.rmtree(run.folder)
         raise
     return run, results

@@ -16,11 +16,12 @@ from kizu.config import SimpleNetConfig
 from kizu.discriminator import Discriminator, Projection, judge, noise
 from kizu.errors import ModelError
 
-__all__ = ["Networks", "Training", "generator"]
+__all__ = ["DIVISION", "ORDER", "Networks", "Training", "generator"]
 
 log = logging.getLogger("kizu")
 LOWEST = 0.4  # of the learning rate, at the end of the cosine
 WEIGHT_DECAY = 1e-5  # of the discriminator
+NOISE, CHECK, ORDER, DIVISION = range(4)  # what is random
 CHECKED = 1 << 14  # rows that a round is judged by
 
 
@@ -97,7 +98,7 @@ class Training:
         for turn in range(self.config.gan_epochs):
             number = len(self.history) * self.config.gan_epochs + turn
             self._set_rate(number)
-            random = generator(self.config.seed, number, self.device)
+            random = generator(self.config.seed, NOISE, number, device=self.device)
             for rows in passes(number):
                 good = self.graph.adapt(rows)
                 noisy = good + noise(good, self.config.noise_std, self.config.mix_noise, random)
@@ -115,7 +116,7 @@ class Training:
         """Of good features held out (M, D) and noisy copies of them, the same ones after every round."""
         self.graph.projection.eval()
         self.graph.discriminator.eval()
-        random = generator(self.config.seed, 2**31, self.device)
+        random = generator(self.config.seed, CHECK, device=self.device)
         good = self.graph.adapt(checked[:: max(1, len(checked) // CHECKED)])
         noisy = good + noise(good, self.config.noise_std, self.config.mix_noise, random)
         return float(judge(self.graph.discriminator, good, noisy, self.config.dsc_margin).loss)
@@ -181,7 +182,7 @@ class Training:
             raise ModelError(f"{path}: the checkpoint is damaged ({type(error).__name__}): remove it") from None
 
 
-def generator(seed: int, number: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """The same for the same seed and number, and independent of the others."""
-    state = np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)
+def generator(*numbers: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """The same for the same numbers, and independent of all others."""
+    state = np.random.SeedSequence(numbers).generate_state(1, np.uint64)
     return torch.Generator(device).manual_seed(int(state[0]))

@@ -26,7 +26,7 @@ from kizu.features import FeatureStore
 from kizu.maps import MapUpsampling
 from kizu.patches import PatchFeatures
 from kizu.preprocess import Stack
-from kizu.training import Training, generator
+from kizu.training import DIVISION, ORDER, Training, generator
 
 __all__ = ["SimpleNet", "SimpleNetGraph"]
 
@@ -132,7 +132,7 @@ class SimpleNet(Detector):
         self, graph: SimpleNetGraph, photos: Stack, learning: Sequence[int], store: FeatureStore | None, number: int
     ) -> Iterator[Tensor]:
         """Rows (N, D) of each step of a pass: images in a new order, of each a share of its patches."""
-        random = generator(self.config.seed + 1, number)
+        random = generator(self.config.seed, ORDER, number)
         for some in torch.randperm(len(learning), generator=random).split(self.config.batch_size):
             if store is not None:
                 rows = store.take(some, self._sampled(len(some), store.patches, random)).to(self.device)
@@ -238,6 +238,6 @@ def _divided(count: int, has_others: bool, config: SimpleNetConfig) -> tuple[lis
     selecting = max(1, min(int(SELECTING * count), MOST)) if config.select == "held_out" else 0
     if selecting and count - calibrating - selecting < 1:
         raise OptionError(f"--select held_out: of {count} images none would be left to learn from; use --select last")
-    order = torch.randperm(count, generator=generator(config.seed, 2**32)).tolist()
+    order = torch.randperm(count, generator=generator(config.seed, DIVISION)).tolist()
     aside = calibrating + selecting
     return sorted(order[aside:]), sorted(order[calibrating:aside]), sorted(order[:calibrating])
