@@ -12,7 +12,19 @@ import kizu
 from kizu.detectors import DETECTORS, detector_class
 from kizu.detectors.detector import Photo
 
-SETTINGS = {"patchcore": {"size": 64, "coreset": 0.2}}
+SETTINGS = {
+    "patchcore": {"size": 64, "coreset": 0.2},
+    "simplenet": {
+        "size": 64,
+        "meta_epochs": 40,
+        "gan_epochs": 1,
+        "batch_size": 2,
+        "sampled": 1,
+        "dsc_hidden": 128,
+        "dsc_lr": 2e-3,
+        "seed": 3,
+    },
+}
 
 
 def part(seed, spot=False):

@@ -7,6 +7,8 @@ from typing import Any
 import timm
 import torch
 from safetensors.torch import load_file
+from timm.layers import resample_abs_pos_embed
+from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
 from kizu.errors import ModelError, OptionError, require
@@ -21,7 +23,9 @@ EMBEDDED = {
         "models/efficientnet-lite2-9656183e.pth",
     )
 }
+ALIASES = {"clip": "vit_base_patch32_clip_quickgelu_224.openai"}
 DEFAULT_REDUCTIONS = (8, 16)
+DEFAULT_DEPTHS = (1 / 2, 3 / 4)  # of a transformer, whose layers all have the same reduction
 
 
 class Backbone(nn.Module):
@@ -30,23 +34,28 @@ class Backbone(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, name: str, layers: tuple[str, ...] = ()) -> None:
-        """`layers` are timm's module names ("layer2", "blocks.4"); without any, reductions 8 and 16.
+    def __init__(self, name: str, layers: tuple[str, ...] = (), size: tuple[int, int] | None = None) -> None:
+        """`layers` are timm's module names ("layer2", "blocks.4"), or a transformer's block numbers ("2", "3").
 
-        Raises `OptionError` for a name that timm does not know, or a layer that the network does not have.
+        Without any: reductions 8 and 16, or the middle and three quarters of a transformer, which is built for inputs
+        of `size`. Raises `OptionError` for a name that timm does not know, a layer that the network does not have, or a
+        size that is no multiple of its patches.
         """
         super().__init__()
-        timm_name = EMBEDDED[name][0] if name in EMBEDDED else name
-        stages = _stages(timm_name, name)
-        self.layers = layers or tuple(m for m, reduction in stages.items() if reduction in DEFAULT_REDUCTIONS)
-        unknown = [layer for layer in self.layers if layer not in stages]
-        if unknown or not self.layers:
-            raise OptionError(
-                f"{name} has no layer {', '.join(unknown) or 'of reduction 8 or 16'}; "
-                f"--layers takes some of: {', '.join(stages)}"
-            )
+        timm_name = EMBEDDED[name][0] if name in EMBEDDED else ALIASES.get(name, name)
+        probe = _probe(timm_name, name)
+        stages = {str(entry["module"]): int(entry["reduction"]) for entry in probe.feature_info.info}
+        self.is_transformer = isinstance(probe, FeatureGetterNet)
+        self.layers = _layers(name, layers, stages, self.is_transformer)
         indices = [list(stages).index(layer) for layer in self.layers]
-        self.network = timm.create_model(timm_name, features_only=True, out_indices=sorted(set(indices)))
+        options: dict[str, Any] = {}
+        if self.is_transformer and size is not None:
+            patch = probe.model.patch_embed.patch_size
+            if size[0] % patch[0] or size[1] % patch[1]:
+                near = "x".join(str(max(1, round(side / step)) * step) for side, step in zip(size, patch, strict=True))
+                raise OptionError(f"--size {size[0]}x{size[1]}: {name} looks at patches of {patch[0]}; try {near}")
+            options["img_size"] = size
+        self.network = timm.create_model(timm_name, features_only=True, out_indices=sorted(set(indices)), **options)
         if hasattr(self.network, "blocks"):  # timm keeps those that nothing is taken from
             last = max((int(layer.split(".")[1]) for layer in self.layers if layer.startswith("blocks.")), default=-1)
             self.network.blocks = self.network.blocks[: last + 1]
@@ -70,6 +79,8 @@ class Backbone(nn.Module):
 
         Evaluation is some two times faster; results are the same to rounding.
         """
+        if not any(isinstance(part, nn.BatchNorm2d) for part in self.network.modules()):
+            return
         for convolution, (parent, name) in _pairs(self.network):
             norm = getattr(parent, name)
             factor = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
@@ -82,27 +93,29 @@ class Backbone(nn.Module):
         self.network.to(memory_format=torch.channels_last)
 
 
-def create(name: str, layers: tuple[str, ...] = (), weights: str | None = None) -> Backbone:
-    """A backbone with pretrained weights, frozen, in evaluation mode.
+def create(
+    name: str, layers: tuple[str, ...] = (), weights: str | None = None, size: tuple[int, int] | None = None
+) -> Backbone:
+    """A backbone with pretrained weights, frozen, in evaluation mode, for inputs of `size`.
 
     The weights come from `weights` (a safetensors file or a checkpoint of plain tensors), or from the package that
     carries an embedded backbone, or from timm's hub. Raises `ModelError` when they cannot be had.
     """
-    backbone = Backbone(name, layers)
+    backbone = Backbone(name, layers, size)
     if weights is not None:
         state = _read(Path(weights))
     elif name in EMBEDDED:
         state = _embedded(name)
     else:
-        state = _from_hub(name)
+        state = _from_hub(ALIASES.get(name, name))
     _load(backbone.network, state, weights or name)
     backbone.eval().requires_grad_(False).fold()
     return backbone
 
 
-def blank(name: str, layers: tuple[str, ...] = ()) -> Backbone:
+def blank(name: str, layers: tuple[str, ...] = (), size: tuple[int, int] | None = None) -> Backbone:
     """A backbone as `create` makes it, with any weights: for those of a saved model."""
-    backbone = Backbone(name, layers)
+    backbone = Backbone(name, layers, size)
     backbone.eval().requires_grad_(False).fold()
     return backbone
 
@@ -143,19 +156,35 @@ def _pairs(network: nn.Module) -> list[tuple[nn.Conv2d, tuple[nn.Module, str]]]:
     return [(convolution, places[norm]) for convolution, norm in takers if isinstance(norm, nn.BatchNorm2d)]
 
 
-def _stages(timm_name: str, name: str) -> dict[str, int]:
-    """Tappable modules of a network, in order, with their reduction."""
+def _probe(timm_name: str, name: str) -> Any:
+    """The network without memory for its weights, to ask what can be tapped."""
     if not timm.is_model(timm_name):
         close = timm.list_models(f"*{timm_name.split('.')[0][:8]}*")[:5]
         hint = f" Similar: {', '.join(close)}." if close else ""
-        raise OptionError(f"--backbone {name}: neither {', '.join(EMBEDDED)} nor a name that timm knows.{hint}")
+        known = ", ".join([*EMBEDDED, *ALIASES])
+        raise OptionError(f"--backbone {name}: neither one of {known} nor a name that timm knows.{hint}")
     try:
         with torch.device("meta"):
-            probe = timm.create_model(timm_name, features_only=True)
+            return timm.create_model(timm_name, features_only=True)
     except (RuntimeError, AttributeError, AssertionError) as error:
         raise OptionError(f"--backbone {name}: timm cannot take features from it ({error})") from None
-    info = probe.feature_info.info
-    return {str(entry["module"]): int(entry["reduction"]) for entry in info}
+
+
+def _layers(name: str, asked: tuple[str, ...], stages: dict[str, int], is_transformer: bool) -> tuple[str, ...]:
+    """The modules to tap: those asked for, by name or a transformer's by number, or the default ones."""
+    modules = list(stages)
+    if not asked and is_transformer:
+        return tuple(modules[round(depth * len(modules)) - 1] for depth in DEFAULT_DEPTHS)
+    numbered = {str(number): module for number, module in enumerate(modules)} if is_transformer else {}
+    layers = tuple(numbered.get(layer, layer) for layer in asked)
+    layers = layers or tuple(module for module, reduction in stages.items() if reduction in DEFAULT_REDUCTIONS)
+    unknown = [layer for layer in layers if layer not in stages]
+    if unknown or not layers:
+        among = f"0 … {len(modules) - 1} ({modules[0]} … {modules[-1]})" if is_transformer else ", ".join(modules)
+        raise OptionError(
+            f"{name} has no layer {', '.join(unknown) or 'of reduction 8 or 16'}; --layers takes some of: {among}"
+        )
+    return layers
 
 
 def _embedded(name: str) -> dict[str, Tensor]:
@@ -210,7 +239,9 @@ def _read(path: Path) -> dict[str, Tensor]:
 def _load(network: nn.Module, state: dict[str, Tensor], origin: str) -> None:
     """Strictly: every tensor that the network needs is there and fits. What lies behind the last tap is not needed."""
     wanted = network.state_dict()
-    state = {key if key in wanted else key.replace(".", "_", 1): value for key, value in state.items()}
+    state = {_key(key, wanted): value for key, value in state.items()}
+    if isinstance(network, FeatureGetterNet):
+        _fit_positions(network.model, state, wanted)
     missing = [key for key in wanted if key not in state and not key.endswith("num_batches_tracked")]
     if missing:
         raise ModelError(
@@ -221,3 +252,20 @@ def _load(network: nn.Module, state: dict[str, Tensor], origin: str) -> None:
         key = wrong[0]
         raise ModelError(f"{origin}: {key} has shape {tuple(state[key].shape)}, expected {tuple(wanted[key].shape)}")
     network.load_state_dict({key: state.get(key, wanted[key]) for key in wanted})
+
+
+def _key(key: str, wanted: dict[str, Tensor]) -> str:
+    """timm's name of a tensor in the whole network → its name in the one that gives features."""
+    return next((name for name in (key, f"model.{key}", key.replace(".", "_", 1)) if name in wanted), key)
+
+
+def _fit_positions(transformer: Any, state: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    """Resize the position embedding, which has one vector a patch, to the grid of patches of another input size."""
+    key = "model.pos_embed"
+    if key not in wanted or key not in state or state[key].shape == wanted[key].shape:
+        return
+    height, width = transformer.patch_embed.grid_size
+    before = wanted[key].shape[1] - height * width  # vectors of the class and register tokens, which stay
+    patches = state[key].shape[1] - before
+    if round(patches**0.5) ** 2 == patches:
+        state[key] = resample_abs_pos_embed(state[key], [height, width], num_prefix_tokens=before)

@@ -14,6 +14,7 @@ import click
 from kizu import __version__, terminal
 from kizu.detectors import DETECTORS
 from kizu.errors import KizuError, OptionError, missing_extra
+from kizu.options import PASSED_ON, run_options
 
 if TYPE_CHECKING:
     from kizu.dataset import Dataset
@@ -144,24 +145,17 @@ def train() -> None:
 
 
 def _train_command(method: str) -> click.Command:
-    from kizu.config import CONFIGS, Config, build
+    from kizu.config import CONFIGS, Augmented, Config, build
 
     kind = CONFIGS[method]
     about_method = (kind.__doc__ or "").split("\n")[0].rstrip(".")
 
-    @click.command(method, cls=TrainCommand, short_help=about_method)
+    spelling = {"token_normalize_func": lambda token: token.replace("_", "-")}  # --mix_noise is --mix-noise
+
+    @click.command(method, cls=TrainCommand, short_help=about_method, context_settings=spelling)
     @click.argument("data")
     @data_options
-    @click.option("--output", default="results", show_default=True, help="Folder for all results.")
-    @click.option("--project", default="project", show_default=True, help="Sub-folder of OUTPUT.")
-    @click.option("--group", default="group", show_default=True, help="Sub-folder of PROJECT.")
-    @click.option("--name", help="Sub-folder of GROUP. Default: run, run-2, …")
-    @click.option("--resume", is_flag=True, help="Go on with a run that was interrupted.")
-    @click.option("--overwrite", is_flag=True, help="Replace a run of the same name.")
-    @click.option("--skip-bad", is_flag=True, help="Leave out training images that cannot be read.")
-    @save_maps_option
-    @click.option("--profile", is_flag=True, help="Say where the time went.")
-    @click.option("--memory", metavar="AMOUNT", help="Bound the working data, e.g. 2GB. Default: half of what is free.")
+    @run_options
     @quiet_option
     @json_option
     def command(data: str, **options: Any) -> None:
@@ -179,7 +173,7 @@ def _train_command(method: str) -> click.Command:
                 found,
                 Path(options["output"]) / options["project"] / options["group"],
                 progress=progress,
-                **{key: options[key] for key in ("name", "resume", "overwrite", "skip_bad", "memory", "save_maps")},
+                **{key: options[key] for key in PASSED_ON},
             )
         terminal.print_results(results, finished.folder, options)
         if options["profile"]:
@@ -189,7 +183,8 @@ def _train_command(method: str) -> click.Command:
     command.headings = {
         "Data": ("categories", "layout", "good", "bad", "defects_config", "skip_bad"),
         "Method": [name for name in kind.model_fields if name not in Config.model_fields],
-        "Every method": list(Config.model_fields),
+        "Every method": [name for name in Config.model_fields if name not in Augmented.model_fields],
+        "Augmentation": list(Augmented.model_fields),
     }
     command.help = f"""{about_method}: learn from DATA's good images and evaluate on its test images.
 

@@ -10,7 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from kizu.errors import OptionError
 
-__all__ = ["CONFIGS", "Config", "PatchCoreConfig", "build"]
+__all__ = ["CONFIGS", "Augmented", "Config", "PatchCoreConfig", "SimpleNetConfig", "build"]
 
 
 def _pair(value: Any) -> Any:
@@ -31,18 +31,35 @@ def _names(value: Any) -> Any:
 Side = Annotated[int, Field(ge=32, le=4096)]
 
 
-class Config(BaseModel):
-    """What every method has."""
+class Augmented(BaseModel):
+    """How good images are varied while they are learned from. Strengths of 0 leave them as they are."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    augment: bool = Field(False, description="Vary a little, where no strength is given below.")
+    rotate_degrees: float = Field(0.0, ge=0, le=180, description="Turn by up to this, either way.")
+    translate: float = Field(0.0, ge=0, le=0.5, description="Shift by up to this share of the height and width.")
+    scale: float = Field(0.0, ge=0, le=0.5, description="Shrink or enlarge by up to this share.")
+    brightness: float = Field(0.0, ge=0, le=1, description="Darken or lighten by up to this share.")
+    contrast: float = Field(0.0, ge=0, le=1, description="Less or more contrast by up to this share.")
+    saturation: float = Field(0.0, ge=0, le=1, description="Less or more colour by up to this share.")
+    gray: float = Field(0.0, ge=0, le=1, description="Share of the images that lose their colours.")
+    hflip: float = Field(0.0, ge=0, le=1, description="Share of the images that are mirrored left to right.")
+    vflip: float = Field(0.0, ge=0, le=1, description="Share of the images that are mirrored top to bottom.")
+
+
+class Config(Augmented):
+    """What every method has."""
 
     backbone: str = Field(
         "efficientnet_lite2",
         min_length=1,
-        description="Pretrained network: efficientnet_lite2 comes with kizu, any other is a timm name.",
+        description="Pretrained network: efficientnet_lite2 comes with kizu, clip or any other is a timm name.",
     )
     layers: Annotated[tuple[str, ...], BeforeValidator(_names)] = Field(
-        (), description="Layers to take features from, e.g. layer2,layer3. Default: reductions 8 and 16."
+        (),
+        description="Layers to take features from, e.g. layer2,layer3; 0 … 11 of a transformer. "
+        "Default: reductions 8 and 16.",
     )
     weights: str | None = Field(
         None, description="File with the backbone's weights (safetensors, or a checkpoint of plain tensors)."
@@ -112,6 +129,9 @@ class PatchCoreConfig(Config):
         le=1,
         description="An image's score is the mean of this share of its most anomalous patches. Paper: 0, one patch.",
     )
+    augmented_copies: int = Field(
+        4, ge=1, le=100, description="Copies of each image beside itself, if there is augmentation."
+    )
     reweight: int = Field(
         0, ge=0, le=100, description="Eq. 7 of the paper over this many neighbours in the bank (paper: 9). 0: off."
     )
@@ -163,7 +183,73 @@ class PatchCoreConfig(Config):
         ]
 
 
-CONFIGS: dict[str, type[Config]] = {"patchcore": PatchCoreConfig}
+class SimpleNetConfig(Config):
+    """SimpleNet (Liu et al., CVPR 2023)."""
+
+    patchsize: int = Field(3, ge=1, le=15, description="Side of the neighbourhood that is averaged.")
+    pretrain_embed_dimension: int | None = Field(
+        None, ge=1, le=16384, description="Channels that each layer is pooled to. Default: its own. Paper: 1536."
+    )
+    target_embed_dimension: int | None = Field(
+        None, ge=1, le=16384, description="Channels of all layers together. Default: their sum. Paper: 1536."
+    )
+    pre_proj: int = Field(1, ge=0, le=8, description="Linear layers of the projection. 0: none.")
+    proj_layer_type: int = Field(
+        0, ge=0, le=2, description="Between these: 0 nothing, 1 batch normalisation, 2 leaky ReLU."
+    )
+    embedding_size: int | None = Field(
+        None, ge=1, le=16384, description="Channels that the projection gives. Default: as many as it takes."
+    )
+    dsc_layers: int = Field(2, ge=1, le=8, description="Layers of the discriminator.")
+    dsc_hidden: int = Field(
+        1024, ge=0, le=16384, description="Width of its hidden layers. 0: each two thirds of the one before."
+    )
+    dsc_margin: float = Field(
+        0.5, gt=0, le=10, description="Good patches shall be above it, noisy ones below minus it."
+    )
+    dsc_lr: float = Field(2e-4, gt=0, le=1, description="The discriminator's learning rate.")
+    proj_lr: float = Field(1e-4, gt=0, le=1, description="The projection's learning rate.")
+    noise_std: float = Field(0.3, gt=0, le=100, description="Standard deviation of the noise. Paper: 0.015.")
+    auto_noise: bool = Field(
+        True, description="Noise in units of the features' own deviation, measured on good patches. Paper: no."
+    )
+    mix_noise: int = Field(1, ge=1, le=20, description="Noise of this many strengths, each 1.1 times the one before.")
+    meta_epochs: int = Field(40, ge=1, le=10000, description="Rounds of training; after each a checkpoint is written.")
+    gan_epochs: int = Field(4, ge=1, le=1000, description="Passes over the images in a round.")
+    aed_meta_epochs: int = Field(1, ge=0, le=10000, description="With --cos-lr: the last rounds, at the lowest rate.")
+    cos_lr: bool = Field(False, description="Lower the discriminator's learning rate along a cosine to 0.4 of itself.")
+    batch_size: int = Field(32, ge=1, le=1024, description="Images in a training step. Paper: 8.")
+    sampled: float = Field(
+        1 / 32, gt=0, le=1, description="Share of an image's patches in a step, drawn afresh. Paper: 1."
+    )
+    train_backbone: bool = Field(False, description="Train the backbone too. Slow: nothing can be kept.")
+    backbone_lr: float = Field(1e-5, gt=0, le=1, description="The backbone's learning rate, if it is trained.")
+    select: Literal["last", "held_out"] = Field(
+        "last", description="Keep the last round, or the one best at good images held out and noisy copies of them."
+    )
+    patience: int = Field(
+        0, ge=0, le=10000, description="With --select held_out: stop after so many rounds without gain. 0: never."
+    )
+    top: float = Field(
+        0.01, ge=0, le=1, description="An image's score is the mean of this share of its patches. Paper: 0, one patch."
+    )
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> "SimpleNetConfig":
+        if (self.pretrain_embed_dimension is None) != (self.target_embed_dimension is None):
+            raise ValueError("--pretrain-embed-dimension and --target-embed-dimension go together")
+        if self.embedding_size is not None and self.pre_proj == 0:
+            raise ValueError("--embedding-size is the width of the projection: it needs --pre-proj 1 or more")
+        if self.cos_lr and self.aed_meta_epochs >= self.meta_epochs:
+            raise ValueError(
+                f"--aed-meta-epochs {self.aed_meta_epochs} leaves no rounds: --meta-epochs is {self.meta_epochs}"
+            )
+        if self.patience and self.select != "held_out":
+            raise ValueError("--patience needs --select held_out: without it nothing says when to stop")
+        return self
+
+
+CONFIGS: dict[str, type[Config]] = {"patchcore": PatchCoreConfig, "simplenet": SimpleNetConfig}
 
 
 def build(kind: type[Config], settings: dict[str, Any]) -> Any:

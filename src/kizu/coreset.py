@@ -299,11 +299,6 @@ class Summary:
             images = images[len(some) :]
             self._filled = end
 
-    def of_images(self, start: int, stop: int, images: int) -> Tensor:
-        """The rows of images start … stop − 1 of so many, while all rows are kept as they are."""
-        patches = self.total // images
-        return self.rows[start * patches : stop * patches]
-
     def choose(self, progress: Callable[[int, int], None] | None = None) -> tuple[Tensor, Tensor, float]:
         """The bank: entries (K, D), their images (K,), and how far the farthest row is from an entry, at most."""
         count = min(max(1, int(self.total * self.share)), self.most if not self.is_whole else self._filled)

@@ -19,7 +19,7 @@ from kizu.saturation import Region, Saturations, read_regions
 if TYPE_CHECKING:
     from kizu.detectors.detector import Detector, Prediction
 
-__all__ = ["CategoryResult", "Judged", "Picture", "evaluate"]
+__all__ = ["CategoryResult", "Judged", "Picture", "evaluate", "measure"]
 
 PICTURES = {"miss": 6, "false alarm": 6, "sample": 9}
 PICTURE_SIDE = 280
@@ -66,6 +66,8 @@ class CategoryResult:
     pictures: list[Picture] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)  # stage → seconds; "per image" in seconds
     notes: list[str] = field(default_factory=list)  # what a reader must know, e.g. masks that do not fit
+    curves: dict[str, list[float]] = field(default_factory=dict)  # of training, a value a round
+    oracle: dict[str, float | None] = field(default_factory=dict)  # metrics of the round best on the test images
 
     def count(self, defective: bool, stopped: bool | None = None) -> int:
         """Test images of a kind that could be judged, all or those (not) stopped."""
@@ -95,13 +97,15 @@ def evaluate(
     root: Path,
     saturations: Saturations | None = None,
     maps: Path | None = None,
+    overlays: Path | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> CategoryResult:
     """Judge the test images and compare with what they are. Nothing of it flows back into the detector.
 
     Masks are used at the photographs' own resolution. Metrics that cannot be computed are None, with the reason. For
     MVTec LOCO's types of defect its own metrics are added, by `saturations`. With `maps`, each image's anomaly map is
-    written as <maps>/<category>/test/<defect>/<stem>.tiff, of floats, at the photograph's size.
+    written as <maps>/<category>/test/<defect>/<stem>.tiff, of floats, at the photograph's size. With a folder for
+    `overlays`, each photograph is written there with its map over it.
     """
     judged: list[Judged] = []
     predictions: list[tuple[Sample, Prediction]] = []
@@ -116,6 +120,8 @@ def evaluate(
             predictions.append((sample, outcome))
             if maps:
                 images.write_map(targets[sample], _restored(outcome))
+            if overlays is not None:
+                images.write(overlays / (name.replace("/", "_") + ".png"), outcome.overlay())
         if progress:
             progress("Evaluating", len(judged), len(samples))
     elapsed = time.perf_counter() - start
@@ -123,7 +129,7 @@ def evaluate(
     judged.sort(key=lambda row: order[row.image])
     if progress:
         progress("Measuring", 0, 1)
-    values, reasons, notes = _measure(predictions, saturations)
+    values, reasons, notes = measure(predictions, saturations)
     if progress:
         progress("Measuring", 1, 1)
     return CategoryResult(
@@ -139,12 +145,13 @@ def evaluate(
         map_level=detector.map_level,
         pictures=_pictures(predictions, root, seed=detector.config.seed),
         seconds={**detector.seconds, "evaluation": elapsed, "per image": elapsed / max(1, len(judged))},
-        notes=notes,
+        notes=[*detector.remarks, *notes],
+        curves=detector.curves,
     )
 
 
-def _measure(
-    predictions: "Sequence[tuple[Sample, Prediction]]", saturations: Saturations | None
+def measure(
+    predictions: "Sequence[tuple[Sample, Prediction]]", saturations: Saturations | None = None
 ) -> tuple[dict[str, float | None], dict[str, str], list[str]]:
     """Metrics, reasons for missing ones, notes. Maps and masks are made anew whenever needed, one at a time."""
     scores = [prediction.score for _, prediction in predictions]

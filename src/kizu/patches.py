@@ -4,6 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kizu.errors import OptionError
+
 __all__ = ["PatchFeatures"]
 
 
@@ -40,10 +42,27 @@ class PatchFeatures(nn.Module):
             return aligned[0] if len(aligned) == 1 else torch.cat(aligned, dim=1)
         return _pool_channels(torch.cat(aligned, dim=1), self.target_embed_dimension)
 
+    def remarks(self, grid: tuple[int, int]) -> list[str]:
+        """What a user should know of a patchsize on layers of `grid`."""
+        size, (height, width) = self.patchsize, grid
+        said = []
+        if size % 2 == 0:
+            said.append(
+                f"--patchsize {size} is even: the grid of patches is one smaller and half a patch off; use {size - 1}."
+            )
+        if size > 1 and 2 * size > min(grid):
+            said.append(
+                f"--patchsize {size} averages over most of the {height}×{width} grid: maps hardly say where; "
+                "a smaller one or a larger --size does."
+            )
+        return said
+
     def pool(self, layer: Tensor) -> Tensor:
         """(B, C, H, W) → (B, C or pretrain_embed_dimension, H', W'); an even patchsize shrinks the grid by one."""
         size, padding = self.patchsize, (self.patchsize - 1) // 2
         channels, height, width = layer.shape[1:]
+        if min(height, width) + 2 * padding < size:
+            raise OptionError(f"--patchsize {size} does not fit a layer of {height}×{width}: choose a smaller one")
         if self.pretrain_embed_dimension in (None, channels):
             return F.avg_pool2d(layer, size, stride=1, padding=padding) if size > 1 else layer
         values = F.unfold(layer, size, padding=padding)  # (B, C · p · p, H' · W')

@@ -125,6 +125,12 @@ class Stack:
         content = bytearray(self._file.read((stop - start) * self._bytes))
         return np.frombuffer(content, np.uint8).reshape(-1, *self._shape)
 
+    def take(self, numbers: Sequence[int]) -> npt.NDArray[np.uint8]:
+        """Photographs of these numbers, (B, 3, h, w)."""
+        if list(numbers) == list(range(numbers[0], numbers[0] + len(numbers))):
+            return self.batch(numbers[0], numbers[-1] + 1)
+        return np.concatenate([self.batch(number, number + 1) for number in numbers])
+
     @property
     def hash(self) -> str:
         """Of the pixels, in order."""

@@ -9,6 +9,7 @@
 ├── maps/<category>/test/       anomaly maps, if asked for
 ├── run.json                    config, seed, versions, machine, hash of the data
 ├── log.txt
+├── segmentation_images/        if asked for: test photographs with their maps
 └── unfinished/                 while the run lasts; a folder that has it is not a result
 """
 
@@ -29,7 +30,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import count, islice, takewhile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kizu import files
 from kizu.config import Config
@@ -38,12 +39,16 @@ from kizu.errors import DataError, KizuError, OptionError
 from kizu.evaluation import CategoryResult, evaluate
 from kizu.saturation import Saturations
 
+if TYPE_CHECKING:
+    from kizu.detectors.detector import Detector
+
 __all__ = ["Run", "command_line", "fingerprint", "machine", "predictions_csv", "results_csv", "train", "write_tables"]
 
 log = logging.getLogger("kizu")
 Progress = Callable[[str, int, int], None]
 
 COLUMNS = ("image_auroc", "image_ap", "image_f1max", "pixel_auroc", "pixel_ap", "pixel_f1max", "au_pro", "pg2", "pb2")
+ORACLE = (*COLUMNS, "round")
 COUNTS = ("train_images", "test_good", "test_defective", "false_alarms", "misses")
 
 
@@ -59,6 +64,10 @@ class Run:
 
     def model(self, category: str) -> Path:
         return self.folder / "models" / category
+
+    def checkpoint(self, category: str) -> Path:
+        """Where training is, for methods that learn in rounds."""
+        return self.unfinished / f"{category}.checkpoint"
 
     def finished(self, category: str) -> CategoryResult | None:
         """The result of a category that is done already."""
@@ -114,18 +123,31 @@ def train(
     skip_bad: bool = False,
     memory: str | None = None,
     save_maps: bool = False,
+    gpu: int | None = None,
+    num_workers: int = 2,
+    oracle: bool = False,
+    save_segmentation_images: bool = False,
     progress: Callable[[str], Progress] = lambda category: lambda stage, done, total: None,
 ) -> tuple[Run, list[CategoryResult]]:
-    """Fit and evaluate one detector a category, and write the results folder."""
+    """Fit and evaluate one detector a category, and write the results folder.
+
+    `oracle` adds, marked, the metrics of the round of training that is the best on the test images.
+    """
     from kizu.detectors import detector_class
+    from kizu.detectors.detector import gpu_device
 
     kind = detector_class(method)
+    if oracle and not kind.learns_in_rounds:
+        raise OptionError(
+            f"--oracle: {method} does not learn in rounds, so there is nothing to choose on the test images"
+        )
+    device = None if gpu is None else gpu_device(gpu)
     start = time.time()
     categories = [category for category in data.categories if data.select(category, "train")]
     if not categories:
         raise DataError(f"{data.root} holds no training images of good parts")
     settings = {"method": method, "config": config.model_dump(mode="json"), "data": str(data.root.resolve())}
-    about = {**settings, "categories": categories, "data_hash": fingerprint(data.samples)}
+    about = {**settings, "categories": categories, "data_hash": fingerprint(data.samples), "oracle": oracle}
     if data.saturations:
         about["saturations"] = _plain(data.saturations)
     run = open_run(parent, name, about, resume=resume, overwrite=overwrite)
@@ -137,33 +159,59 @@ def train(
                 result = run.finished(category)
                 if result is None:
                     detector = kind(config)
-                    detector.fit(
-                        data.select(category, "train"),
-                        held_out=data.select(category, "validation"),
-                        skip_bad=skip_bad,
-                        memory=memory,
-                        progress=progress(category),
-                    )
-                    result = evaluate(
-                        detector,
-                        data.select(category, "test"),
-                        category=category,
-                        root=data.root,
-                        saturations=data.saturations.get(category),
-                        maps=run.folder / "maps" if save_maps else None,
-                        progress=progress(category),
-                    )
-                    detector.save(run.model(category))
-                    files.write_text(run.unfinished / f"{category}.json", json.dumps(result.to_json()))
+                    detector.workers = num_workers
+                    detector.device = device or detector.device
+                    learning = {"skip_bad": skip_bad, "memory": memory, "progress": progress(category)}
+                    written = {
+                        "overlays": run.folder / "segmentation_images" / category if save_segmentation_images else None,
+                        "maps": run.folder / "maps" if save_maps else None,
+                    }
+                    result = _fit_and_evaluate(detector, data, category, run, oracle, learning, written)
                 results.append(result)
                 log.info("%s: %s", category, _one_line(result))
             _finish(run, about, results, time.time() - start)
             log.info("finished: %s", run.folder)
     except KizuError:
-        if not results:  # nothing to resume, and the name is free again
+        if not results and not any(run.unfinished.glob("*.checkpoint")):  # nothing to resume: the name is free again
             shutil.rmtree(run.folder)
         raise
     return run, results
+
+
+def _fit_and_evaluate(
+    detector: "Detector",
+    data: Dataset,
+    category: str,
+    run: Run,
+    oracle: bool,
+    learning: dict[str, Any],
+    written: dict[str, Path | None],
+) -> CategoryResult:
+    """One category: learn, evaluate, write the model and the result. An oracle watches from the first round."""
+    from kizu.oracle import Oracle
+
+    test = data.select(category, "test")
+    watcher = Oracle(detector, test) if oracle else None
+    if watcher is not None:
+        detector.after_round = watcher.look
+    checkpoint = None if oracle else run.checkpoint(category)
+    held_out = data.select(category, "validation")
+    detector.fit(data.select(category, "train"), held_out=held_out, checkpoint=checkpoint, **learning)
+    result = evaluate(
+        detector,
+        test,
+        category=category,
+        root=data.root,
+        saturations=data.saturations.get(category),
+        progress=learning["progress"],
+        **written,
+    )
+    if watcher is not None:
+        watcher.report(result)
+    detector.save(run.model(category))
+    files.write_text(run.unfinished / f"{category}.json", json.dumps(result.to_json()))
+    run.checkpoint(category).unlink(missing_ok=True)
+    return result
 
 
 def _finish(run: Run, about: dict[str, Any], results: Sequence[CategoryResult], seconds: float) -> None:
@@ -208,9 +256,13 @@ def write_tables(folder: Path, about: dict[str, Any], results: Sequence[Category
 
 
 def results_csv(results: Sequence[CategoryResult]) -> str:
-    """A row a category, metrics to six places, n/a where there is none, and the mean of what there is."""
+    """A row a category, metrics to six places, n/a where there is none, and the mean of what there is.
+
+    Columns that begin with oracle_, if there are any, are of the round of training that is the best on the test images.
+    """
     rows = []
     columns = [*COLUMNS, *dict.fromkeys(name for r in results for name in r.metrics if name not in COLUMNS)]
+    chosen = ORACLE if any(result.oracle for result in results) else ()
     for result in results:
         counts: tuple[float, ...] = (
             result.train_images,
@@ -221,13 +273,16 @@ def results_csv(results: Sequence[CategoryResult]) -> str:
         )
         spent = sum(seconds for stage, seconds in result.seconds.items() if stage != "per image")
         per_image = 1000 * result.seconds.get("per image", 0.0)
-        rows.append([*(result.metrics.get(name) for name in columns), *counts, per_image, spent])
+        best = (result.oracle.get(name) for name in chosen)
+        rows.append([*(result.metrics.get(name) for name in columns), *counts, per_image, spent, *best])
     means = [_mean(column) for column in zip(*rows, strict=True)]
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(["category", *columns, *COUNTS, "ms_per_image", "seconds"])
+    marked = [f"oracle_{name}" for name in chosen]
+    writer.writerow(["category", *columns, *COUNTS, "ms_per_image", "seconds", *marked])
     for label, row in zip([*(result.category for result in results), "mean"], [*rows, means], strict=True):
         places = [6] * len(columns) + [1 if label == "mean" else 0] * len(COUNTS) + [1, 2]
+        places += [6] * (len(chosen) - 1) + [0] if chosen else []
         cells = ("n/a" if v is None else f"{v:.{digits}f}" for v, digits in zip(row, places, strict=True))
         writer.writerow([label, *cells])
     return table.getvalue()
@@ -308,6 +363,9 @@ def _tensorboard(folder: Path, results: Sequence[CategoryResult]) -> None:
             for key, value in result.metrics.items():
                 if value is not None:
                     writer.add_scalar(key, value)
+            for name, values in result.curves.items():
+                for number, value in enumerate(values, 1):
+                    writer.add_scalar(name, value, number)
             for stage, seconds in result.seconds.items():
                 writer.add_scalar(f"seconds/{stage.replace(' ', '_')}", seconds)
             for label, defective in (("good", False), ("defective", True)):

@@ -39,10 +39,10 @@ def progress(quiet: bool) -> Iterator[Callable[[str], Callable[[str, int, int], 
 
         def reporter(label: str) -> Callable[[str, int, int], None]:
             def report(stage: str, done: int, total: int) -> None:
-                key = (label, stage)
+                key = (label, stage.partition(":")[0])  # what follows the colon changes
                 if key not in tasks:
                     tasks[key] = bars.add_task(f"{label}  {stage}", total=total)
-                bars.update(tasks[key], completed=done, total=total)
+                bars.update(tasks[key], description=f"{label}  {stage}", completed=done, total=total)
                 if done >= total:
                     bars.remove_task(tasks.pop(key))
 

@@ -9,7 +9,10 @@ if TYPE_CHECKING:
 
 __all__ = ["DETECTORS", "detector_class"]
 
-DETECTORS = {"patchcore": ("kizu.detectors.patchcore", "PatchCore")}
+DETECTORS = {
+    "patchcore": ("kizu.detectors.patchcore", "PatchCore"),
+    "simplenet": ("kizu.detectors.simplenet", "SimpleNet"),
+}
 
 
 def detector_class(method: str) -> "type[Detector]":

@@ -6,7 +6,7 @@ import os
 import shutil
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -23,18 +23,20 @@ from torch import Tensor, nn
 
 from kizu import dataset, files
 from kizu import image as images
+from kizu.augmentation import Augmentation
 from kizu.backbone import weights_hash
 from kizu.config import CONFIGS, Config, build
 from kizu.detectors import detector_class
-from kizu.errors import BadImage, DataError, ModelError
+from kizu.errors import BadImage, DataError, ModelError, OptionError
 from kizu.memory import budget, release
 from kizu.preprocess import Preprocessing, Readable, Stack, batches
 from kizu.threshold import Threshold, calibrate
 
-__all__ = ["Detector", "Learned", "Photo", "Prediction", "load"]
+__all__ = ["Detector", "Learned", "Photo", "Prediction", "gpu_device", "load"]
 
 FORMAT = 1
 BATCH = 8
+LEARNED = {"cpu": 4, "cuda": 32}  # images at a time: on a CPU more are no faster and take more memory
 Progress = Callable[[str, int, int], None]  # stage, done, total
 Item = TypeVar("Item", bound=Readable)
 
@@ -107,12 +109,14 @@ class Detector(ABC):
     """
 
     method: ClassVar[str]
+    learns_in_rounds: ClassVar[bool] = False
 
     def __init__(self, config: Config | None = None, **settings: Any) -> None:
         """From a config, or from its fields as keyword arguments. Raises `OptionError` for a wrong one."""
         kind = CONFIGS[self.method]
         self.config: Any = config if config is not None else build(kind, settings)
         self.preprocessing = Preprocessing(self.config.size, self.config.resize)
+        self.augmentation = Augmentation.of(self.config)
         self.graph: nn.Module | None = None
         self.threshold = Threshold(float("inf"), self.config.false_alarms, 0)
         self.calibration_scores: list[float] = []
@@ -121,8 +125,13 @@ class Detector(ABC):
         self.scale = (0.0, 1.0)
         self.training: dict[str, Any] = {}
         self.facts: dict[str, Any] = {}
+        self.remarks: list[str] = []  # on the settings, for the user
+        self.curves: dict[str, list[float]] = {}  # of training, a value a round
+        self.checkpoint: Path | None = None
+        self.after_round: Callable[[nn.Module, int], None] = lambda graph, number: None
         self.seconds: dict[str, float] = {}
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.workers = 2  # threads that read photographs
 
     @abstractmethod
     def learn(self, photos: Stack, held_out: Stack, memory: int, progress: Progress) -> Learned:
@@ -140,15 +149,19 @@ class Detector(ABC):
         held_out: Iterable[Any] = (),
         memory: str | int | None = None,
         skip_bad: bool = False,
+        checkpoint: str | os.PathLike[str] | None = None,
         progress: Progress | None = None,
     ) -> Self:
         """Learn from good images: a folder, or any of paths, arrays, PIL images, encoded bytes and samples.
 
         Images in `held_out`, if there are any, are not learned from but set the threshold; otherwise each method
         holds out its own. `memory` ("2GB") bounds the working data; without it, half of what is free may be used.
+        A method that learns in rounds writes where it is to the file `checkpoint`, and goes on from there if it exists.
         Raises `DataError` with the list of all images that cannot be read, before any work, unless `skip_bad`.
         """
         progress = progress or (lambda stage, done, total: None)
+        self.checkpoint = None if checkpoint is None else Path(checkpoint)
+        self.remarks = []
         most = budget(memory)
         if self.device.type == "cuda":
             most = min(most, torch.cuda.mem_get_info(self.device)[0])
@@ -186,10 +199,10 @@ class Detector(ABC):
         raise AssertionError("one image gives one outcome")
 
     def judge(
-        self, items: Iterable[Item], *, batch_size: int = BATCH, workers: int = 2
+        self, items: Iterable[Item], *, batch_size: int = BATCH, workers: int | None = None
     ) -> Iterator[tuple[Item, Prediction | BadImage]]:
         """Judge many, in threads ahead of the network; what cannot be read comes with its error."""
-        for batch in batches(items, self.preprocessing, batch_size=batch_size, workers=workers):
+        for batch in batches(items, self.preprocessing, batch_size=batch_size, workers=workers or self.workers):
             yield from batch.failures
             if not batch.items:
                 continue
@@ -251,12 +264,36 @@ class Detector(ABC):
             "versions": {name: version(name) for name in ("kizu", "torch", "timm", "numpy", "pillow")},
         }
 
-    def stream(self, photos: Stack, stage: str, progress: Progress) -> Iterator[tuple[Tensor, Tensor]]:
-        """Numbers (B,) and pixels (B, 3, h, w) of photos, batch by batch on the device, with progress."""
-        for start in range(0, len(photos), BATCH):
-            pixels = torch.from_numpy(photos.batch(start, start + BATCH)).to(self.device)
-            yield torch.arange(start, start + len(pixels), device=self.device), pixels
-            progress(stage, start + len(pixels), len(photos))
+    def restore_levels(self, about: dict[str, Any]) -> None:
+        """Take levels and facts as `describe` gave them."""
+        level = about["threshold"]
+        self.threshold = Threshold(_finite(level["value"]), level["rate"], level["count"])
+        self.calibration_scores, self.map_peaks = about["calibration_scores"], about["map"]["peaks"]
+        self.map_level, self.scale = _finite(about["map"]["level"]), tuple(about["map"]["scale"])
+        self.facts, self.training = about["facts"], about["training"]
+
+    def stream(
+        self, photos: Stack, stage: str, progress: Progress, *, only: Sequence[int] | None = None, copies: int = 0
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Numbers (B,) and pixels (B, 3, h, w) of photos, or only of some, batch by batch on the device, with progress.
+
+        After all of them come `copies` varied ones of each, numbered as their originals.
+        """
+        numbers = range(len(photos)) if only is None else only
+        total = len(numbers) * (1 + copies)
+        batch = LEARNED.get(self.device.type, BATCH)
+        for turn in range(1 + copies):
+            for start in range(0, len(numbers), batch):
+                some = numbers[start : start + batch]
+                yield torch.tensor(some, device=self.device), self.pixels(photos, some, turn)
+                progress(stage, turn * len(numbers) + start + len(some), total)
+
+    def pixels(self, photos: Stack, numbers: Sequence[int], turn: int = 0) -> Tensor:
+        """Photos (B, 3, h, w) on the device: as they are at turn 0, at any other varied in its own way."""
+        taken = torch.from_numpy(photos.take(numbers))
+        if turn and self.augmentation is not None:
+            taken, _ = self.augmentation(taken, [(self.config.seed, number, turn) for number in numbers])
+        return taken.to(self.device)
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
@@ -276,7 +313,7 @@ class Detector(ABC):
         photos = Stack(len(items), self.preprocessing.size, memory)
         names: list[str] = []
         bad: list[BadImage] = []
-        for batch in batches(items, self.preprocessing):
+        for batch in batches(items, self.preprocessing, workers=self.workers):
             photos.append(batch.pixels)
             names += [_name(item) for item in batch.items]
             bad += [error for _, error in batch.failures]
@@ -290,12 +327,21 @@ class Detector(ABC):
         return photos, names
 
 
+def gpu_device(number: int) -> torch.device:
+    """A GPU by its number, or the CPU for -1. Raises `OptionError` where there is none of that number."""
+    count = torch.cuda.device_count()
+    if number >= count:
+        raise OptionError(f"--gpu {number}: this machine has {count} that torch can use; -1 is the CPU")
+    return torch.device("cpu" if number < 0 else f"cuda:{number}")
+
+
 def load(folder: str | os.PathLike[str]) -> Detector:
     """Read a model that `save` wrote. Nothing in it is executed. Raises `ModelError` when it is none, or damaged."""
     folder = Path(folder)
     try:
         about = json.loads((folder / "model.json").read_text(encoding="utf-8"))
-        tensors = load_file(folder / "model.safetensors")
+        packed = load_file(folder / "model.safetensors")
+        tensors = {key: tensor.clone() for key, tensor in packed.items()}  # aligned: the last bit depends on it
     except FileNotFoundError as error:
         raise ModelError(f"{folder} is not a kizu model: {Path(error.filename or 'a file').name} is missing") from None
     except (OSError, ValueError, SafetensorError) as error:
@@ -310,11 +356,7 @@ def load(folder: str | os.PathLike[str]) -> Detector:
         graph = kind.restore_graph(detector.config, tensors)
         graph.load_state_dict(tensors, assign=True)
         detector.graph = graph.eval().requires_grad_(False).to(detector.device)
-        level = about["threshold"]
-        detector.threshold = Threshold(_finite(level["value"]), level["rate"], level["count"])
-        detector.calibration_scores, detector.map_peaks = about["calibration_scores"], about["map"]["peaks"]
-        detector.map_level, detector.scale = _finite(about["map"]["level"]), tuple(about["map"]["scale"])
-        detector.facts, detector.training = about["facts"], about["training"]
+        detector.restore_levels(about)
     except (KeyError, TypeError, RuntimeError) as error:
         raise ModelError(f"{folder}: the model is damaged ({error})") from None
     return detector

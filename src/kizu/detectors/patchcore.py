@@ -192,15 +192,18 @@ class PatchCore(Detector):
         self, config: PatchCoreConfig, photos: Stack, held_out: Stack, memory: int, progress: Progress
     ) -> tuple[PatchCoreGraph, tuple[Tensor, Tensor], dict[str, Any]]:
         """One member: its graph, its scores and patch scores of good images held out, and facts."""
-        network = backbone.create(config.backbone, config.layers, config.weights)
+        network = backbone.create(config.backbone, config.layers, config.weights, config.size)
         graph = PatchCoreGraph(config, network.to(self.device))
         summaries: list[coreset.Summary] = []
+        copies = self._copies()
         with self.timed("features"):
-            for numbers, pixels in self.stream(photos, "Features", progress):
+            for numbers, pixels in self.stream(photos, "Features", progress, copies=copies):
                 layers = graph.embed(pixels)
                 if not summaries:
                     grids = [(layer.shape[2], layer.shape[3]) for layer in layers]
-                    summaries = [_summary(config, layer, layers, len(photos), memory) for layer in layers]
+                    self.remarks += graph.patches.remarks(grids[0])
+                    images = len(photos) * (1 + copies)
+                    summaries = [_summary(config, layer, layers, images, memory) for layer in layers]
                 for summary, layer in zip(summaries, layers, strict=True):
                     summary.add(as_rows(layer), numbers.repeat_interleave(layer.shape[2] * layer.shape[3]))
         with self.timed("coreset"):
@@ -252,7 +255,10 @@ class PatchCore(Detector):
         for start in range(0, len(numbers), TOGETHER):
             some = numbers[start : start + TOGETHER]
             if at_hand:
-                features = [summary.of_images(some[0], some[-1] + 1, len(photos)) for summary in summaries]
+                features = [
+                    summary.rows[some[0] * height * width : (some[-1] + 1) * height * width]  # originals come first
+                    for summary, (height, width) in zip(summaries, graph.grids, strict=True)
+                ]
             else:
                 pixels = np.concatenate([photos.batch(number, number + 1) for number in some])
                 features = [as_rows(layer) for layer in graph.embed(torch.from_numpy(pixels).to(self.device))]
@@ -281,7 +287,7 @@ class PatchCore(Detector):
             raise DataError("There is no image to learn from.")
         before = self.training["images"]
         with torch.inference_mode(), photos:
-            for numbers, pixels in self.stream(photos, "Features", progress):
+            for numbers, pixels in self.stream(photos, "Features", progress, copies=self._copies()):
                 layers = [as_rows(layer) for layer in graph.embed(pixels)]
                 images = [(numbers + before).repeat_interleave(len(rows) // len(numbers)) for rows in layers]
                 both = zip(graph.memory, layers, images, strict=True)
@@ -327,6 +333,10 @@ class PatchCore(Detector):
         facts = {**first.facts, "bank": [len(bank.entries) for bank in banks]}
         return merged.adopt(Learned(graph, scores, peaks, first.scale[0], facts))
 
+    def _copies(self) -> int:
+        """Varied copies of each image, whose patches compete for the bank like its own."""
+        return 0 if self.augmentation is None else int(self.config.augmented_copies)
+
     def _single(self, what: str) -> PatchCoreGraph:
         if not isinstance(self.graph, PatchCoreGraph):
             raise ModelError(f"Only a fitted PatchCore with one backbone can be {what}; fit this one again instead.")
@@ -356,7 +366,7 @@ def _summary(
 
 
 def _restore_one(config: PatchCoreConfig, tensors: dict[str, Tensor], prefix: str) -> PatchCoreGraph:
-    graph = PatchCoreGraph(config, backbone.blank(config.backbone, config.layers))
+    graph = PatchCoreGraph(config, backbone.blank(config.backbone, config.layers, config.size))
     names = [f"{prefix}banks.{number}" for number in range(len(graph.taps))]
     parts = ("entries", "images", "sums", "counts", "centres", "sizes")
     banks = [Bank(*(tensors[f"{name}.{part}"] for part in parts)) for name in names]
