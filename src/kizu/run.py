@@ -137,6 +137,7 @@ def train(
                         held_out=data.select(category, "validation"),
                         skip_bad=skip_bad,
                         memory=memory,
+                        checkpoint=run.unfinished / f"{category}.checkpoint",
                         progress=progress(category),
                     )
                     test = data.select(category, "test")
@@ -148,7 +149,7 @@ def train(
             _finish(run, about, results, time.time() - start)
             log.info("finished: %s", run.folder)
     except KizuError:
-        if not results:  # nothing to resume, and the name is free again
+        if not results and not any(run.unfinished.glob("*.checkpoint")):  # nothing to resume: the name is free again
             shutil.rmtree(run.folder)
         raise
     return run, results
@@ -183,7 +184,7 @@ def write_tables(folder: Path, about: dict[str, Any], results: Sequence[Category
         title=", ".join(result.category for result in results[:3]) + (" …" if len(results) > 3 else ""),
         method=about["method"],
         data=about["data"],
-        backbone=config["backbone"],
+        backbone=config.get("backbone") or f"teacher {Path(config['teacher']).name}",
         size="×".join(str(side) for side in config["size"]),
         settings={key: str(value) for key, value in config.items()},
         machine=about["machine"]["summary"],

@@ -9,7 +9,10 @@ if TYPE_CHECKING:
 
 __all__ = ["DETECTORS", "detector_class"]
 
-DETECTORS = {"patchcore": ("kizu.detectors.patchcore", "PatchCore")}
+DETECTORS = {
+    "patchcore": ("kizu.detectors.patchcore", "PatchCore"),
+    "efficientad": ("kizu.detectors.efficientad", "EfficientAD"),
+}
 
 
 def detector_class(method: str) -> "type[Detector]":

@@ -122,6 +122,7 @@ class Detector(ABC):
         self.training: dict[str, Any] = {}
         self.facts: dict[str, Any] = {}
         self.seconds: dict[str, float] = {}
+        self.checkpoint: Path | None = None
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     @abstractmethod
@@ -140,12 +141,14 @@ class Detector(ABC):
         held_out: Iterable[Any] = (),
         memory: str | int | None = None,
         skip_bad: bool = False,
+        checkpoint: str | os.PathLike[str] | None = None,
         progress: Progress | None = None,
     ) -> Self:
         """Learn from good images: a folder, or any of paths, arrays, PIL images, encoded bytes and samples.
 
         Images in `held_out`, if there are any, are not learned from but set the threshold; otherwise each method
         holds out its own. `memory` ("2GB") bounds the working data; without it, half of what is free may be used.
+        A method that trains for long writes its state to the file `checkpoint` now and then, and goes on from it.
         Raises `DataError` with the list of all images that cannot be read, before any work, unless `skip_bad`.
         """
         progress = progress or (lambda stage, done, total: None)
@@ -153,6 +156,7 @@ class Detector(ABC):
         if self.device.type == "cuda":
             most = min(most, torch.cuda.mem_get_info(self.device)[0])
         self.seconds = {}
+        self.checkpoint = None if checkpoint is None else Path(checkpoint)
         with ExitStack() as open_files:
             with self.timed("decode"):
                 photos, names = self.read(good, most // 8, skip_bad, progress)
@@ -234,7 +238,7 @@ class Detector(ABC):
             "format": FORMAT,
             "method": self.method,
             "config": self.config.model_dump(mode="json"),
-            "backbone": {"name": self.config.backbone, "weights": weights_hash(self.graph)},
+            "backbone": self.pretrained(),
             "threshold": {
                 "value": self.threshold.value if self.threshold.count else None,
                 "rate": self.threshold.rate,
@@ -250,6 +254,11 @@ class Detector(ABC):
             "training": self.training,
             "versions": {name: version(name) for name in ("kizu", "torch", "timm", "numpy", "pillow")},
         }
+
+    def pretrained(self) -> dict[str, str]:
+        """The network inside that was trained on other photographs: its name and the hash of its weights."""
+        assert self.graph is not None
+        return {"name": self.config.backbone, "weights": weights_hash(self.graph)}
 
     def stream(self, photos: Stack, stage: str, progress: Progress) -> Iterator[tuple[Tensor, Tensor]]:
         """Numbers (B,) and pixels (B, 3, h, w) of photos, batch by batch on the device, with progress."""
