@@ -1,7 +1,7 @@
 """Tensors from files that torch.save wrote, whole modules included, without running anything in them.
 
-A checkpoint is a zip archive of one pickle and one file of numbers a storage. The pickle is read with a table of what it
-may name: containers, storage types and the functions that put a tensor together, all replaced by ones of our own.
+A checkpoint is a zip archive of one pickle and one file of numbers a storage. The pickle is read with a table of what
+it may name: containers, storage types and the functions that put a tensor together, all replaced by ones of our own.
 Whatever else it names becomes an inert `_Part`, which remembers what it was given and does nothing.
 """
 

@@ -9,7 +9,7 @@ import torch
 from kizu import files
 from kizu.errors import ModelError
 
-__all__ = ["Checkpoint"]
+__all__ = ["Checkpoint", "Stateful"]
 
 EVERY = 60.0  # seconds between two writings
 
@@ -43,7 +43,9 @@ class Checkpoint:
             return 0, {}
         try:
             state = torch.load(self.path, map_location="cpu", weights_only=True)
-            changed = [key for key in {**self.about, **state["about"]} if self.about.get(key) != state["about"].get(key)]
+            changed = [
+                key for key in {**self.about, **state["about"]} if self.about.get(key) != state["about"].get(key)
+            ]
             if not changed:
                 for name, part in self.parts.items():
                     part.load_state_dict(state["parts"][name])
@@ -52,23 +54,30 @@ class Checkpoint:
                     torch.cuda.set_rng_state_all(state["cuda"])
                 return int(state["step"]), state["extra"]
         except Exception as error:  # a broken file raises anything
-            raise ModelError(f"{self.path}: the training's state is damaged ({type(error).__name__}); remove it") from None
+            raise ModelError(
+                f"{self.path}: the training's state is damaged ({type(error).__name__}); remove it"
+            ) from None
         raise ModelError(f"{self.path} belongs to a training with another {', '.join(sorted(changed))}: remove it")
 
-    def offer(self, step: int, extra: dict[str, Any] | None = None, *, now: bool = False) -> None:
-        """Write the state after `step` steps if the last writing is long ago, or if it must be `now`."""
-        if self.path is None or not (now or time.monotonic() - self.written >= EVERY):
+    @property
+    def due(self) -> bool:
+        """Whether there is a file to write to, and the last writing is long ago."""
+        return self.path is not None and time.monotonic() - self.written >= EVERY
+
+    def write(self, step: int, extra: dict[str, Any]) -> None:
+        """Write the state after `step` steps, with extra plain values."""
+        if self.path is None:
             return
         state = {
             "about": self.about,
             "step": step,
-            "extra": extra or {},
+            "extra": extra,
             "parts": {name: part.state_dict() for name, part in self.parts.items()},
             "random": torch.get_rng_state(),
             "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         }
-        with files.new_file(self.path) as temporary:
-            torch.save(state, temporary)
+        with files.new_file(self.path) as temporary, temporary.open("wb") as file:
+            torch.save(state, file)
         self.written = time.monotonic()
 
     def remove(self) -> None:

@@ -175,10 +175,10 @@ class EfficientADConfig(Config):
         description="Folder of photographs of anything else, which the student learns to be silent on. "
         "Default: drawn textures; none: without.",
     )
-    border: Literal["reflect", "repeat"] = Field(
-        "reflect",
-        description="reflect: the photograph is mirrored beyond its border, and every pixel is looked at alike. "
-        "repeat: the map's rim stands for the outer 16 pixels; a fifth quicker, the paper's network sizes.",
+    border: Literal["picture", "map"] = Field(
+        "picture",
+        description="picture: photographs get a frame, so that every pixel is looked at alike. map: the map's rim "
+        "stands for the outer 16 pixels. A fifth quicker, and as published.",
     )
     validation: float = Field(
         0.15, gt=0, le=0.5, description="Share of the good images kept for the maps' scale and the threshold."

@@ -1,6 +1,6 @@
 """The networks of EfficientAD: patch description networks (teacher and student) and the autoencoder.
 
-Batzner et al., "EfficientAD: Accurate Visual Anomaly Detection at Millisecond-Level Latencies", WACV 2024, tables 5 to 8.
+Batzner et al., "EfficientAD: Accurate Visual Anomaly Detection at Millisecond-Level Latencies", WACV 2024.
 """
 
 from collections.abc import Sequence
@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["DIMENSION", "FIELD", "PDN", "STRIDE", "Autoencoder", "Size", "grid_of", "normalised"]
+__all__ = ["DIMENSION", "FIELD", "FRAME", "PDN", "STRIDE", "Autoencoder", "Size", "grid_of", "normalised"]
 
 Size = Literal["s", "m"]
 DIMENSION = 384  # channels of the published teachers
 FIELD = 33  # side of the square of pixels that one feature sees
 STRIDE = 4  # pixels from one feature to the next
+FRAME = (14, 18)  # pixels put before and behind an image for ⌈H / 4⌉ features, the first centred on its pixel 2
 KERNELS: dict[Size, tuple[int, ...]] = {"s": (4, 4, 3, 4), "m": (4, 4, 1, 3, 4, 1)}
 WIDTHS: dict[Size, tuple[int, ...]] = {"s": (128, 256, 256), "m": (256, 512, 512, 512)}  # the others are the output's
 PADDING = {1: 0, 3: 1, 4: 3}  # by kernel, of the padded variant

@@ -77,5 +77,3 @@ def endless(
                 told.add(error.name)
                 log.warning("left out: %s", error)
         yield batch.pixels
-
-

@@ -21,9 +21,8 @@ from kizu.pdn import KERNELS, PDN, Size
 __all__ = ["MISSING", "assemble", "fingerprint", "load", "save"]
 
 MISSING = (
-    "EfficientAD needs a teacher, and there are two ways to one: take a trained one (--teacher FILE, from nelson1425's, "
-    "anomalib's or PUAD's files), or make one from photographs of anything with  "
-    "kizu distill PHOTOS --teacher-for efficientad"
+    "EfficientAD needs a teacher, and there are two ways to one: take a trained one (--teacher FILE, of nelson1425's, "
+    "anomalib's or PUAD's), or make one from photographs of anything:  kizu distill PHOTOS --teacher-for efficientad"
 )
 WORDS: dict[Size, str] = {"s": "small", "m": "medium"}
 
@@ -31,13 +30,15 @@ WORDS: dict[Size, str] = {"s": "small", "m": "medium"}
 def load(path: str | Path, size: Size = "s") -> tuple[PDN, dict[str, Any]]:
     """A teacher from a file, or from a folder or zip archive with one of each size; and what is known of it.
 
-    Files: safetensors of `kizu distill`, or what torch.save wrote, be it a state dict or a whole module (nothing in it is
-    run). Folders and archives: those of nelson1425's, anomalib's and PUAD's teachers. Raises `ModelError`.
+    Files: safetensors of `kizu distill`, or what torch.save wrote, be it a state dict or a whole module (nothing in it
+    is run). Folders and archives: those of nelson1425's, anomalib's and PUAD's teachers. Raises `ModelError`.
     """
     path = Path(path)
     about: dict[str, Any] = {}
     if path.is_dir():
-        path = path / _one_of([file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()], size, path)
+        path = path / _one_of(
+            [file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()], size, path
+        )
     if not path.is_file():
         raise ModelError(f"{path}: there is no such teacher")
     if path.suffix == ".safetensors":
@@ -65,7 +66,9 @@ def assemble(state: Mapping[str, Tensor], origin: str) -> PDN:
     kernels = tuple(weight.shape[2] for _, weight in weights)
     size = next((size for size, known in KERNELS.items() if known == kernels), None)
     if size is None:
-        raise ModelError(f"{origin}: convolutions of sides {kernels or 'none'} are those of no patch description network")
+        raise ModelError(
+            f"{origin}: convolutions of sides {kernels or 'none'} are those of no patch description network"
+        )
     channels = [weight.shape[0] for _, weight in weights]
     head = 1 if size == "s" else 2
     network = PDN(size, channels[-1], channels[:-head])
@@ -124,4 +127,3 @@ def fingerprint(teacher: PDN) -> str:
     for tensor in teacher.state_dict().values():
         digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
-

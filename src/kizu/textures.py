@@ -1,7 +1,7 @@
 """Drawn textures: pictures of nothing in particular, for training that needs photographs of other things.
 
-Half are dead leaves (shapes of all sizes that cover each other), whose edges and sizes are distributed as in photographs
-(Lee, Mumford and Huang, 2001); a quarter are noise with a falling spectrum; a quarter are gratings, bent by such noise.
+Half are dead leaves (shapes of all sizes that cover each other), whose edges and sizes are distributed as those in
+photographs (Lee, Mumford and Huang, 2001); a quarter are noise with a falling spectrum, a quarter gratings bent by it.
 """
 
 from dataclasses import dataclass

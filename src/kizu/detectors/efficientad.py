@@ -1,15 +1,14 @@
-"""EfficientAD: a student learns from good parts to answer as its teacher does; on what it has not seen it answers wrongly.
+"""EfficientAD: a student learns on good parts to answer as its teacher does; where it fails to, there is an anomaly.
 
 Batzner et al., "EfficientAD: Accurate Visual Anomaly Detection at Millisecond-Level Latencies", WACV 2024. The student
 also learns to answer as an autoencoder does, which sees the whole part at once: where those two disagree, things that
-are right by themselves are together wrong. Different from the published code, and switchable: photographs are mirrored
-beyond their border (`border`), so that the map reaches to the edge and lies where the defect lies.
+are right by themselves are together wrong. Different from the published code, and switchable: photographs get a frame
+in the mean colour of good ones' borders (`border`), so that the map reaches to the edge and lies where the defect is.
 """
 
 import logging
 import math
 import statistics
-import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -20,12 +19,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kizu import supply, teacher
-from kizu.checkpoint import Checkpoint
+from kizu.augmentation import greyed, varied
+from kizu.channels import ChannelStatistics
+from kizu.checkpoint import Checkpoint, Stateful
 from kizu.config import EfficientADConfig
 from kizu.detectors.detector import Detector, Learned, Progress
 from kizu.errors import ModelError
 from kizu.maps import MapUpsampling
-from kizu.pdn import FIELD, PDN, STRIDE, Autoencoder, grid_of, normalised
+from kizu.pace import Pace
+from kizu.pdn import FIELD, FRAME, PDN, STRIDE, Autoencoder, grid_of, normalised
 from kizu.preprocess import Preprocessing, Stack
 
 __all__ = ["EfficientAD"]
@@ -36,33 +38,22 @@ LEARNING_RATE, WEIGHT_DECAY = 1e-4, 1e-5
 FALL = 0.95  # share of the steps after which the learning rate falls to a tenth
 HARD = 0.999  # share of the errors that the hard loss leaves out
 GREY_PENALTY = 0.3  # share of the penalty's photographs that lose their colour
-FACTORS = (0.8, 1.2)  # of brightness, contrast or saturation
 LOW, HIGH = 0.9, 0.995  # quantiles of good pixels that become 0 and 0.1
-GREY = (0.2989, 0.587, 0.114)
 LOSSES = ("hard", "penalty", "autoencoder", "student of autoencoder")
-RIM = FIELD // 2  # pixels from an image's edge to the centre of its first feature
-TOLD_BEYOND = 600  # seconds of training on a CPU that are worth a word
+CENTRE = FIELD // 2  # the pixel that the first feature of an image is centred on
+ADVICE = (
+    "Fewer --steps learn less; PatchCore learns from the same photographs in minutes, and judges them faster on a CPU."
+)
 
 
 def hard_loss(errors: Tensor, share: float = HARD) -> Tensor:
-    """Mean of the squared errors (B, …) that reach their image's `share` quantile; mean over the images (Eq. 1).
+    """Mean of the squared errors (B, …) that reach their image's `share` quantile; mean over the images.
 
     The quantile is interpolated between two neighbours in order, and the upper one and all above it reach it.
     """
     flat = errors.flatten(1)
     most = flat.shape[1] - math.ceil(share * (flat.shape[1] - 1) - 1e-9)
     return flat.topk(most, dim=1, sorted=False).values.mean()
-
-
-def varied(images: Tensor) -> Tensor:
-    """Float images (B, 3, H, W) in [0, 255], each with another brightness, contrast or saturation."""
-    count = len(images)
-    grey = (images * images.new_tensor(GREY).view(1, 3, 1, 1)).sum(1, keepdim=True)
-    kinds = torch.randint(0, 3, (count,)).to(images.device)[:, None, None, None]
-    factors = torch.empty(count, 1, 1, 1).uniform_(*FACTORS).to(images.device)
-    mean = grey.mean((2, 3), keepdim=True).expand_as(grey)
-    towards = torch.where(kinds == 0, torch.zeros_like(grey), torch.where(kinds == 1, mean, grey))
-    return (factors * images + (1 - factors) * towards).clamp(0, 255)
 
 
 def quantile(values: npt.NDArray[np.float32], share: float) -> float:
@@ -73,59 +64,41 @@ def quantile(values: npt.NDArray[np.float32], share: float) -> float:
     return float(low + (rank - below) * (high - low))
 
 
-class ChannelStatistics:
-    """Mean and deviation of each channel over any number of batches, in one pass and double precision (Chan, 1979)."""
-
-    def __init__(self) -> None:
-        self.count, self.mean, self.squares = 0, torch.zeros(()), torch.zeros(())
-
-    def add(self, features: Tensor) -> None:
-        """(B, C, h, w)."""
-        values = features.transpose(0, 1).flatten(1).double()
-        count, mean = values.shape[1], values.mean(1)
-        total = self.count + count
-        apart = mean - self.mean.to(mean)
-        self.squares = self.squares.to(mean) + values.sub(mean[:, None]).square().sum(1)
-        self.squares += apart.square() * self.count * count / total
-        self.mean = self.mean.to(mean) + apart * count / total
-        self.count = total
-
-    def result(self) -> tuple[Tensor, Tensor]:
-        """Mean (C,) and population deviation (C,), 1 for a channel that is constant; float32."""
-        deviation = (self.squares / self.count).sqrt().float()
-        return self.mean.float(), deviation.masked_fill(deviation < 1e-6, 1.0)
-
-
 class EfficientADGraph(nn.Module):
     """uint8 images (B, 3, H, W) → scores (B,), anomaly maps (B, 1, H, W)."""
 
     mean: Tensor
     std: Tensor
     levels: Tensor
+    surround: Tensor
 
     def __init__(self, config: EfficientADConfig, network: PDN) -> None:
         super().__init__()
-        dimension, rim = network.dimension, RIM if config.border == "reflect" else 0
-        height, width = config.size
-        self.grid = grid_of((height + 2 * rim, width + 2 * rim))
-        self.rim = rim
+        dimension = network.dimension
+        self.frame = FRAME if config.border == "picture" else (0, 0)
+        height, width = (side + sum(self.frame) for side in config.size)
+        self.grid = grid_of((height, width))
         self.teacher = network
         self.student = PDN(network.size, 2 * dimension, network.widths)
         self.autoencoder = Autoencoder(config.size, self.grid, dimension)
-        self.mimics_teacher, self.mimics_autoencoder = slice(dimension), slice(dimension, None)  # the student's channels
+        self.mimics_teacher, self.mimics_autoencoder = (
+            slice(dimension),
+            slice(dimension, None),
+        )  # the student's channels
         self.register_buffer("mean", torch.zeros(dimension))
         self.register_buffer("std", torch.ones(dimension))
         self.register_buffer("levels", torch.tensor([[0.0, 1.0], [0.0, 1.0]]))  # (student, autoencoder) × (low, high)
-        self.upsample = MapUpsampling(self.grid, config.size, config.smoothing, RIM - rim, STRIDE)
+        self.register_buffer("surround", torch.zeros(3))  # colour of the frame, normalised
+        self.upsample = MapUpsampling(self.grid, config.size, config.smoothing, CENTRE - self.frame[0], STRIDE)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         low, high = self.levels.T[:, :, None, None, None]  # (2, 1, 1, 1) each
-        grids = 0.1 * (torch.stack(self.errors(images)) - low) / (high - low)  # Eq. 5
-        anomaly_maps: Tensor = self.upsample(grids.mean(0))  # Eq. 6
+        grids = 0.1 * (torch.stack(self.errors(images)) - low) / (high - low)
+        anomaly_maps: Tensor = self.upsample(grids.mean(0))
         return anomaly_maps.flatten(1).amax(1), anomaly_maps
 
     def errors(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, 3, H, W) → squared differences of the student to teacher and autoencoder, (B, h, w) each (Eq. 3, 4)."""
+        """(B, 3, H, W) → squared differences of the student to teacher and autoencoder, (B, h, w) each."""
         pixels = normalised(images)
         framed = self.framed(pixels)
         answers = self.student(framed)
@@ -134,20 +107,24 @@ class EfficientADGraph(nn.Module):
         return teacher_errors, (wholes - answers[:, self.mimics_autoencoder]).square().mean(1)
 
     def framed(self, pixels: Tensor) -> Tensor:
-        """Mirrored beyond the border, so that the first feature is centred on the first pixel."""
-        if self.rim == 0:
+        """With the frame, so that every pixel lies in the middle of a feature.
+
+        One colour neither repeats what is near the border, as mirroring would, nor draws it out.
+        """
+        if self.frame == (0, 0):
             return pixels
-        mirrored = F.pad(pixels, (self.rim,) * 4, mode="reflect")
-        return mirrored.contiguous(memory_format=torch.channels_last)
+        colour = self.surround.view(1, 3, 1, 1)
+        return (F.pad(pixels - colour, 2 * self.frame) + colour).contiguous(memory_format=torch.channels_last)
 
     def taught(self, framed: Tensor) -> Tensor:
         """The teacher's features in units of their spread over good images: T̂ = (T − μ) / σ."""
-        return (self.teacher(framed) - self.mean.view(1, -1, 1, 1)) / self.std.view(1, -1, 1, 1)
+        taught: Tensor = (self.teacher(framed) - self.mean.view(1, -1, 1, 1)) / self.std.view(1, -1, 1, 1)
+        return taught
 
     def losses(self, images: Tensor, others: Tensor | None) -> Tensor:
         """uint8 good images (B, 3, H, W) and unrelated ones → the four terms of the loss, (4,), in order of LOSSES."""
         pixels, changed = normalised(images), normalised(varied(images.float()))
-        unrelated = [] if others is None else [normalised(others)]
+        unrelated = [] if others is None or not len(others) else [normalised(others)]
         framed = self.framed(torch.cat([pixels, *unrelated, changed]))
         batch = len(pixels)
         with torch.no_grad():
@@ -159,7 +136,7 @@ class EfficientADGraph(nn.Module):
         return torch.stack(
             [
                 hard_loss((taught - answers[:batch]).square()),
-                answers[batch:].square().mean() if unrelated else answers.new_zeros(()),  # Eq. 2's second term
+                answers[batch:].square().mean() if unrelated else answers.new_zeros(()),
                 (taught_changed - wholes).square().mean(),
                 (wholes - answers_whole).square().mean(),
             ]
@@ -195,9 +172,14 @@ class EfficientAD(Detector):
         return Learned(graph, *outcome, facts)
 
     def _measure(self, graph: EfficientADGraph, photos: Stack, numbers: Sequence[int], progress: Progress) -> None:
-        """Mean and deviation of the teacher's channels over the good images."""
+        """The border's mean colour, then mean and deviation of the teacher's channels, over the good images."""
+        rims = ChannelStatistics()
         measured = ChannelStatistics()
         with torch.inference_mode():
+            for pixels in self._pick(photos, numbers, 16, "Borders", progress):
+                for rim in (pixels[:, :, :1], pixels[:, :, -1:], pixels[:, :, :, :1], pixels[:, :, :, -1:]):
+                    rims.add(normalised(rim))
+            graph.surround.copy_(rims.result()[0])
             for pixels in self._pick(photos, numbers, 4, "Teacher", progress):
                 measured.add(graph.teacher(graph.framed(normalised(pixels))))
         mean, std = measured.result()
@@ -213,8 +195,16 @@ class EfficientAD(Detector):
         graph.teacher.eval()
         trainable = [*graph.student.parameters(), *graph.autoencoder.parameters()]
         optimiser = torch.optim.Adam(trainable, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
-        about = {"settings": config.model_dump_json(), "images": photos.hash, "teacher": teacher.fingerprint(graph.teacher)}
-        parts = {"student": graph.student, "autoencoder": graph.autoencoder, "optimiser": optimiser}
+        about = {
+            "settings": config.model_dump_json(),
+            "images": photos.hash,
+            "teacher": teacher.fingerprint(graph.teacher),
+        }
+        parts: dict[str, Stateful] = {
+            "student": graph.student,
+            "autoencoder": graph.autoencoder,
+            "optimiser": optimiser,
+        }
         checkpoint = Checkpoint(self.checkpoint, about, parts)
         start, extra = checkpoint.restore()
         curve: list[list[float]] = extra.get("curve", [])
@@ -223,17 +213,17 @@ class EfficientAD(Detector):
         others, penalty = self._others(start)
         log.info("%d steps; teacher %s; penalty: %s", config.steps, origin["file"], penalty)
         order = supply.shuffled(len(numbers), config.seed, start * config.batch_size)
-        pace = Pace(config.steps - start, self.device)
+        pace = Pace(config.steps - start, self.device, ADVICE)
         for step in range(start, config.steps):
             for group in optimiser.param_groups:
                 group["lr"] = LEARNING_RATE * (0.1 if step >= int(FALL * config.steps) else 1)
             chosen = [numbers[next(order)] for _ in range(config.batch_size)]
             pixels = torch.from_numpy(np.concatenate([photos.batch(number, number + 1) for number in chosen]))
-            unrelated = None if others is None else greyed(torch.from_numpy(next(others)).to(self.device))
+            unrelated = None if others is None else greyed(torch.from_numpy(next(others)).to(self.device), GREY_PENALTY)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "mixed"):
                 losses = graph.losses(pixels.to(self.device), unrelated)
             optimiser.zero_grad(set_to_none=True)
-            losses.sum().backward()  # type: ignore[no-untyped-call]
+            losses.sum().backward()
             optimiser.step()
             sums += losses.detach()
             if (step + 1) % every == 0:
@@ -241,7 +231,8 @@ class EfficientAD(Detector):
                 sums.zero_()
                 named = ", ".join(f"{name} {value:.4f}" for name, value in zip(LOSSES, curve[-1], strict=True))
                 log.info("step %d of %d: %s", step + 1, config.steps, named)
-            checkpoint.offer(step + 1, {"curve": curve, "sums": sums.tolist()}, now=step + 1 == config.steps)
+            if checkpoint.due or step + 1 == config.steps:
+                checkpoint.write(step + 1, {"curve": curve, "sums": sums.tolist()})
             pace.step()
             progress("Training", step + 1, config.steps)
         return {"penalty": penalty, "steps": config.steps, "loss": _first_and_last(curve)}
@@ -302,27 +293,6 @@ class EfficientAD(Detector):
         return EfficientADGraph(config, teacher.assemble(state, "the model's teacher"))
 
 
-class Pace:
-    """Measures the first steps on a CPU and says what all of them will take."""
-
-    def __init__(self, steps: int, device: torch.device) -> None:
-        self.left, self.device, self.taken = steps, device, 0
-        self.started = 0.0
-
-    def step(self) -> None:
-        self.taken += 1
-        if self.taken == 1:
-            self.started = time.perf_counter()
-        if self.taken == 4 and self.device.type == "cpu":
-            each = (time.perf_counter() - self.started) / 3
-            if (total := each * self.left) > TOLD_BEYOND:
-                log.warning(
-                    "There is no GPU that torch can use: %d steps of %.1f s take about %.1f hours. Fewer --steps learn "
-                    "less; PatchCore learns from the same photographs in minutes and judges them faster on a CPU.",
-                    self.left, each, total / 3600,
-                )  # fmt: skip
-
-
 def parted(count: int, held_out: int, share: float, seed: int) -> tuple[list[int], list[int], list[int]]:
     """Which of `count` images are learned from, which scale the maps, and which set the threshold.
 
@@ -335,14 +305,6 @@ def parted(count: int, held_out: int, share: float, seed: int) -> tuple[list[int
     if held_out or kept < 9:
         return learned, others or learned, [] if held_out else others
     return learned, others[: kept // 3], others[kept // 3 :]
-
-
-def greyed(images: Tensor) -> Tensor:
-    """uint8 (B, 3, H, W) → float, some of them without colour."""
-    weights = torch.tensor(GREY, device=images.device).view(1, 3, 1, 1)
-    which = (torch.rand(len(images), 1, 1, 1) < GREY_PENALTY).to(images.device)
-    colour = images.float()
-    return torch.where(which, (colour * weights).sum(1, keepdim=True), colour)
 
 
 def _first_and_last(curve: Sequence[Sequence[float]]) -> dict[str, list[float]]:
