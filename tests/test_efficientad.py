@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from torchvision.transforms import functional as vision
 
 import kizu
+from kizu import dataset, run, teacher
 from kizu import image as images
-from kizu import teacher
 from kizu.archives import tensors
 from kizu.augmentation import varied
 from kizu.channels import ChannelStatistics
@@ -237,7 +237,7 @@ class Remembers(nn.Module):
         self.answer = answer
 
     def forward(self, images):
-        return self.answer
+        return self.answer.clone()
 
 
 @pytest.mark.parametrize("size", [(256, 256), (257, 322)])
@@ -308,6 +308,31 @@ def test_a_killed_training_goes_on_to_the_same_result(taught, tmp_path, monkeypa
     state.write_bytes(state.read_bytes()[:1000])
     with pytest.raises(kizu.ModelError, match="damaged"):
         kizu.EfficientAD(**settings).fit(GOOD, checkpoint=state)
+
+
+def test_a_killed_run_goes_on_inside_a_category(taught, tmp_path, monkeypatch):
+    for number, picture in enumerate(GOOD[:6]):
+        images.write(tmp_path / "parts" / "good" / f"{number}.png", picture)
+        images.write(tmp_path / "parts" / "bad" / f"{number}.png", part(50 + number, spot=True))
+    monkeypatch.setattr("kizu.checkpoint.EVERY", 0)
+    data = dataset.find(tmp_path / "parts")
+    config = EfficientADConfig(teacher=str(taught), steps=5)
+    seen = []
+
+    def watch(stage, done, total):
+        seen.append((stage, done))
+        if seen.count(("Training", 3)) == 1 and seen[-1] == ("Training", 3):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run.train("efficientad", config, data, tmp_path / "runs", progress=lambda category: watch)
+    finished, results = run.train(
+        "efficientad", config, data, tmp_path / "runs", resume=True, progress=lambda category: watch
+    )
+    assert seen.count(("Training", 2)) == 1 and seen.count(("Training", 4)) == 1
+    assert results[0].metrics["image_auroc"] > 0.5
+    assert not finished.unfinished.exists() and "penalty: drawn textures" in (finished.folder / "log.txt").read_text()
+    assert "efficientad-s.safetensors" in (finished.folder / "report.html").read_text()
 
 
 def test_training_brings_the_student_nearer_to_the_teacher(taught, monkeypatch):

@@ -94,6 +94,8 @@ def tensors(source: Path | IO[bytes], name: str | None = None) -> dict[str, Tens
             root = pickles[0].removesuffix("data.pkl")
             if f"{root}byteorder" in archive.namelist() and archive.read(f"{root}byteorder") != b"little":
                 raise ValueError("numbers in another byte order")
+            if archive.getinfo(pickles[0]).compress_type != zipfile.ZIP_STORED:
+                raise ValueError("a packed pickle")
             content = _Reader(io.BytesIO(archive.read(pickles[0])), archive, root).load()
         found = dict(_named(content, "", 0))
     except OSError as error:

@@ -178,7 +178,7 @@ class EfficientADConfig(Config):
     border: Literal["picture", "map"] = Field(
         "picture",
         description="picture: photographs get a frame, so that every pixel is looked at alike. map: the map's rim "
-        "stands for the outer 16 pixels. A fifth quicker, and as published.",
+        "stands for the outer 16 pixels. A quarter quicker, and as published.",
     )
     validation: float = Field(
         0.15, gt=0, le=0.5, description="Share of the good images kept for the maps' scale and the threshold."

@@ -92,8 +92,8 @@ class EfficientADGraph(nn.Module):
         self.upsample = MapUpsampling(self.grid, config.size, config.smoothing, CENTRE - self.frame[0], STRIDE)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        low, high = self.levels.T[:, :, None, None, None]  # (2, 1, 1, 1) each
-        grids = 0.1 * (torch.stack(self.errors(images)) - low) / (high - low)
+        low, high = self.levels.view(2, 2, 1, 1, 1).unbind(1)
+        grids = 0.1 * (torch.stack(self.errors(images)) - low) / (high - low)  # (2, B, h, w)
         anomaly_maps: Tensor = self.upsample(grids.mean(0))
         return anomaly_maps.flatten(1).amax(1), anomaly_maps
 
@@ -102,9 +102,9 @@ class EfficientADGraph(nn.Module):
         pixels = normalised(images)
         framed = self.framed(pixels)
         answers = self.student(framed)
-        teacher_errors = (self.taught(framed) - answers[:, self.mimics_teacher]).square().mean(1)
+        teacher_errors = self.taught(framed).sub_(answers[:, self.mimics_teacher]).square_().mean(1)
         wholes = self.autoencoder(pixels)
-        return teacher_errors, (wholes - answers[:, self.mimics_autoencoder]).square().mean(1)
+        return teacher_errors, wholes.sub_(answers[:, self.mimics_autoencoder]).square_().mean(1)
 
     def framed(self, pixels: Tensor) -> Tensor:
         """With the frame, so that every pixel lies in the middle of a feature.
@@ -118,8 +118,8 @@ class EfficientADGraph(nn.Module):
 
     def taught(self, framed: Tensor) -> Tensor:
         """The teacher's features in units of their spread over good images: T̂ = (T − μ) / σ."""
-        taught: Tensor = (self.teacher(framed) - self.mean.view(1, -1, 1, 1)) / self.std.view(1, -1, 1, 1)
-        return taught
+        answers: Tensor = self.teacher(framed).float()
+        return answers.sub_(self.mean.view(1, -1, 1, 1)).div_(self.std.view(1, -1, 1, 1))
 
     def losses(self, images: Tensor, others: Tensor | None) -> Tensor:
         """uint8 good images (B, 3, H, W) and unrelated ones → the four terms of the loss, (4,), in order of LOSSES."""
