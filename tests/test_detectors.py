@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +10,12 @@ import pytest
 from PIL import Image
 
 import kizu
+from kizu.config import CONFIGS
 from kizu.detectors import DETECTORS, detector_class
 from kizu.detectors.detector import Photo
+from teachers import tiny
 
+TEACHER = Path(tempfile.mkdtemp(prefix="kizu-tests")) / "efficientad-s.safetensors"  # written when it is needed
 SETTINGS = {
     "patchcore": {"size": 64, "coreset": 0.2},
     "simplenet": {
@@ -24,7 +28,15 @@ SETTINGS = {
         "dsc_lr": 2e-3,
         "seed": 3,
     },
+    "efficientad": {"teacher": str(TEACHER), "steps": 4},
 }
+WITH_BACKBONE = [method for method in DETECTORS if "backbone" in CONFIGS[method].model_fields]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def a_teacher():
+    yield tiny(TEACHER)
+    shutil.rmtree(TEACHER.parent)
 
 
 def part(seed, spot=False):
@@ -58,9 +70,9 @@ def test_a_defect_is_found_where_it_is(fitted):
 
 
 def test_one_graph_uint8_in_scores_and_maps_out(fitted):
-    batch = np.stack([part(seed)[:64, :64].transpose(2, 0, 1) for seed in range(3)])
+    batch = np.stack([fitted.preprocessing(part(seed)).transpose(2, 0, 1) for seed in range(3)])
     scores, maps = fitted(batch)
-    assert scores.shape == (3,) and maps.shape == (3, 1, 64, 64)
+    assert scores.shape == (3,) and maps.shape == (3, 1, *fitted.config.size)
     assert scores.dtype == maps.dtype == np.float32 and np.isfinite(maps).all()
 
 
@@ -129,8 +141,10 @@ def test_images_held_out_set_the_threshold_and_teach_nothing(method):
 
 
 @pytest.mark.parametrize("method", DETECTORS)
-@pytest.mark.parametrize("size", ["64x96", (96, 64)])
-def test_rectangular_input(method, size):
+@pytest.mark.parametrize("turned", [False, True])
+def test_rectangular_input(method, turned):
+    side = max(detector_class(method)(**SETTINGS[method]).config.size)
+    size = (side + 32, side) if turned else f"{side}x{side + 32}"
     detector = detector_class(method)(**{**SETTINGS[method], "size": size}).fit(GOOD[:3])
     prediction = detector.predict(part(7, spot=True))
     peak = np.unravel_index(prediction.anomaly_map.argmax(), (96, 96))
@@ -154,7 +168,7 @@ def test_wrong_settings_are_named(method, settings, words):
         detector_class(method)(**settings)
 
 
-@pytest.mark.parametrize("method", DETECTORS)
+@pytest.mark.parametrize("method", WITH_BACKBONE)
 @pytest.mark.parametrize(
     ("settings", "words"),
     [

@@ -4,17 +4,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kizu.detectors.detector import Detector, Prediction, load
+    from kizu.detectors.efficientad import EfficientAD
     from kizu.detectors.patchcore import PatchCore
     from kizu.detectors.simplenet import SimpleNet
     from kizu.errors import BadImage, DataError, KizuError, MissingExtra, ModelError, OptionError
 
-__all__ = ["BadImage", "DataError", "Detector", "KizuError", "MissingExtra", "ModelError", "OptionError"]
+__all__ = ["BadImage", "DataError", "Detector", "EfficientAD", "KizuError", "MissingExtra", "ModelError", "OptionError"]
 __all__ += ["PatchCore", "Prediction", "SimpleNet", "__version__", "load"]
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "kizu.detectors.detector": ("Detector", "Prediction", "load"),
+    "kizu.detectors.efficientad": ("EfficientAD",),
     "kizu.detectors.patchcore": ("PatchCore",),
     "kizu.detectors.simplenet": ("SimpleNet",),
     "kizu.errors": ("BadImage", "DataError", "KizuError", "MissingExtra", "ModelError", "OptionError"),

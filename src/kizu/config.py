@@ -10,7 +10,17 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from kizu.errors import OptionError
 
-__all__ = ["CONFIGS", "Augmented", "Config", "PatchCoreConfig", "SimpleNetConfig", "build"]
+__all__ = [
+    "CONFIGS",
+    "Augmented",
+    "BackboneConfig",
+    "Config",
+    "DistillationConfig",
+    "EfficientADConfig",
+    "PatchCoreConfig",
+    "SimpleNetConfig",
+    "build",
+]
 
 
 def _pair(value: Any) -> Any:
@@ -51,19 +61,6 @@ class Augmented(BaseModel):
 class Config(Augmented):
     """What every method has."""
 
-    backbone: str = Field(
-        "efficientnet_lite2",
-        min_length=1,
-        description="Pretrained network: efficientnet_lite2 comes with kizu, clip or any other is a timm name.",
-    )
-    layers: Annotated[tuple[str, ...], BeforeValidator(_names)] = Field(
-        (),
-        description="Layers to take features from, e.g. layer2,layer3; 0 … 11 of a transformer. "
-        "Default: reductions 8 and 16.",
-    )
-    weights: str | None = Field(
-        None, description="File with the backbone's weights (safetensors, or a checkpoint of plain tensors)."
-    )
     size: Annotated[tuple[Side, Side], BeforeValidator(_pair)] = Field(
         (320, 320), description="Network input: 320, or height x width as in 256x512."
     )
@@ -86,7 +83,25 @@ class Config(Augmented):
         return self
 
 
-class PatchCoreConfig(Config):
+class BackboneConfig(Config):
+    """What every method has that looks through a pretrained backbone."""
+
+    backbone: str = Field(
+        "efficientnet_lite2",
+        min_length=1,
+        description="Pretrained network: efficientnet_lite2 comes with kizu, clip or any other is a timm name.",
+    )
+    layers: Annotated[tuple[str, ...], BeforeValidator(_names)] = Field(
+        (),
+        description="Layers to take features from, e.g. layer2,layer3; 0 … 11 of a transformer. "
+        "Default: reductions 8 and 16.",
+    )
+    weights: str | None = Field(
+        None, description="File with the backbone's weights (safetensors, or a checkpoint of plain tensors)."
+    )
+
+
+class PatchCoreConfig(BackboneConfig):
     """PatchCore (Roth et al., CVPR 2022).
 
     An ensemble has several backbones, separated by commas, with layers numbered by them: 0.layer2,0.layer3,1.layer2.
@@ -183,7 +198,7 @@ class PatchCoreConfig(Config):
         ]
 
 
-class SimpleNetConfig(Config):
+class SimpleNetConfig(BackboneConfig):
     """SimpleNet (Liu et al., CVPR 2023)."""
 
     patchsize: int = Field(3, ge=1, le=15, description="Side of the neighbourhood that is averaged.")
@@ -249,10 +264,78 @@ class SimpleNetConfig(Config):
         return self
 
 
-CONFIGS: dict[str, type[Config]] = {"patchcore": PatchCoreConfig, "simplenet": SimpleNetConfig}
+class EfficientADConfig(Config):
+    """EfficientAD (Batzner et al., WACV 2024)."""
+
+    teacher: str | None = Field(
+        None, description="Trained teacher: a file, or a folder or zip archive with one of each size."
+    )
+    network: Literal["s", "m"] = Field(
+        "s", description="Small or medium, where --teacher has both; a file is of one size itself."
+    )
+    steps: int = Field(70_000, ge=1, description="Training steps; the learning rate falls to a tenth for the last 5 %.")
+    batch_size: int = Field(1, ge=1, le=256, description="Images a step. Each counts as if it were alone. Paper: 1.")
+    penalty: str | None = Field(
+        None,
+        description="Folder of photographs of anything else, which the student learns to be silent on. "
+        "Default: drawn textures; none: without.",
+    )
+    border: Literal["picture", "map"] = Field(
+        "picture",
+        description="picture: photographs get a frame, so that every pixel is looked at alike. map: the map's rim "
+        "stands for the outer 16 pixels. A quarter quicker, and as published.",
+    )
+    validation: float = Field(
+        0.15, gt=0, le=0.5, description="Share of the good images kept for the maps' scale and the threshold."
+    )
+    precision: Literal["single", "mixed"] = Field(
+        "single", description="mixed: train the convolutions in bfloat16, for processors and GPUs that are quick at it."
+    )
+    size: Annotated[tuple[Side, Side], BeforeValidator(_pair)] = Field(
+        (256, 256), description="Network input, at least 256 a side: 256, or height x width as in 256x512."
+    )
+    smoothing: float = Field(0.0, ge=0, le=64, description="Gaussian smoothing of the map, σ in input pixels.")
+
+    @model_validator(mode="after")
+    def _autoencoder_fits(self) -> "EfficientADConfig":
+        if min(self.size) < 256:
+            raise ValueError(f"--size {min(self.size)}: EfficientAD's autoencoder needs at least 256 pixels a side")
+        return self
 
 
-def build(kind: type[Config], settings: dict[str, Any]) -> Any:
+CONFIGS: dict[str, type[Config]] = {
+    "patchcore": PatchCoreConfig,
+    "simplenet": SimpleNetConfig,
+    "efficientad": EfficientADConfig,
+}
+
+
+class DistillationConfig(BaseModel):
+    """How a teacher is made."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    teacher_for: Literal["efficientad"] = Field("efficientad", description="Method that the teacher is for.")
+    size: Literal["s", "m"] = Field("s", description="Small or medium network.")
+    backbone: str = Field(
+        "efficientnet_lite2",
+        min_length=1,
+        description="Network to learn from: efficientnet_lite2 comes with kizu, any other is a timm name.",
+    )
+    layers: Annotated[tuple[str, ...], BeforeValidator(_names)] = Field(
+        (), description="Its layers, pooled to 384 channels together. Default: reductions 8 and 16."
+    )
+    weights: str | None = Field(None, description="File with its weights (safetensors, or a plain checkpoint).")
+    steps: int = Field(60_000, ge=1, description="Training steps.")
+    batch_size: int = Field(16, ge=1, le=1024, description="Photographs a step.")
+    crops: bool = Field(False, description="Random parts of the photographs, mirrored or not, instead of whole ones.")
+    measured: int = Field(10_000, ge=1, description="Photographs that set the mean and deviation of each channel.")
+    side: int = Field(256, ge=64, le=2048, multiple_of=32, description="Pixels of the teacher's square input.")
+    precision: Literal["single", "mixed"] = Field("single", description="mixed: convolutions in bfloat16.")
+    seed: int = Field(0, ge=0, lt=2**32, description="Everything random follows from it.")
+
+
+def build(kind: type[BaseModel], settings: dict[str, Any]) -> Any:
     """A config from keyword arguments or JSON. Raises `OptionError` with a sentence for each wrong value."""
     try:
         return kind(**settings)
@@ -260,7 +343,7 @@ def build(kind: type[Config], settings: dict[str, Any]) -> Any:
         raise OptionError("; ".join(_sentence(kind, problem) for problem in error.errors())) from None
 
 
-def _sentence(kind: type[Config], problem: Any) -> str:
+def _sentence(kind: type[BaseModel], problem: Any) -> str:
     where = problem["loc"]
     message = problem["msg"].removeprefix("Value error, ")
     if not where:

@@ -1,11 +1,11 @@
-"""The command line's options of a run: where it goes and how it is done, whatever the method."""
+"""Command-line options: of a run, whatever the method, and those made from a config's fields."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import click
 
-__all__ = ["PASSED_ON", "run_options"]
+__all__ = ["PASSED_ON", "config_option", "run_options"]
 
 # to `run.train`, by the same names
 PASSED_ON = (
@@ -46,3 +46,29 @@ def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
     ):
         command = option(command)
     return command
+
+
+def config_option(field: str, about: Any, flag: str | None = None) -> click.Option:
+    """The option that sets a field of a config, under its name or another; not given, it leaves the field's default."""
+    default = about.get_default()
+    shown = "x".join(map(str, default)) if isinstance(default, tuple) and default else default
+    suffix = f"  [default: {shown}]" if shown not in (None, ()) else ""
+    return click.Option(
+        [field, flag or _flags(field, about.annotation)],
+        type=_option_type(about.annotation),
+        default=None,
+        help=f"{about.description}{suffix}",
+    )
+
+
+def _flags(field: str, annotation: Any) -> str:
+    name = field.replace("_", "-")
+    return f"--{name}/--no-{name}" if annotation is bool else f"--{name}"
+
+
+def _option_type(annotation: Any) -> Any:
+    """What click shows and checks; the config checks the rest."""
+    if get_origin(annotation) is Literal:
+        return click.Choice(get_args(annotation))
+    plain = [part for part in (get_args(annotation) or [annotation]) if part is not type(None)]
+    return plain[0] if plain[0] in (int, float, bool) and get_origin(annotation) is not tuple else str

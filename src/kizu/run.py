@@ -243,7 +243,7 @@ def write_tables(folder: Path, about: dict[str, Any], results: Sequence[Category
         title=", ".join(result.category for result in results[:3]) + (" …" if len(results) > 3 else ""),
         method=about["method"],
         data=about["data"],
-        backbone=config["backbone"],
+        backbone=config.get("backbone") or f"teacher {Path(config['teacher']).name}",
         size="×".join(str(side) for side in config["size"]),
         settings={key: str(value) for key, value in config.items()},
         machine=about["machine"]["summary"],

@@ -1,6 +1,7 @@
 """What a person sees in a terminal: progress, tables, sentences."""
 
 import json
+import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from kizu.dataset import Dataset
     from kizu.evaluation import CategoryResult
 
-__all__ = ["count", "print_facts", "print_results", "print_table", "print_verdicts", "progress", "summary"]
+__all__ = ["count", "messages", "print_facts", "print_results", "print_table", "print_verdicts", "progress", "summary"]
 
 COLUMNS = {"image_auroc": "image AUROC", "pixel_auroc": "pixel AUROC", "au_pro": "AU-PRO"}
 LOCO_COLUMNS = {
@@ -49,6 +50,21 @@ def progress(quiet: bool) -> Iterator[Callable[[str], Callable[[str, int, int], 
             return report
 
         yield reporter
+
+
+@contextmanager
+def messages(quiet: bool, warnings_only: bool = False) -> Iterator[None]:
+    """Show what kizu logs, line by line, on standard error."""
+    handler = logging.StreamHandler()
+    handler.setLevel(logging.ERROR if quiet else logging.WARNING if warnings_only else logging.INFO)
+    logger = logging.getLogger("kizu")
+    logger.addHandler(handler)
+    if not warnings_only:
+        logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
 
 
 def summary(found: "Dataset") -> str:

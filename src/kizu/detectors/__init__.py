@@ -12,6 +12,7 @@ __all__ = ["DETECTORS", "detector_class"]
 DETECTORS = {
     "patchcore": ("kizu.detectors.patchcore", "PatchCore"),
     "simplenet": ("kizu.detectors.simplenet", "SimpleNet"),
+    "efficientad": ("kizu.detectors.efficientad", "EfficientAD"),
 }
 
 

@@ -156,7 +156,7 @@ class Detector(ABC):
 
         Images in `held_out`, if there are any, are not learned from but set the threshold; otherwise each method
         holds out its own. `memory` ("2GB") bounds the working data; without it, half of what is free may be used.
-        A method that learns in rounds writes where it is to the file `checkpoint`, and goes on from there if it exists.
+        A method that trains for long writes where it is to the file `checkpoint`, and goes on from there if it exists.
         Raises `DataError` with the list of all images that cannot be read, before any work, unless `skip_bad`.
         """
         progress = progress or (lambda stage, done, total: None)
@@ -166,6 +166,7 @@ class Detector(ABC):
         if self.device.type == "cuda":
             most = min(most, torch.cuda.mem_get_info(self.device)[0])
         self.seconds = {}
+        self.checkpoint = None if checkpoint is None else Path(checkpoint)
         with ExitStack() as open_files:
             with self.timed("decode"):
                 photos, names = self.read(good, most // 8, skip_bad, progress)
@@ -247,7 +248,7 @@ class Detector(ABC):
             "format": FORMAT,
             "method": self.method,
             "config": self.config.model_dump(mode="json"),
-            "backbone": {"name": self.config.backbone, "weights": weights_hash(self.graph)},
+            "backbone": self.pretrained(),
             "threshold": {
                 "value": self.threshold.value if self.threshold.count else None,
                 "rate": self.threshold.rate,
@@ -263,6 +264,11 @@ class Detector(ABC):
             "training": self.training,
             "versions": {name: version(name) for name in ("kizu", "torch", "timm", "numpy", "pillow")},
         }
+
+    def pretrained(self) -> dict[str, str]:
+        """The network inside that was trained on other photographs: its name and the hash of its weights."""
+        assert self.graph is not None
+        return {"name": self.config.backbone, "weights": weights_hash(self.graph)}
 
     def restore_levels(self, about: dict[str, Any]) -> None:
         """Take levels and facts as `describe` gave them."""

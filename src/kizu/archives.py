@@ -1,0 +1,122 @@
+"""Tensors from files that torch.save wrote, whole modules included, without running anything in them.
+
+A checkpoint is a zip archive of one pickle and one file of numbers a storage. The pickle is read with a table of what
+it may name: containers, storage types and the functions that put a tensor together, all replaced by ones of our own.
+Whatever else it names becomes an inert `_Part`, which remembers what it was given and does nothing.
+"""
+
+import io
+import pickle
+import zipfile
+from collections import OrderedDict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor
+
+from kizu.errors import ModelError
+
+__all__ = ["tensors"]
+
+DTYPES = {
+    "DoubleStorage": torch.float64,
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+}
+DEEPEST = 50  # modules inside modules
+
+
+class _Part:
+    """Stands for an object of any class; takes whatever it is made with, keeps the state it is given."""
+
+    state: Any = None
+
+    def __new__(cls, *_: Any, **__: Any) -> "_Part":
+        return super().__new__(cls)
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+class _Reader(pickle.Unpickler):
+    """Unpickles containers, numbers, strings and tensors; nothing that it is told to call is code from elsewhere."""
+
+    def __init__(self, file: IO[bytes], archive: zipfile.ZipFile, root: str) -> None:
+        super().__init__(file)
+        self.archive, self.root = archive, root
+        self.known = {
+            ("collections", "OrderedDict"): OrderedDict,
+            ("torch._utils", "_rebuild_tensor_v2"): _tensor,
+            ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
+            **{("torch", name): dtype for name, dtype in DTYPES.items()},
+        }
+
+    def find_class(self, module: str, name: str) -> Any:
+        return self.known.get((module, name), _Part)
+
+    def persistent_load(self, pid: Any) -> Tensor:
+        """("storage", type, key, device, count) → the numbers, one-dimensional."""
+        _, dtype, key, _, count = pid
+        entry = self.archive.getinfo(f"{self.root}data/{key}")
+        size = int(count) * dtype.itemsize
+        if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != size:
+            raise ValueError(f"storage {key} is not {size} plain bytes")
+        return torch.frombuffer(bytearray(self.archive.read(entry)), dtype=dtype) if count else torch.empty(0)
+
+
+def _tensor(storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> Tensor:
+    return torch.as_strided(storage, size, stride, offset).clone()  # which refuses to reach beyond the storage
+
+
+def tensors(source: Path | IO[bytes], name: str | None = None) -> dict[str, Tensor]:
+    """All tensors of a checkpoint by name, those of a whole module named as in its state_dict.
+
+    Raises `ModelError` for a file that torch.save did not write (since 2020), that is damaged, or holds no tensors.
+    """
+    name = name or str(source)
+    try:
+        with zipfile.ZipFile(source) as archive:
+            pickles = [entry for entry in archive.namelist() if entry.rpartition("/")[2] == "data.pkl"]
+            if len(pickles) != 1:
+                raise ValueError("no archive of torch.save")
+            root = pickles[0].removesuffix("data.pkl")
+            if f"{root}byteorder" in archive.namelist() and archive.read(f"{root}byteorder") != b"little":
+                raise ValueError("numbers in another byte order")
+            if archive.getinfo(pickles[0]).compress_type != zipfile.ZIP_STORED:
+                raise ValueError("a packed pickle")
+            content = _Reader(io.BytesIO(archive.read(pickles[0])), archive, root).load()
+        found = dict(_named(content, "", 0))
+    except OSError as error:
+        raise ModelError(f"{name}: cannot be read ({error.strerror})") from None
+    except Exception as error:  # a broken or hostile pickle raises anything
+        raise ModelError(f"{name}: holds no tensors that can be read ({type(error).__name__}: {error})") from None
+    if not found:
+        raise ModelError(f"{name}: holds no tensors")
+    return found
+
+
+def _named(content: Any, prefix: str, depth: int) -> Iterator[tuple[str, Tensor]]:
+    """Tensors in dictionaries, and in modules: parameters, buffers, then what is inside, as state_dict orders them."""
+    if depth > DEEPEST:
+        raise ValueError("modules too deep inside each other")
+    if isinstance(content, _Part) and isinstance(content.state, dict):
+        for kind in ("_parameters", "_buffers", "_modules"):
+            yield from _named(content.state.get(kind), prefix, depth + 1)
+    elif isinstance(content, dict):
+        for key, value in content.items():
+            if isinstance(value, Tensor):
+                yield f"{prefix}{key}", value
+            else:
+                yield from _named(value, f"{prefix}{key}.", depth + 1)

@@ -1,0 +1,17 @@
+"""A teacher of a few random numbers, for tests of everything around it."""
+
+from pathlib import Path
+
+import torch
+
+from kizu import teacher
+from kizu.pdn import PDN
+
+
+def tiny(path: Path, size="s") -> Path:
+    """Write a teacher with few channels and random weights."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = PDN(size, 16, (8, 8, 8) if size == "s" else (8, 8, 8, 8))
+    teacher.save(path, network, {"made for": "tests"})
+    return path
