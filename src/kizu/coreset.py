@@ -22,10 +22,11 @@ CANDIDATES = 512
 DECAY = 0.95
 BLOCK = 2048  # rows, and
 CENTRES = 512  # centres at a time in a matrix product
-PIVOTS = 256  # picks that divide the rows into cells
+PIVOTS = 256  # picks that divide the rows into cells, or fewer where so many picks are to come that
+TABLE = 2**24  # numbers would not hold the distances between both
 SLACK = 1e-4  # for rounding, where distances are compared
 CHUNK = 2**17  # rows that a summary reduces at a time
-OVERSAMPLING = 2
+OVERSAMPLING = 2, 8  # times its share that a chunk is reduced to: at least, and at most where memory allows it
 
 
 @dataclass(frozen=True)
@@ -87,10 +88,11 @@ def _farthest_first(
 ) -> Coreset:
     """Exact greedy from given initial distances (N,)."""
     cover = _Cover(points, distances, picks, count)
+    pivots = min(PIVOTS, max(1, TABLE // count))
     level = math.inf  # distances above it are up to date, those below are upper bounds
     while cover.filled < count:
-        if len(cover.cells) == 1 and cover.filled >= PIVOTS and points.device.type == "cpu":
-            cover.divide()
+        if len(cover.cells) == 1 and cover.filled >= pivots and points.device.type == "cpu":
+            cover.divide(pivots)
         above = int((cover.distances > level).sum())
         if above == 0:
             highest = float(cover.distances.max())
@@ -146,9 +148,9 @@ class _Cover:
             self.to_pivots[self.filled : end] = torch.cdist(self.centres[self.filled : end], self.pivots)
         self.filled = end
 
-    def divide(self) -> None:
-        """Sort the rows into a cell for each pick so far."""
-        self.pivots = self.centres[: self.filled].clone()
+    def divide(self, count: int) -> None:
+        """Sort the rows into a cell for each of the first picks."""
+        self.pivots = self.centres[:count].clone()
         norms = self.pivots.square().sum(1) / 2
         owner = _of_each(
             self.points, torch.long, lambda rows: torch.addmm(norms, rows, self.pivots.T, alpha=-1).argmin(1)
@@ -160,9 +162,9 @@ class _Cover:
         self.chosen[: self.filled] = place[self.chosen[: self.filled]]
         self.order, self.distances = self.order[sorting], self.distances[sorting]
         self.seen, self.half_norms = self.seen[sorting], self.half_norms[sorting]
-        self.cells = torch.bincount(owner, minlength=self.filled).tolist()
-        self.to_pivots = self.points.new_empty(len(self.chosen), self.filled)
-        self.to_pivots[: self.filled] = torch.cdist(self.pivots, self.pivots)
+        self.cells = torch.bincount(owner, minlength=count).tolist()
+        self.to_pivots = self.points.new_empty(len(self.chosen), count)
+        self.to_pivots[: self.filled] = torch.cdist(self.centres[: self.filled], self.pivots)
         owner = owner[sorting]
         for start in range(0, len(owner), BLOCK):
             some = slice(start, start + BLOCK)
@@ -261,9 +263,9 @@ def _total_distances(points: Tensor) -> Tensor:
 class Summary:
     """Rows of any number of images in bounded memory: a coreset of coresets (merge and reduce).
 
-    As long as all rows fit they are kept as they are. Beyond that, each full chunk is reduced to `OVERSAMPLING` times
-    its share by k-centre, and the final choice is made among what is left. Every row is then within the largest radius
-    of the chunks plus the final radius of a chosen one, by the triangle inequality.
+    As long as all rows fit they are kept as they are. Beyond that, each full chunk is reduced by k-centre to a few
+    times its share (`OVERSAMPLING`), and the final choice is made among what is left. Every row is then within the
+    largest radius of the chunks plus the final radius of a chosen one, by the triangle inequality.
     """
 
     def __init__(
@@ -283,6 +285,8 @@ class Summary:
         self.rows = torch.empty(min(total, max(fits, 2)), dimension, device=device)
         self.images = torch.empty(len(self.rows), dtype=torch.long, device=device)
         self.is_whole = total <= fits
+        least, most = (times * share for times in OVERSAMPLING)
+        self.kept = min(max(least, min(most, len(self.rows) / 2 / total)), 1.0)  # of a chunk's rows
         self.radius = 0.0
         self._settled = self._filled = 0
 
@@ -310,7 +314,7 @@ class Summary:
     def _reduce(self) -> None:
         """Make room: reduce the unsettled chunk to its share, or everything to a half when that leaves too little."""
         chunk = self.rows[self._settled : self._filled]
-        count = min(len(chunk), max(1, round(len(chunk) * self.share * OVERSAMPLING)))
+        count = max(1, round(len(chunk) * self.kept))
         if self._settled + count > len(self.rows) // 2:
             self._settled, chunk = 0, self.rows[: self._filled]
             count = len(self.rows) // 4

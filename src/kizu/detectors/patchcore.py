@@ -202,8 +202,8 @@ class PatchCore(Detector):
                 if not summaries:
                     grids = [(layer.shape[2], layer.shape[3]) for layer in layers]
                     self.remarks += graph.patches.remarks(grids[0])
-                    images = len(photos) * (1 + copies)
-                    summaries = [_summary(config, layer, layers, images, memory) for layer in layers]
+                    total = len(photos) * (1 + copies)
+                    summaries = [_summary(config, layer, layers, total, memory) for layer in layers]
                 for summary, layer in zip(summaries, layers, strict=True):
                     summary.add(as_rows(layer), numbers.repeat_interleave(layer.shape[2] * layer.shape[3]))
         with self.timed("coreset"):
