@@ -1,6 +1,6 @@
 """anomalib's EfficientAD, timed as benchmarks/efficientad.py asks for; runs in anomalib's own environment.
 
-python anomalib_efficientad.py '{"size": "s", "side": 256, "batches": [1, 4]}'
+python anomalib_efficientad.py '{"size": "s", "side": 256, "batches": [1, 16]}'
 
 Its model from float images in memory to scores and maps; its pre-processor (a resize) is not timed. The last line
 printed is JSON: milliseconds per image.

@@ -81,10 +81,8 @@ class EfficientADGraph(nn.Module):
         self.teacher = network
         self.student = PDN(network.size, 2 * dimension, network.widths)
         self.autoencoder = Autoencoder(config.size, self.grid, dimension)
-        self.mimics_teacher, self.mimics_autoencoder = (
-            slice(dimension),
-            slice(dimension, None),
-        )  # the student's channels
+        self.mimics_teacher = slice(dimension)  # the student's channels
+        self.mimics_autoencoder = slice(dimension, None)
         self.register_buffer("mean", torch.zeros(dimension))
         self.register_buffer("std", torch.ones(dimension))
         self.register_buffer("levels", torch.tensor([[0.0, 1.0], [0.0, 1.0]]))  # (student, autoencoder) × (low, high)
@@ -128,7 +126,7 @@ class EfficientADGraph(nn.Module):
         framed = self.framed(torch.cat([pixels, *unrelated, changed]))
         batch = len(pixels)
         with torch.no_grad():
-            taught, taught_changed = self.taught(torch.cat([framed[:batch], framed[-batch:]])).float().split(batch)
+            taught, taught_changed = self.taught(torch.cat([framed[:batch], framed[-batch:]])).split(batch)
         trunk = self.student.trunk(framed)
         answers = self.student.head(trunk[:-batch], self.mimics_teacher).float()
         wholes = self.autoencoder(changed).float()
