@@ -9,7 +9,8 @@ PYTHON is the interpreter of an environment that has anomalib, made outside of t
     python3.11 -m venv ~/anomalib && ~/anomalib/bin/pip install anomalib==2.7.0 torch torchvision
 
 Both learn from the same files with the same ResNet-18 weights (layer2, layer3), 256 × 256 input, share of patches kept
-and scores (the paper's, with Eq. 7 over nine neighbours); everything else is each library's default. Each runs on the CPU in a process of its own, one after the other.
+and scores (the paper's, with Eq. 7 over nine neighbours); everything else is each library's default. Each runs on the
+CPU in a process of its own, one after the other.
 Linux only: memory is read from /proc.
 """
 
