@@ -1,11 +1,22 @@
 """Where real images lie, and what else several test files share."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 
+from teachers import TEACHER, tiny
+
 DATA = Path(os.environ.get("KIZU_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def a_teacher():
+    """EfficientAD needs one wherever all methods are tested."""
+    TEACHER.parent.mkdir()
+    yield tiny(TEACHER)
+    shutil.rmtree(TEACHER.parent)
 
 
 @pytest.fixture(scope="session")

@@ -1,11 +1,15 @@
 """A teacher of a few random numbers, for tests of everything around it."""
 
+import os
+import tempfile
 from pathlib import Path
 
 import torch
 
 from kizu import teacher
 from kizu.pdn import PDN
+
+TEACHER = Path(tempfile.gettempdir()) / f"kizu-tests-{os.getpid()}" / "efficientad-s.safetensors"  # while tests run
 
 
 def tiny(path: Path, size="s") -> Path:

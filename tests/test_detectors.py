@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +12,8 @@ import kizu
 from kizu.config import CONFIGS
 from kizu.detectors import DETECTORS, detector_class
 from kizu.detectors.detector import Photo
-from teachers import tiny
+from teachers import TEACHER
 
-TEACHER = Path(tempfile.mkdtemp(prefix="kizu-tests")) / "efficientad-s.safetensors"  # written when it is needed
 SETTINGS = {
     "patchcore": {"size": 64, "coreset": 0.2},
     "simplenet": {
@@ -31,12 +29,6 @@ SETTINGS = {
     "efficientad": {"teacher": str(TEACHER), "steps": 4},
 }
 WITH_BACKBONE = [method for method in DETECTORS if "backbone" in CONFIGS[method].model_fields]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def a_teacher():
-    yield tiny(TEACHER)
-    shutil.rmtree(TEACHER.parent)
 
 
 def part(seed, spot=False):

@@ -116,6 +116,9 @@ def test_search_by_cells_finds_what_a_comparison_with_every_entry_finds(seed, en
     np.testing.assert_allclose(distances.numpy(), table.min(1), rtol=1e-3, atol=1e-3)
     at = np.take_along_axis(table, indices.numpy()[:, None], 1)[:, 0]
     np.testing.assert_allclose(at, distances.numpy(), rtol=1e-4, atol=1e-4)
+    count = min(9, entries)
+    several, _ = Cells(rows, images, centres, sizes).several(torch.from_numpy(queries), count, own)
+    np.testing.assert_allclose(several.numpy(), np.sort(table, axis=1)[:, :count], rtol=1e-4, atol=1e-4)
 
 
 def assert_greedy(points, start, picks, radius):

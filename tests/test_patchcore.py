@@ -120,7 +120,7 @@ def test_amounts_of_memory(asked, amount):
 
 def test_the_approximate_search_states_its_recall_and_keeps_the_verdicts(tmp_path):
     pytest.importorskip("faiss")
-    settings = {"size": 320, "layers": ["blocks.2"], "sampler": "identity"}
+    settings = {**PAPER, "size": 320, "layers": ["blocks.2"], "sampler": "identity"}
     train, test = photographs(8, size=320), [*photographs(2, seed=9, size=320), np.zeros((320, 320, 3), np.uint8)]
     exact = kizu.PatchCore(**settings).fit(train)
     quick = kizu.PatchCore(**settings, search="ivfpq").fit(train)

@@ -77,8 +77,15 @@ class Bank(nn.Module):
         if count == 1 and (sorted_here or self.quantise) and not _is_exported():
             distances, entries = self.index().nearest(queries, own)
             return distances[:, None], entries[:, None]
-        images = None if own is None else (own, self.images)
-        return nearest(queries, self.entries, count, half_norms=self.half_norms, images=images)
+        return nearest(queries, self.entries, count, half_norms=self.half_norms, images=_both(own, self.images))
+
+    def around(self, entries: Tensor, count: int, own: Tensor | None = None) -> Tensor:
+        """Indices (B, count) of what is nearest to entries of this bank (B, D): themselves first."""
+        if len(self.centres) and entries.device.type == "cpu" and not self.quantise and not _is_exported():
+            index = self.index()
+            assert isinstance(index, Cells)
+            return index.several(entries, min(count, len(self.entries)), own)[1]
+        return nearest(entries, self.entries, count, half_norms=self.half_norms, images=_both(own, self.images))[1]
 
     def index(self) -> Cells | QuantisedCells:
         """Search by cells in the present entries, made when first needed."""
@@ -132,6 +139,10 @@ class Bank(nn.Module):
             counts = counts.index_add(0, entries, -torch.ones_like(distances))
         overall = (sums.sum() / counts.sum().clamp(min=1)).clamp(min=1e-6)
         return (sums + PRIOR * overall) / (counts + PRIOR) if local else overall.expand_as(sums)
+
+
+def _both(own: Tensor | None, images: Tensor) -> tuple[Tensor, Tensor] | None:
+    return None if own is None else (own, images)
 
 
 def _is_exported() -> bool:

@@ -119,6 +119,29 @@ class Cells:
         distances = (queries - self.entries[place]).square_().sum(1).sqrt_()
         return distances.masked_fill_(best.isinf(), torch.inf), place
 
+    def several(self, queries: Tensor, count: int, own: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Distances (B, count), ascending, and indices of the entries nearest to a few queries (B, D), one by one."""
+        found = []
+        for number, query in enumerate(queries):
+            lower = (self.centres - query).norm(dim=1) - self.radii
+            order = lower.masked_fill(self.ends == self.starts, torch.inf).argsort()
+            enough = int(torch.searchsorted((self.ends - self.starts)[order].cumsum(0), 4 * count)) + 1
+            places = self._places(order[:enough])
+            most = self._distances(query, places, own, number).topk(count, largest=False).values[-1]
+            places = self._places((lower <= most * (1 + SLACK) + SLACK).nonzero()[:, 0])
+            distances, which = self._distances(query, places, own, number).topk(count, largest=False)
+            found.append((distances, places[which]))
+        distances, indices = zip(*found, strict=True)
+        return torch.stack(distances), torch.stack(indices)
+
+    def _places(self, cells: Tensor) -> Tensor:
+        """Of all entries in these cells."""
+        return torch.cat([torch.arange(int(self.starts[cell]), int(self.ends[cell])) for cell in cells.tolist()])
+
+    def _distances(self, query: Tensor, places: Tensor, own: Tensor | None, number: int) -> Tensor:
+        distances = (self.entries[places] - query).norm(dim=1)
+        return distances if own is None else distances.masked_fill(self.images[places] == own[number], torch.inf)
+
     def _everywhere(self, queries: Tensor, own: Tensor | None) -> tuple[Tensor, Tensor]:
         images = None if own is None else (own, self.images)
         distances, places = nearest(queries, self.entries, half_norms=self.half_norms, images=images)

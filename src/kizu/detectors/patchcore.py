@@ -138,7 +138,7 @@ class PatchCoreGraph(nn.Module):
         assert hit.queries is not None
         nearest_entries = bank.entries[hit.entries[worst, 0]]  # m* (B, D)
         own = None if hit.own is None else hit.own[worst]
-        _, around = bank.search(nearest_entries, self.config.reweight, own)  # (B, b), m* first
+        around = bank.around(nearest_entries, self.config.reweight, own)  # (B, b), m* first
         distances = (hit.queries[worst][:, None] - bank.entries[around]).norm(dim=2)
         return 1 - torch.softmax(distances, dim=1)[:, 0]
 
