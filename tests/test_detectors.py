@@ -15,7 +15,7 @@ from kizu.detectors.detector import Photo
 SETTINGS = {
     "patchcore": {"size": 64, "coreset": 0.2},
     "simplenet": {
-        "size": 64,
+        "size": 96,
         "meta_epochs": 40,
         "gan_epochs": 1,
         "batch_size": 2,
@@ -58,9 +58,10 @@ def test_a_defect_is_found_where_it_is(fitted):
 
 
 def test_one_graph_uint8_in_scores_and_maps_out(fitted):
-    batch = np.stack([part(seed)[:64, :64].transpose(2, 0, 1) for seed in range(3)])
+    height, width = fitted.config.size
+    batch = np.stack([part(seed)[:height, :width].transpose(2, 0, 1) for seed in range(3)])
     scores, maps = fitted(batch)
-    assert scores.shape == (3,) and maps.shape == (3, 1, 64, 64)
+    assert scores.shape == (3,) and maps.shape == (3, 1, height, width)
     assert scores.dtype == maps.dtype == np.float32 and np.isfinite(maps).all()
 
 
