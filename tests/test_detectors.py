@@ -17,7 +17,7 @@ from teachers import TEACHER
 SETTINGS = {
     "patchcore": {"size": 64, "coreset": 0.2},
     "simplenet": {
-        "size": 64,
+        "size": 96,
         "meta_epochs": 40,
         "gan_epochs": 1,
         "batch_size": 2,

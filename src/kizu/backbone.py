@@ -45,12 +45,12 @@ class Backbone(nn.Module):
         timm_name = EMBEDDED[name][0] if name in EMBEDDED else ALIASES.get(name, name)
         probe = _probe(timm_name, name)
         stages = {str(entry["module"]): int(entry["reduction"]) for entry in probe.feature_info.info}
-        self.is_transformer = isinstance(probe, FeatureGetterNet)
+        patch = getattr(getattr(getattr(probe, "model", None), "patch_embed", None), "patch_size", None)
+        self.is_transformer = isinstance(probe, FeatureGetterNet) and patch is not None
         self.layers = _layers(name, layers, stages, self.is_transformer)
         indices = [list(stages).index(layer) for layer in self.layers]
         options: dict[str, Any] = {}
         if self.is_transformer and size is not None:
-            patch = probe.model.patch_embed.patch_size
             if size[0] % patch[0] or size[1] % patch[1]:
                 near = "x".join(str(max(1, round(side / step)) * step) for side, step in zip(size, patch, strict=True))
                 raise OptionError(f"--size {size[0]}x{size[1]}: {name} looks at patches of {patch[0]}; try {near}")

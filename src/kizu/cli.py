@@ -4,6 +4,7 @@ Exit codes: 0 done; 1 done, but some images could not be judged; 2 not done, a s
 """
 
 import json
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from kizu.dataset import Dataset
 
 __all__ = ["main"]
+
+_OPTION_NAME = re.compile(r"^--\w[\w-]*")
 
 GROUPS = {
     "Learn": ("train", "distill", "update", "merge", "evaluate", "demo"),
@@ -54,6 +57,10 @@ class TrainCommand(click.Command):
     """A command whose options are listed under headings: the method's own, all methods', the data's, the run's."""
 
     headings: dict[str, Sequence[str]]
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """--mix_noise is --mix-noise, as in the published command lines."""
+        return super().parse_args(ctx, [_OPTION_NAME.sub(lambda name: name[0].replace("_", "-"), arg) for arg in args])
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         rest = {
@@ -150,9 +157,7 @@ def _train_command(method: str) -> click.Command:
     kind = CONFIGS[method]
     about_method = (kind.__doc__ or "").split("\n")[0].rstrip(".")
 
-    spelling = {"token_normalize_func": lambda token: token.replace("_", "-")}  # --mix_noise is --mix-noise
-
-    @click.command(method, cls=TrainCommand, short_help=about_method, context_settings=spelling)
+    @click.command(method, cls=TrainCommand, short_help=about_method)
     @click.argument("data")
     @data_options
     @run_options
