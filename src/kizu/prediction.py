@@ -14,6 +14,7 @@ from kizu.errors import BadImage, DataError
 
 if TYPE_CHECKING:
     from kizu.detectors.detector import Detector
+    from kizu.regions import MarkedRegion
 
 __all__ = ["Row", "judge", "listing", "profile", "write_csv"]
 
@@ -24,10 +25,12 @@ class Row:
 
     path: str
     score: float | None
-    threshold: float
+    p_value: float | None  # how often a good part looks so unusual, at most
     verdict: str  # "stop", "pass" or "error"
+    threshold: float
     seconds: float  # since the photograph before it, decoding included
     error: str = ""
+    regions: Sequence["MarkedRegion"] = ()
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -80,10 +83,11 @@ def judge(
         now = time.perf_counter()
         level = detector.threshold.value
         if isinstance(outcome, BadImage):
-            rows[path] = Row(str(path), None, level, "error", now - last, outcome.reason)
+            rows[path] = Row(str(path), None, None, "error", level, now - last, outcome.reason)
         else:
             verdict = "stop" if outcome.is_anomalous else "pass"
-            rows[path] = Row(str(path), outcome.score, level, verdict, now - last)
+            p, regions = outcome.p_value, outcome.regions
+            rows[path] = Row(str(path), outcome.score, p, verdict, level, now - last, regions=regions)
         last = now
         if progress:
             progress("", len(rows), len(paths))
@@ -132,13 +136,15 @@ def profile(detector: "Detector", paths: Sequence[Path], most: int = 20) -> dict
 
 
 def write_csv(path: Path, rows: Sequence[Row]) -> None:
-    """image, score, threshold, verdict, seconds, error; written whole or not at all."""
+    """image, score, p_value, verdict, threshold, seconds, error; written whole or not at all."""
     with files.new_file(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["image", "score", "threshold", "verdict", "seconds", "error"])
+        writer.writerow(["image", "score", "p_value", "verdict", "threshold", "seconds", "error"])
         for row in rows:
             score = "" if row.score is None else f"{row.score:.9g}"
-            writer.writerow([row.path, score, f"{row.threshold:.9g}", row.verdict, f"{row.seconds:.4f}", row.error])
+            p = "" if row.p_value is None else f"{row.p_value:.6g}"
+            level, seconds = f"{row.threshold:.9g}", f"{row.seconds:.4f}"
+            writer.writerow([row.path, score, p, row.verdict, level, seconds, row.error])
 
 
 def _overlay_names(paths: Sequence[Path], folder: Path) -> dict[Path, Path]:

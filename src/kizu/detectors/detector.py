@@ -29,7 +29,8 @@ from kizu.detectors import detector_class
 from kizu.errors import BadImage, DataError, ModelError
 from kizu.memory import budget, release
 from kizu.preprocess import Preprocessing, Readable, Stack, batches
-from kizu.threshold import Threshold, calibrate
+from kizu.regions import MarkedRegion, find_regions
+from kizu.threshold import Threshold, calibrate, p_value, refuse
 
 __all__ = ["Detector", "Learned", "Photo", "Prediction", "load"]
 
@@ -72,6 +73,11 @@ class Prediction:
         """Whether to stop the part."""
         return self.score > self.threshold
 
+    @property
+    def p_value(self) -> float:
+        """How often a good part looks at least so unusual, at most. Stopped is what lies at or below the rate."""
+        return p_value(self.score, self.detector.calibration_scores)
+
     @cached_property
     def anomaly_map(self) -> images.Float:
         """(H, W) float32 over the photograph: how anomalous each pixel's surroundings are."""
@@ -82,10 +88,16 @@ class Prediction:
         """(H, W): the pixels above the level that good images reach as rarely as the threshold is passed."""
         return self.anomaly_map > self.detector.map_level
 
-    def overlay(self) -> npt.NDArray[np.uint8]:
-        """The photograph with its map glowing over it and contours around what is marked. (H, W, 3) uint8."""
+    @cached_property
+    def regions(self) -> list[MarkedRegion]:
+        """What is marked, region by region, the most anomalous first."""
         level = self.detector.map_level
-        return images.overlay(self.item.read()[0], self.anomaly_map, *self.detector.scale, level)
+        return find_regions(self.anomaly_map, level, self.detector.map_peaks) if self.input_map.max() > level else []
+
+    def overlay(self) -> npt.NDArray[np.uint8]:
+        """The photograph, its map glowing over it, contours and numbered boxes where it is marked. (H, W, 3) uint8."""
+        glow = images.overlay(self.item.read()[0], self.anomaly_map, *self.detector.scale, self.detector.map_level)
+        return images.framed(glow, [region.box for region in self.regions])
 
 
 @dataclass
@@ -161,9 +173,19 @@ class Detector(ABC):
                 open_files.enter_context(others)
             if len(photos) == 0:
                 raise DataError("There is no image to learn from.")
+            self.check_promise(len(photos), len(others))
             learned = self.learn(photos, others, most, progress)
         self.training = {"images": len(names), "hash": photos.hash, "names": names}
         return self.adopt(learned)
+
+    def calibrates_with(self, photos: int, held_out: int) -> int:
+        """How many good images set the level: those held out, or else all, where none is lost by judging it as new."""
+        return held_out or photos
+
+    def check_promise(self, photos: int, held_out: int) -> None:
+        """Raise `OptionError` where a rate was asked for that so many images cannot carry; the default may be."""
+        if "false_alarms" in self.config.model_fields_set:
+            refuse(self.config.false_alarms, self.calibrates_with(photos, held_out))
 
     def adopt(self, learned: Learned) -> Self:
         """Take what was learned, and set the levels from it."""

@@ -202,14 +202,14 @@ class PatchCore(Detector):
                     grids = [(layer.shape[2], layer.shape[3]) for layer in layers]
                     summaries = [_summary(config, layer, layers, len(photos), memory) for layer in layers]
                 for summary, layer in zip(summaries, layers, strict=True):
-                    summary.add(as_rows(layer), numbers.repeat_interleave(layer.shape[2] * layer.shape[3]))
+                    summary.add(as_rows(layer), _patch_numbers(numbers, layer.shape[2] * layer.shape[3]))
         with self.timed("coreset"):
             banks, radii = [], []
-            for summary in summaries:
-                entries, images, radius = summary.choose(lambda done, total: progress("Memory bank", done, total))
-                banks.append(Bank.of(entries, images))
+            for summary, (height, width) in zip(summaries, grids, strict=True):
+                entries, patches, radius = summary.choose(lambda done, total: progress("Memory bank", done, total))
+                banks.append(Bank.of(entries, patches // (height * width), patches % (height * width)))
                 radii.append(radius)
-            del entries, images
+            del entries, patches
             graph.complete(banks, grids)
         facts: dict[str, Any] = {
             "bank": [len(bank.entries) for bank in banks],
@@ -283,9 +283,12 @@ class PatchCore(Detector):
         with torch.inference_mode(), photos:
             for numbers, pixels in self.stream(photos, "Features", progress):
                 layers = [as_rows(layer) for layer in graph.embed(pixels)]
-                images = [(numbers + before).repeat_interleave(len(rows) // len(numbers)) for rows in layers]
-                both = zip(graph.memory, layers, images, strict=True)
-                graph.complete([bank.exchanged(rows, those) for bank, rows, those in both], graph.grids)
+                banks = []
+                for bank, rows in zip(graph.memory, layers, strict=True):
+                    count = len(rows) // len(numbers)
+                    patches = _patch_numbers(numbers + before, count)
+                    banks.append(bank.exchanged(rows, patches // count, patches % count))
+                graph.complete(banks, graph.grids)
             found = []
             for numbers, pixels in self.stream(photos, "Threshold", progress):
                 found += graph.search_all([as_rows(layer) for layer in graph.embed(pixels)], before + numbers)
@@ -345,6 +348,11 @@ def as_rows(features: Tensor) -> Tensor:
     return features.permute(0, 2, 3, 1).flatten(0, 2)
 
 
+def _patch_numbers(images: Tensor, patches: int) -> Tensor:
+    """(B,) → (B · patches,): image · patches + place, one number for each patch."""
+    return (images[:, None] * patches + torch.arange(patches, device=images.device)).flatten()
+
+
 def _summary(
     config: PatchCoreConfig, layer: Tensor, layers: Sequence[Tensor], images: int, memory: int
 ) -> coreset.Summary:
@@ -358,7 +366,7 @@ def _summary(
 def _restore_one(config: PatchCoreConfig, tensors: dict[str, Tensor], prefix: str) -> PatchCoreGraph:
     graph = PatchCoreGraph(config, backbone.blank(config.backbone, config.layers))
     names = [f"{prefix}banks.{number}" for number in range(len(graph.taps))]
-    parts = ("entries", "images", "sums", "counts", "centres", "sizes")
+    parts = ("entries", "images", "places", "sums", "counts", "centres", "sizes")
     banks = [Bank(*(tensors[f"{name}.{part}"] for part in parts)) for name in names]
     graph.complete(banks, [(height, width) for height, width in tensors[f"{prefix}grid_sizes"].tolist()])
     return graph
