@@ -40,7 +40,7 @@ def test_intervals_are_the_exact_ones():
 def test_the_promise_is_one_sentence_with_all_of_it():
     statement = Threshold(1.0, 0.01, 240).statement
     assert statement.startswith("At most 1 in 100 good parts") and statement.count(". ") == 0
-    assert "on average" in statement and "95 % confidence at most 1 in 51" in statement
+    assert "on average" in statement and "95 % confidence at most 1 in 50" in statement
     assert "photographed like the 240 good images" in statement and "at best 1 in 241" in statement
 
 

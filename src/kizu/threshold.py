@@ -55,8 +55,8 @@ class Threshold:
                 f"the level, which carry at best {one_in(self.supported)}."
             )
         return (
-            f"{one_in(self.rate)} was asked for, but {self.count} good images carry at best {one_in(self.supported)} on "
-            f"average (with 95 % confidence at most {bound}), and that is where the level lies; "
+            f"{one_in(self.rate)} was asked for, but {self.count} good images carry at best {one_in(self.supported)} "
+            f"on average (with 95 % confidence at most {bound}), and that is where the level lies; "
             f"{images_needed(self.rate)} good images are needed."
         )
 
@@ -92,8 +92,9 @@ def refuse(rate: float, count: int) -> None:
     if count < needed:
         carried = f"carry at best {one_in(1 / (count + 1))}" if count else "carry no promise"
         raise OptionError(
-            f"--false-alarms {rate:g}: {count} good images that set the level {carried}; {one_in(rate)} needs {needed}, "
-            f"{needed - count} more. Without --false-alarms the best that they carry is taken."
+            f"--false-alarms {rate:g}: {count} good images that set the level {carried}; "
+            f"{one_in(rate)} needs {needed}, {needed - count} more. "
+            "Without --false-alarms the best that they carry is taken."
         )
 
 
