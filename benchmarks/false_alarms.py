@@ -5,17 +5,19 @@ python benchmarks/false_alarms.py --method simplenet --fits 4         200 splits
 python benchmarks/false_alarms.py DATA… --seconds 200                 stops then; the same command goes on from there
 python benchmarks/false_alarms.py --quick                             a rendered category, a few splits
 
-All good images of a category, training and test, are one pool. A split learns from some of them and judges the rest, and
-the defects. What a backbone makes of an image is computed once and remembered. With fewer fits than splits, the images
-judged are split again and again into those that set the level and those that are counted.
+All good images of a category, training and test, are one pool. A split learns from some of them and judges the rest,
+and the defects. What a backbone makes of an image is computed once and remembered. With fewer fits than splits, the
+images judged are split again and again into those that set the level and those that are counted.
 
 Rules: `kizu` is what `fit` promises; `quantile` the 1 − α quantile of the scores of the training images themselves;
-`F1-max` the threshold with the best F1 on labelled images, one half of those judged, applied to the other half (anomalib's
-default rule, which knows no α); `largest` the highest score of that half's good images (the same rule without defects).
+`F1-max` the threshold with the best F1 on labelled images, one half of those judged, applied to the other half
+(anomalib's default rule, which knows no α); `largest` the highest score of that half's good images (the same rule
+without defects).
 """
 
 import argparse
 import csv
+import hashlib
 import io
 import json
 import statistics
@@ -57,7 +59,7 @@ class Remembering(nn.Module):
         self.network, self.layers = network, network.layers
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        keys = [image.numpy(force=True).tobytes() for image in images]
+        keys = [hashlib.blake2b(image.numpy(force=True).tobytes()).digest() for image in images]
         unknown = [number for number, key in enumerate(keys) if key not in self.maps]
         if unknown:
             found = self.network(images[unknown])
@@ -99,7 +101,7 @@ def main() -> None:
                         write_text(kept, "".join(json.dumps(line) + "\n" for line in rows))
                     if time.perf_counter() - start > options.seconds:
                         break
-    table = summarised(rows, options.splits)
+    table = summarised(rows, options.splits, options.fits or options.splits)
     print_table(table)
     print(f"\n{machine()['summary']}; {time.perf_counter() - start:.0f} s")
     if not options.quick:
@@ -144,15 +146,15 @@ def scores(detector: Detector, photos: npt.NDArray[np.uint8]) -> list[float]:
     return [float(s) for start in range(0, len(photos), 16) for s in detector(photos[start : start + 16])[0]]
 
 
-def summarised(rows: Sequence[dict[str, Any]], splits: int) -> list[dict[str, Any]]:
+def summarised(rows: Sequence[dict[str, Any]], splits: int, trainings: int) -> list[dict[str, Any]]:
     """A row for each category, rule and rate: means over the splits, and the standard error of the false alarms."""
     table = []
     for category in dict.fromkeys(row["category"] for row in rows):
         mine = [row for row in rows if row["category"] == category]
         outcomes: dict[tuple[str, str], list[tuple[float, float]]] = {}
         for row in mine:
-            for turn in range(max(1, splits // len(mine))):
-                for key, outcome in split(row, turn, again=splits > len(mine)).items():
+            for turn in range(max(1, splits // trainings)):
+                for key, outcome in split(row, turn, again=splits > trainings).items():
                     outcomes.setdefault(key, []).append(outcome)
         for (rule, rate), found in outcomes.items():
             alarms, recall = zip(*found, strict=True)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from kizu import files
 from kizu import image as images
 from kizu.errors import BadImage, DataError
+from kizu.evidence import Lookalike, side_by_side
 
 if TYPE_CHECKING:
     from kizu.detectors.detector import Detector
@@ -31,6 +32,7 @@ class Row:
     seconds: float  # since the photograph before it, decoding included
     error: str = ""
     regions: Sequence["MarkedRegion"] = ()
+    nearest: Sequence[Lookalike] = ()  # good patches, to the first regions or the highest place of the map
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -65,19 +67,30 @@ def judge(
     paths: Sequence[Path],
     overlays: Path | None = None,
     progress: Callable[[str, int, int], None] | None = None,
+    *,
+    why: Path | None = None,
 ) -> list[Row]:
-    """A row for each path, in their order; overlays as PNG under their names where a folder is given."""
+    """A row for each path, in their order; overlays as PNG under their names where a folder is given.
+
+    In the folder `why`, for each photograph that is stopped or marked, what is marked beside the nearest good patches.
+    """
     from kizu.detectors.detector import Photo
 
     photos = [Photo(path) for path in paths]
     targets = _overlay_names(paths, overlays) if overlays else {}
+    beside = _overlay_names(paths, why) if why else {}
     rows: dict[Path, Row] = {}
     last = time.perf_counter()
     for photo, outcome in detector.judge(photos):
         path = Path(photo.name)
-        if not isinstance(outcome, BadImage) and overlays:
+        nearest: list[Lookalike] = []
+        if not isinstance(outcome, BadImage):
             try:
-                images.write(targets[path], outcome.overlay())
+                if overlays:
+                    images.write(targets[path], outcome.overlay())
+                if why and (outcome.is_anomalous or outcome.regions) and (found := outcome.why()):
+                    images.write(beside[path], side_by_side(found))
+                    nearest = [one.nearest for one in found]
             except BadImage as error:
                 outcome = error
         now = time.perf_counter()
@@ -87,7 +100,7 @@ def judge(
         else:
             verdict = "stop" if outcome.is_anomalous else "pass"
             p, regions = outcome.p_value, outcome.regions
-            rows[path] = Row(str(path), outcome.score, p, verdict, level, now - last, regions=regions)
+            rows[path] = Row(str(path), outcome.score, p, verdict, level, now - last, "", regions, nearest)
         last = now
         if progress:
             progress("", len(rows), len(paths))

@@ -40,6 +40,10 @@ class Threshold:
         """The share of good parts that it stops at most, for 95 % of all draws of the images behind it."""
         return upper(_allowed(self.rate, self.count) - 1, self.count)
 
+    def promised(self, good: Sequence[float]) -> float:
+        """The share of good parts that it stops on average, at most, also where it was tuned; `good` are its scores."""
+        return p_value(math.nextafter(self.value, math.inf), good) if self.tuned else self.expected
+
     @property
     def statement(self) -> str:
         """The promise in one sentence."""
