@@ -10,7 +10,7 @@ BY_NAME = {stress.name: stress for stress in STRESSES}
 
 def photograph(size=(400, 600)):
     y, x = np.mgrid[: size[0], : size[1]]
-    grey = 60 + 80 * (np.hypot(y - 200, x - 300) < 100) + (x + y) % 7
+    grey = 60 + 80 * (np.hypot(y - 200, x - 300) < 100) + x / 20
     return np.stack([grey + 10, grey, grey - 10], axis=2).astype(np.uint8)
 
 

@@ -331,7 +331,7 @@ def _show_trade(
     sentences = [
         f"While at most 2 % of the defects are missed, {pg2:.1%} of the good parts pass (PG2); while at most 2 % of "
         f"the good parts are stopped, {pb2:.1%} of the defects are (PB2).",
-        f"A missed defect costs as much as {costs.miss:g} false alarms; {costs.defective:.1%} of the parts are defective.",
+        f"A missed defect costs as much as {costs.miss:g} false alarms; {costs.defective:.1%} of all parts have one.",
         detector.threshold.statement
         if options["write"]
         else "Nothing was changed; --set puts the level into the model.",

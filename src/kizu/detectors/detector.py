@@ -171,7 +171,8 @@ class Detector(ABC):
 
         Images in `held_out`, if there are any, are not learned from but set the threshold; otherwise each method
         holds out its own. `memory` ("2GB") bounds the working data; without it, half of what is free may be used.
-        Raises `DataError` with the list of all images that cannot be read, before any work, unless `skip_bad`.
+        Raises `DataError` with the list of all images that cannot be read, before any work, unless `skip_bad`, and
+        `OptionError` for a rate of false alarms that was asked for and that so few images cannot carry.
         """
         progress = progress or (lambda stage, done, total: None)
         most = budget(memory)
@@ -352,7 +353,7 @@ class Detector(ABC):
     def read(
         self, good: str | os.PathLike[str] | Iterable[Any], memory: int, skip_bad: bool, progress: Progress
     ) -> tuple[Stack, list[Readable]]:
-        """All photographs, scaled, and what they were read from. Raises `DataError` with a list of the unreadable ones."""
+        """All photographs, scaled, and what they are from. Raises `DataError` with a list of the unreadable ones."""
         items = _items(good)
         photos = Stack(len(items), self.preprocessing.size, memory)
         read: list[Readable] = []
