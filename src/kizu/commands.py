@@ -10,6 +10,7 @@ import click
 from kizu import terminal
 from kizu.arguments import json_option, model_folder, quiet_option
 from kizu.errors import DataError, OptionError
+from kizu.threshold import calibrate, percent
 
 if TYPE_CHECKING:
     from kizu.detectors.detector import Detector
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from kizu.tuning import Costs, Point
 
 __all__ = ["check", "drift", "tune"]
+
+DRAWN = 400  # points of a drawn curve
 
 
 @click.command()
@@ -140,7 +143,6 @@ def tune(model: str, good: str | None, bad: str | None, output: str | None, **op
     """
     from kizu import load
     from kizu.prediction import judge, listing
-    from kizu.threshold import calibrate
     from kizu.tuning import Costs, at, best, points
     from kizu.tuning import tune as set_point
 
@@ -188,7 +190,8 @@ def _check_finding(outcomes: "Sequence[Outcome]") -> str:
     broken = [outcome for outcome in first_broken(outcomes[1:]).values() if outcome]
     if not broken:
         return "The promise holds at every step, as far as so many photographs can tell."
-    return "The promise breaks at: " + ", ".join(f"{outcome.stress} {outcome.step}" for outcome in broken) + "."
+    steps = ", ".join(f"{outcome.stress} ({outcome.step})" for outcome in broken)
+    return f"The promise breaks under {len(broken)} of {len(first_broken(outcomes[1:]))} kinds of change: {steps}."
 
 
 def _learned_from(known: int, total: int) -> str:
@@ -204,7 +207,7 @@ def _outcome_row(outcome: "Outcome") -> dict[str, str]:
         "change": outcome.stress,
         "step": outcome.step or "–",
         "stopped": f"{outcome.stopped} of {outcome.total}",
-        "in the long run": f"{low:.1%} to {high:.1%}",
+        "in the long run": f"{percent(low)} to {percent(high)}",
         "promise": outcome.verdict,
     }
 
@@ -228,11 +231,11 @@ def _check_page(path: Path, detector: "Detector", outcomes: "Sequence[Outcome]",
     first = outcomes[0]
     page = Page(
         title="Will it hold tomorrow?",
-        finding=_check_finding(outcomes),
+        finding=_check_finding(outcomes).partition(":")[0].removesuffix(".") + ".",
         lead=(
             f"{first.total} good photographs were changed step by step as a camera, a lamp or a worn fixture could "
             f"change them, and judged at the model's fixed threshold. As they are, {first.stopped} of them are "
-            f"stopped; at most {first.promised:.1%} of good parts was promised."
+            f"stopped; at most {percent(first.promised)} of good parts was promised."
         ),
         caveats=caveats,
         sections=[
@@ -326,19 +329,21 @@ def _show_trade(
     named = {"in use": now, "cheapest" if options["threshold"] is None else "chosen": chosen}
     for share in (0.0, 0.02, 0.05, 0.1):
         lowest = float(np.sort(bad)[int(share * len(bad))])
-        named[f"misses ≤ {share:.0%}"] = at(float(np.nextafter(lowest, -np.inf)), *scores, costs)
+        named[f"misses ≤ {percent(share)}"] = at(float(np.nextafter(lowest, -np.inf)), *scores, costs)
     rows = [_point_row(name, point) for name, point in named.items()]
     sentences = [
-        f"While at most 2 % of the defects are missed, {pg2:.1%} of the good parts pass (PG2); while at most 2 % of "
-        f"the good parts are stopped, {pb2:.1%} of the defects are (PB2).",
-        f"A missed defect costs as much as {costs.miss:g} false alarms; {costs.defective:.1%} of all parts have one.",
+        f"While at most 2 % of the defects are missed, {percent(pg2)} of the good parts pass (PG2); while at most 2 % "
+        f"of the good parts are stopped, {percent(pb2)} of the defects are (PB2).",
+        f"A missed defect costs as much as {costs.miss:g} false alarms; {percent(costs.defective)} of parts have one.",
         detector.threshold.statement
         if options["write"]
         else "Nothing was changed; --set puts the level into the model.",
     ]
     if output:
         _write_csv(Path(output) / "tune.csv", [_point_row("", point) for point in curve])
-        _tune_page(Path(output) / "tune.html", curve, chosen, now, rows, sentences)
+        levels = np.linspace(curve[0].threshold, curve[-1].threshold, DRAWN)
+        drawn = [at(float(level), *scores, costs) for level in levels]
+        _tune_page(Path(output) / "tune.html", drawn, chosen, now, rows, sentences)
     if options["as_json"]:
         values = {"pg2": pg2, "pb2": pb2, "chosen": vars(chosen), "in_use": vars(now), "set": options["write"]}
         click.echo(json.dumps({**values, "statement": detector.threshold.statement}, indent=1, ensure_ascii=False))

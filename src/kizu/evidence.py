@@ -72,10 +72,9 @@ def side_by_side(found: Sequence[Evidence]) -> RGB:
     rows = []
     for one in found:
         pair = [grey if part is None else images.resize(part, (TILE, TILE)) for part in (one.here, one.there)]
-        rows.append(
-            np.pad(np.concatenate([pair[0], grey[:, :GAP] * 0 + 255, pair[1]], axis=1), ((0, GAP), (0, 0), (0, 0)))
-        )
-    return np.concatenate(rows)
+        rows.append(np.concatenate([pair[0], np.full((TILE, GAP, 3), 255, np.uint8), pair[1]], axis=1))
+        rows.append(np.full((GAP, 2 * TILE + GAP, 3), 255, np.uint8))
+    return np.concatenate(rows[:-1])
 
 
 def _around(picture: RGB, x: float, y: float) -> RGB:

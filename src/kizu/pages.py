@@ -87,7 +87,7 @@ def chart(
         [((value - left) / wide, f"{value:g}") for value in _ticks(left, right)],
         [((value - low) / tall, y_label(value)) for value in _ticks(low, high)],
         [((value - low) / tall, label) for value, label in across],
-        [((value - left) / wide, label) for value, label in down if left <= value <= right],
+        sorted(((value - left) / wide, label) for value, label in down if left <= value <= right),
     )
 
 

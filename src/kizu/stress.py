@@ -34,12 +34,12 @@ class Stress:
     """One way in which photographs change, in growing steps."""
 
     name: str
-    unit: str
+    shown: str  # a step, in words
     steps: tuple[float, ...]
     apply: Change
 
     def label(self, step: float) -> str:
-        return f"{step:g}{self.unit}"
+        return self.shown.format(abs(step))
 
 
 @dataclass(frozen=True)
@@ -175,19 +175,19 @@ def scale(rgb: RGB, per_cent: float, rng: np.random.Generator) -> RGB:
 
 
 STRESSES = (
-    Stress("less light", " %", (-5, -10, -20, -30, -40), light),
-    Stress("more light", " %", (5, 10, 20, 30, 40), light),
-    Stress("less contrast", " %", (-5, -10, -20, -30, -40), contrast),
-    Stress("more contrast", " %", (5, 10, 20, 30, 40), contrast),
-    Stress("warmer light", " K", (-300, -600, -1000, -1500, -2000), temperature),
-    Stress("cooler light", " K", (400, 800, 1500, 2500, 4000), temperature),
-    Stress("blur", " ‰", (1, 2, 3, 5, 8), blur),
-    Stress("sensor noise", " levels", (2, 4, 8, 12, 20), noise),
-    Stress("JPEG", " quality", (90, 75, 50, 30, 15), jpeg),
-    Stress("shift", " %", (1, 2, 3, 5, 8), shift),
-    Stress("rotation", "°", (1, 2, 3, 5, 10), rotation),
-    Stress("camera nearer", " %", (1, 2, 5, 10, 15), scale),
-    Stress("camera farther", " %", (-1, -2, -5, -10, -15), scale),
+    Stress("less light", "{:g} %", (-5, -10, -20, -30, -40), light),
+    Stress("more light", "{:g} %", (5, 10, 20, 30, 40), light),
+    Stress("less contrast", "{:g} %", (-5, -10, -20, -30, -40), contrast),
+    Stress("more contrast", "{:g} %", (5, 10, 20, 30, 40), contrast),
+    Stress("warmer light", "{:g} K", (-300, -600, -1000, -1500, -2000), temperature),
+    Stress("cooler light", "{:g} K", (400, 800, 1500, 2500, 4000), temperature),
+    Stress("blur", "{:g} ‰", (1, 2, 3, 5, 8), blur),
+    Stress("sensor noise", "{:g} levels", (2, 4, 8, 12, 20), noise),
+    Stress("JPEG", "quality {:g}", (90, 75, 50, 30, 15), jpeg),
+    Stress("shift", "{:g} %", (1, 2, 3, 5, 8), shift),
+    Stress("rotation", "{:g}°", (1, 2, 3, 5, 10), rotation),
+    Stress("camera nearer", "{:g} %", (1, 2, 5, 10, 15), scale),
+    Stress("camera farther", "{:g} %", (-1, -2, -5, -10, -15), scale),
 )
 
 

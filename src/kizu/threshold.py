@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from kizu.errors import OptionError
 
-__all__ = ["CONFIDENCE", "Threshold", "calibrate", "images_needed", "interval", "one_in", "p_value", "refuse", "upper"]
+__all__ = ["CONFIDENCE", "Threshold", "calibrate", "images_needed", "interval", "one_in", "p_value"]
+__all__ += ["percent", "refuse", "upper"]
 
 CONFIDENCE = 0.95
 
@@ -121,6 +122,11 @@ def interval(hits: int, total: int, confidence: float = CONFIDENCE) -> tuple[flo
 def one_in(rate: float) -> str:
     """0.02 → "1 in 50"."""
     return f"1 in {round(1 / rate):,}" if 1 / rate >= 9.5 or rate == 1 / round(1 / rate) else f"{rate:.0%}"
+
+
+def percent(rate: float) -> str:
+    """0.021 → "2.1 %"."""
+    return f"{100 * rate:.1f}".removesuffix(".0") + " %"
 
 
 def _at_most(rate: float) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kizu.errors import DataError
-from kizu.threshold import Threshold, interval
+from kizu.threshold import Threshold, interval, percent
 
 if TYPE_CHECKING:
     from kizu.detectors.detector import Detector
@@ -78,8 +78,9 @@ def tune(detector: "Detector", point: Point) -> None:
     """Set the detector's threshold, marked as tuned on labels in every statement from now on."""
     behind = detector.calibration_scores
     above = sum(score > point.threshold for score in behind)
+    low, high = interval(above, max(1, len(behind)))
     likely = (
-        f"of new good parts, {interval(above, len(behind))[0]:.1%} to {interval(above, len(behind))[1]:.1%} with 95 % "
+        f"of new good parts, {percent(low)} to {percent(high)} with 95 % "
         f"confidence, by the {len(behind)} good images that set the level before"
         if behind
         else "nothing can be said of new good parts"
