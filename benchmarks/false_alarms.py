@@ -2,7 +2,7 @@
 
 python benchmarks/false_alarms.py                                     PatchCore, every category, 200 splits
 python benchmarks/false_alarms.py --method simplenet --fits 4         200 splits over 4 trainings
-python benchmarks/false_alarms.py DATA… --seconds 200                 stops then; the same command goes on from there
+python benchmarks/false_alarms.py DATA… --seconds 40                  a while for each; the same command goes on
 python benchmarks/false_alarms.py --quick                             a rendered category, a few splits
 
 All good images of a category, training and test, are one pool. A split learns from some of them and judges the rest,
@@ -76,7 +76,7 @@ def main() -> None:
     parser.add_argument("--splits", type=int, default=200)
     parser.add_argument("--fits", type=int, help="as many trainings. Default: one a split")
     parser.add_argument("--learn", type=int, default=100, metavar="N", help="good images that each split learns from")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after this long, between two splits")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="of each category; the next call goes on")
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args(ours.split())
     words = settings.split()
@@ -86,20 +86,22 @@ def main() -> None:
     create = backbone.create
     backbone.create = lambda *arguments: Remembering(create(*arguments))  # type: ignore[assignment, arg-type]
     start = time.perf_counter()
-    kept = RESULTS / f"false_alarms_{options.method}.jsonl"
-    before = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
-    rows: list[dict[str, Any]] = [] if options.quick else before
+    kept = RESULTS / f".false_alarms_{options.method}.jsonl"  # every score of every training, to go on from
+    before = kept.read_text().splitlines() if kept.exists() and not options.quick else []
+    rows: list[dict[str, Any]] = [json.loads(line) for line in before if line.endswith("}")]
     with tempfile.TemporaryDirectory() as scratch:
         folders = options.data or ([demo.render(scratch)] if options.quick else present())
         for folder in folders:
             data = dataset.find(Path(folder))
             for category in data.categories:
                 done = {row["fit"] for row in rows if row["category"] == category}
+                began = time.perf_counter()
                 for row in fits(data, category, chosen, options, done):
                     rows.append({"category": category, **row})
                     if not options.quick:
-                        write_text(kept, "".join(json.dumps(line) + "\n" for line in rows))
-                    if time.perf_counter() - start > options.seconds:
+                        with kept.open("a") as file:
+                            file.write(json.dumps(rows[-1]) + "\n")
+                    if time.perf_counter() - began > options.seconds:
                         break
     table = summarised(rows, options.splits, options.fits or options.splits)
     print_table(table)
@@ -130,7 +132,7 @@ def fits(
         detector.fit([photo.transpose(1, 2, 0) for photo in good[learned]])
         yield {
             "fit": fit,
-            "level_from": detector.calibration_scores,
+            "level_from": [float(f"{score:.6g}") for score in detector.calibration_scores],
             "learned": scores(detector, good[learned]),
             "good": scores(detector, good[others]),
             "bad": scores(detector, bad),
@@ -143,7 +145,11 @@ def pixels(samples: Sequence[Any], config: Any) -> npt.NDArray[np.uint8]:
 
 
 def scores(detector: Detector, photos: npt.NDArray[np.uint8]) -> list[float]:
-    return [float(s) for start in range(0, len(photos), 16) for s in detector(photos[start : start + 16])[0]]
+    return [
+        float(f"{score:.6g}")
+        for start in range(0, len(photos), 16)
+        for score in detector(photos[start : start + 16])[0]
+    ]
 
 
 def summarised(rows: Sequence[dict[str, Any]], splits: int, trainings: int) -> list[dict[str, Any]]:
