@@ -9,7 +9,8 @@ All good images of a category, training and test, are one pool. A split learns f
 and the defects. What a backbone makes of an image is computed once and remembered. With fewer fits than splits, the
 images judged are split again and again into those that set the level and those that are counted.
 
-Rules: `kizu` is what `fit` promises; `quantile` the 1 − α quantile of the scores of the training images themselves;
+Rules: `kizu` is what `fit` promises, of the score and of any marked pixel; `quantile` the 1 − α quantile of the scores
+of the training images themselves;
 `F1-max` the threshold with the best F1 on labelled images, one half of those judged, applied to the other half
 (anomalib's default rule, which knows no α); `largest` the highest score of that half's good images (the same rule
 without defects).
@@ -87,7 +88,8 @@ def main() -> None:
     backbone.create = lambda *arguments: Remembering(create(*arguments))  # type: ignore[assignment, arg-type]
     start = time.perf_counter()
     kept = RESULTS / f".false_alarms_{options.method}.jsonl"  # every score of every training, to go on from
-    before = kept.read_text().splitlines() if kept.exists() and not options.quick else []
+    resumable = not (options.quick or chosen)
+    before = kept.read_text().splitlines() if kept.exists() and resumable else []
     rows: list[dict[str, Any]] = [json.loads(line) for line in before if line.endswith("}")]
     with tempfile.TemporaryDirectory() as scratch:
         folders = options.data or ([demo.render(scratch)] if options.quick else present())
@@ -98,7 +100,7 @@ def main() -> None:
                 began = time.perf_counter()
                 for row in fits(data, category, chosen, options, done):
                     rows.append({"category": category, **row})
-                    if not options.quick:
+                    if resumable:
                         with kept.open("a") as file:
                             file.write(json.dumps(rows[-1]) + "\n")
                     if time.perf_counter() - began > options.seconds:
@@ -130,13 +132,18 @@ def fits(
         learned, others = order[: options.learn], order[options.learn :]
         detector = detector_class(options.method)(config)
         detector.fit([photo.transpose(1, 2, 0) for photo in good[learned]])
-        yield {
-            "fit": fit,
-            "level_from": [float(f"{score:.6g}") for score in detector.calibration_scores],
-            "learned": scores(detector, good[learned]),
-            "good": scores(detector, good[others]),
-            "bad": scores(detector, bad),
+        good_scores, good_peaks = judged(detector, good[others])
+        bad_scores, bad_peaks = judged(detector, bad)
+        found = {
+            "level_from": detector.calibration_scores,
+            "map_level_from": detector.map_peaks,
+            "learned": judged(detector, good[learned])[0],
+            "good": good_scores,
+            "good_peaks": good_peaks,
+            "bad": bad_scores,
+            "bad_peaks": bad_peaks,
         }
+        yield {"fit": fit, **{key: [float(f"{value:.6g}") for value in values] for key, values in found.items()}}
 
 
 def pixels(samples: Sequence[Any], config: Any) -> npt.NDArray[np.uint8]:
@@ -144,12 +151,15 @@ def pixels(samples: Sequence[Any], config: Any) -> npt.NDArray[np.uint8]:
     return np.concatenate([batch.pixels for batch in batches(samples, Preprocessing(config.size, config.resize))])
 
 
-def scores(detector: Detector, photos: npt.NDArray[np.uint8]) -> list[float]:
-    return [
-        float(f"{score:.6g}")
-        for start in range(0, len(photos), 16)
-        for score in detector(photos[start : start + 16])[0]
-    ]
+def judged(detector: Detector, photos: npt.NDArray[np.uint8]) -> tuple[list[float], list[float]]:
+    """Scores and the largest values of the maps."""
+    scores: list[float] = []
+    peaks: list[float] = []
+    for start in range(0, len(photos), 16):
+        some, maps = detector(photos[start : start + 16])
+        scores += some.tolist()
+        peaks += maps.max((1, 2, 3)).tolist()
+    return scores, peaks
 
 
 def summarised(rows: Sequence[dict[str, Any]], splits: int, trainings: int) -> list[dict[str, Any]]:
@@ -181,18 +191,23 @@ def summarised(rows: Sequence[dict[str, Any]], splits: int, trainings: int) -> l
 
 def split(row: dict[str, Any], turn: int, again: bool) -> dict[tuple[str, str], tuple[float, float]]:
     """(rule, promise) → share of good images stopped, share of defects stopped."""
-    learned, good, bad = (np.array(row[key]) for key in ("learned", "good", "bad"))
+    values = {key: np.array(row[key]) for key in row if key not in ("category", "fit")}
     rng = np.random.default_rng([row["fit"], turn])
-    good, bad = rng.permutation(good), rng.permutation(bad)
-    halves = (good[: len(good) // 2], bad[: len(bad) // 2]), (good[len(good) // 2 :], bad[len(bad) // 2 :])
-    level_from, judged = (halves[0][0], halves[1][0]) if again else (np.array(row["level_from"]), good)
+    one, other = np.array_split(rng.permutation(len(values["good"])), 2)
+    bad_one, bad_other = np.array_split(rng.permutation(len(values["bad"])), 2)
     found = {}
+    for rule, end, before in (("kizu", "", "level_from"), ("kizu, any pixel", "_peaks", "map_level_from")):
+        good, bad = values["good" + end], values["bad" + end]
+        level_from, rest = (good[one], good[other]) if again else (values[before], good)
+        for rate in RATES:
+            level = calibrate(level_from.tolist(), rate).value
+            found[rule, f"{rate:g}"] = float((rest > level).mean()), float((bad > level).mean())
+    good, bad = values["good"], values["bad"]
     for rate in RATES:
-        levels = {"kizu": calibrate(level_from.tolist(), rate).value, "quantile": np.quantile(learned, 1 - rate)}
-        for rule, level in levels.items():
-            found[rule, f"{rate:g}"] = float((judged > level).mean()), float((bad > level).mean())
-    for rule, level in {"F1-max": best_f1(*halves[0]), "largest": float(halves[0][0].max())}.items():
-        found[rule, "none"] = float((halves[1][0] > level).mean()), float((halves[1][1] > level).mean())
+        level = float(np.quantile(values["learned"], 1 - rate))
+        found["quantile", f"{rate:g}"] = float((good > level).mean()), float((bad > level).mean())
+    for rule, level in {"F1-max": best_f1(good[one], bad[bad_one]), "largest": float(good[one].max())}.items():
+        found[rule, "none"] = float((good[other] > level).mean()), float((bad[bad_other] > level).mean())
     return found
 
 

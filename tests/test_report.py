@@ -189,9 +189,9 @@ def test_evidence_and_training_images_to_look_at_are_shown() -> None:
 
 def test_pictures_say_what_happened_to_them() -> None:
     text = Page(render(SUMMARY, [full()])).text
-    assert "missed score 1.500 at most 40 % good parts score as high Dent test/ dent/ 0.png" in text
-    assert "false alarm score 2.100 at most 20 % good parts score as high Good test/ good/ 2.png" in text
-    assert "stopped score 3.000 at most 20 % good parts score as high Crack test/ crack/ 1.png" in text
+    assert "missed score 1.500 at most 40 % of good parts score as high Dent test/ dent/ 0.png" in text
+    assert "false alarm score 2.100 at most 20 % of good parts score as high Good test/ good/ 2.png" in text
+    assert "stopped score 3.000 at most 20 % of good parts score as high Crack test/ crack/ 1.png" in text
     assert text.index("Missed defects") < text.index("False alarms Good") < text.index("Random sample")
 
 

@@ -1,5 +1,8 @@
 """The level keeps its promise on exchangeable scores, and says what it cannot promise."""
 
+import csv
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -71,3 +74,19 @@ def test_what_cannot_be_carried_is_refused_with_the_number_of_images():
 def test_a_p_value_is_small_exactly_where_the_part_is_stopped(good, score, rate):
     if len(good) >= images_needed(rate):
         assert (score > calibrate(good, rate).value) == (p_value(score, good) <= rate + 1e-12)
+
+
+def test_the_measured_false_alarms_keep_the_promise_and_are_the_published_ones():
+    root = Path(__file__).parents[1]
+    text = (root / "docs" / "verdicts.md").read_text()
+    rows = [
+        row
+        for path in (root / "benchmarks" / "results").glob("false_alarms_*.csv")
+        for row in csv.DictReader(path.read_text().splitlines())
+        if row["rule"].startswith("kizu")
+    ]
+    assert rows
+    for row in rows:
+        assert float(row["false_alarms"]) <= float(row["promised"]) + 2 * float(row["standard_error"]), row
+        if row["rule"] == "kizu":
+            assert f"{100 * float(row['false_alarms']):.1f} %" in text, row

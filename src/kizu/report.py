@@ -423,7 +423,7 @@ def _ratio(value: float | None) -> str:
 
 def _rarely(p: float) -> str:
     """A p-value for people."""
-    how_many = f"{p:.0%}".replace("%", "\u00a0%") if p >= 0.1 else f"1 in {int(1 / p + 1e-9):,}"
+    how_many = f"{100 * p:.0f}\u00a0% of" if p >= 0.1 else f"1 in {int(1 / p + 1e-9):,}"
     return f"at most {how_many} good parts score as high"
 
 

@@ -296,10 +296,8 @@ class Detector(ABC):
             text = json.dumps(self.describe(), indent=1, ensure_ascii=False)
             (temporary / "model.json").write_text(text + "\n", encoding="utf-8")
             if self.thumbnails:
-                encoded = {
-                    f"{n:06}": torch.tensor(list(picture), dtype=torch.uint8)
-                    for n, picture in enumerate(self.thumbnails)
-                }
+                tensors = (torch.frombuffer(bytearray(picture), dtype=torch.uint8) for picture in self.thumbnails)
+                encoded = {f"{number:06}": tensor for number, tensor in enumerate(tensors)}
                 save_file(encoded, temporary / THUMBNAILS)
             if keep_previous and (folder / "model.json").exists():
                 (temporary / "previous").mkdir()
