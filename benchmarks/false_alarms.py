@@ -10,10 +10,10 @@ and the defects. What a backbone makes of an image is computed once and remember
 images judged are split again and again into those that set the level and those that are counted.
 
 Rules: `kizu` is what `fit` promises, of the score and of any marked pixel; `quantile` the 1 − α quantile of the scores
-of the training images themselves;
-`F1-max` the threshold with the best F1 on labelled images, one half of those judged, applied to the other half
-(anomalib's default rule, which knows no α); `largest` the highest score of that half's good images (the same rule
-without defects).
+of the training images themselves; `drift` the share of sequences of good parts that raise an alarm, and of those that
+end in defects; `F1-max` the threshold with the best F1 on labelled images, one half of those judged, applied to the
+other half (anomalib's default rule, which knows no α); `largest` the highest score of that half's good images (the same
+rule without defects).
 """
 
 import argparse
@@ -39,6 +39,7 @@ from kizu import backbone, dataset, demo
 from kizu.config import CONFIGS, build
 from kizu.detectors import detector_class
 from kizu.detectors.detector import Detector
+from kizu.drift import DriftTest
 from kizu.files import write_text
 from kizu.preprocess import Preprocessing, batches
 from kizu.run import machine
@@ -203,6 +204,14 @@ def split(row: dict[str, Any], turn: int, again: bool) -> dict[tuple[str, str], 
             level = calibrate(level_from.tolist(), rate).value
             found[rule, f"{rate:g}"] = float((rest > level).mean()), float((bad > level).mean())
     good, bad = values["good"], values["bad"]
+    level_from, rest = (good[one], good[other]) if again else (values["level_from"], rng.permutation(good))
+    test = DriftTest(level_from.tolist(), 0.1, seed=row["fit"])
+    for score in rest.tolist():
+        test.add("", score)
+    alarm = test.alarm_at is not None
+    for score in bad.tolist():
+        test.add("", score)
+    found["drift", "0.1"] = float(alarm), float(test.alarm_at is not None)
     for rate in RATES:
         level = float(np.quantile(values["learned"], 1 - rate))
         found["quantile", f"{rate:g}"] = float((good > level).mean()), float((bad > level).mean())
