@@ -83,6 +83,7 @@ def test_help_is_quick_and_light():
 
 def test_every_command_has_help_with_an_example():
     commands = ["train", "update", "merge", "evaluate", "predict", "data", "demo", "info", "doctor"]
+    commands += ["check", "drift", "tune"]
     listing = kizu("--help").stdout
     for command in commands:
         assert command in listing
@@ -138,7 +139,7 @@ def test_predict_judges_files_folders_and_globs_and_survives_a_broken_one(traine
     for row, (path, reason) in zip(rows[4:], bad, strict=False):
         assert row["path"] == str(path) and reason in row["error"] and row["score"] is None
     written = table(tmp_path / "out.csv")
-    assert list(written[0]) == ["image", "score", "threshold", "verdict", "seconds", "error"]
+    assert list(written[0]) == ["image", "score", "p_value", "verdict", "threshold", "seconds", "error"]
     assert [row["verdict"] for row in written] == [row["verdict"] for row in rows]
     overlays = sorted(path.name for path in (tmp_path / "seen").iterdir())
     assert len(overlays) == 5  # two files are named 0.png, and none overwrites the other

@@ -199,7 +199,7 @@ def test_damaged_models_are_refused_with_a_sentence(fitted, tmp_path, fault):
     elif fault == "half the json":
         about.write_text(about.read_text()[:300])
     elif fault == "other format":
-        about.write_text(about.read_text().replace('"format": 1', '"format": 99'))
+        about.write_text(about.read_text().replace('"format": 2', '"format": 99'))
     elif fault == "list":
         about.write_text("[]")
     with pytest.raises(kizu.ModelError, match="model"):

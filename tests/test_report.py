@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from kizu import image, report
-from kizu.evaluation import CategoryResult, Judged, Picture
+from kizu.evaluation import Beside, CategoryResult, Judged, Picture, Unlike
 from kizu.report import MAX_BYTES, RunSummary, render, write
 
 KEYS = ("image_auroc", "image_ap", "image_f1max", "pg2", "pb2", "pixel_auroc", "pixel_ap", "pixel_f1max", "au_pro")
@@ -176,11 +176,22 @@ def test_what_is_not_known_is_said(edge: str, known: str, unknown: list[str]) ->
     assert 'class="held"' in page
 
 
+def test_evidence_and_training_images_to_look_at_are_shown() -> None:
+    rows = judged([1.0], [3.0])
+    shown = replace(picture(rows[1], "sample"), beside=[Beside(1, uri(), uri(), "good/7.png", 3.25)])
+    unlike = [Unlike("good/9.png", 1.9, uri()), Unlike("good/8.png", 1.8, "")]
+    text = Page(render(SUMMARY, [result(rows, pictures=[shown], unlike=unlike)])).text
+    assert "the most similar place in any good photograph it learned from, good/ 7.png" in text
+    assert "3.3 times as much" in text or "3.2 times as much" in text
+    assert "2 photographs it learned from look far more unlike" in text and "good/ 8.png score 1.800" in text
+    assert "worth a second look" not in Page(render(SUMMARY, [result(rows)])).text
+
+
 def test_pictures_say_what_happened_to_them() -> None:
     text = Page(render(SUMMARY, [full()])).text
-    assert "missed score 1.500 Dent test/ dent/ 0.png" in text
-    assert "false alarm score 2.100 Good test/ good/ 2.png" in text
-    assert "stopped score 3.000 Crack test/ crack/ 1.png" in text
+    assert "missed score 1.500 at most 40 % of good parts score as high Dent test/ dent/ 0.png" in text
+    assert "false alarm score 2.100 at most 20 % of good parts score as high Good test/ good/ 2.png" in text
+    assert "stopped score 3.000 at most 20 % of good parts score as high Crack test/ crack/ 1.png" in text
     assert text.index("Missed defects") < text.index("False alarms Good") < text.index("Random sample")
 
 

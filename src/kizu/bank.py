@@ -41,19 +41,28 @@ class Bank(nn.Module):
 
     entries: Tensor  # (K, D)
     half_norms: Tensor  # (K,) ‖entry‖² / 2
-    images: Tensor  # (K,) the training image that each is from
+    images: Tensor  # (K,) the training image that each is from,
+    places: Tensor  # (K,) and its place there: row · columns + column of the grid of patches
     sums: Tensor  # (K,) of the distances of the training patches nearest to each entry, other images' only,
     counts: Tensor  # (K,) and how many these are
     centres: Tensor  # (C, D)
     sizes: Tensor  # (C,) entries in each cell, which follow one another
 
     def __init__(
-        self, entries: Tensor, images: Tensor, sums: Tensor, counts: Tensor, centres: Tensor, sizes: Tensor
+        self,
+        entries: Tensor,
+        images: Tensor,
+        places: Tensor,
+        sums: Tensor,
+        counts: Tensor,
+        centres: Tensor,
+        sizes: Tensor,
     ) -> None:
         super().__init__()
         self.register_buffer("entries", entries)
         self.register_buffer("half_norms", entries.square().sum(1) / 2)
         self.register_buffer("images", images)
+        self.register_buffer("places", places)
         self.register_buffer("sums", sums)
         self.register_buffer("counts", counts)
         self.register_buffer("centres", centres)
@@ -62,14 +71,21 @@ class Bank(nn.Module):
         self.quantise: Callable[[Tensor, Tensor], QuantisedCells] | None = None  # for a search that is not exact
 
     @classmethod
-    def of(cls, entries: Tensor, images: Tensor, sums: Tensor | None = None, counts: Tensor | None = None) -> "Bank":
+    def of(
+        cls,
+        entries: Tensor,
+        images: Tensor,
+        places: Tensor,
+        sums: Tensor | None = None,
+        counts: Tensor | None = None,
+    ) -> "Bank":
         """A new bank of entries in any order, with what is known of the distances to each."""
         sums = torch.zeros_like(entries[:, 0]) if sums is None else sums
         counts = torch.zeros_like(entries[:, 0]) if counts is None else counts
         if len(entries) < LARGE:
-            return cls(entries, images, sums, counts, entries[:0], images[:0])
+            return cls(entries, images, places, sums, counts, entries[:0], images[:0])
         order, centres, sizes = arrange(entries)
-        return cls(entries[order], images[order], sums[order], counts[order], centres, sizes)
+        return cls(entries[order], images[order], places[order], sums[order], counts[order], centres, sizes)
 
     def search(self, queries: Tensor, count: int, own: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Distances and entries (N, count) nearest to queries (N, D), none from the queries' own images (N,)."""
@@ -110,21 +126,23 @@ class Bank(nn.Module):
         self.sums.index_add_(0, entries[known], distances[known])
         self.counts.index_add_(0, entries[known], torch.ones_like(distances[known]))
 
-    def exchanged(self, rows: Tensor, images: Tensor) -> "Bank":
+    def exchanged(self, rows: Tensor, images: Tensor, places: Tensor) -> "Bank":
         """A bank of as many entries, those of this one and of the rows (N, D) that cover both best."""
         both = torch.cat([self.entries, rows])
         kept = coreset.select(both, len(self.entries)).indices.to(both.device).sort().values
         nothing = torch.zeros_like(rows[:, 0])
         sums, counts = torch.cat([self.sums, nothing]), torch.cat([self.counts, nothing])
-        return Bank.of(both[kept], torch.cat([self.images, images])[kept], sums[kept], counts[kept])
+        images, places = torch.cat([self.images, images]), torch.cat([self.places, places])
+        return Bank.of(both[kept], images[kept], places[kept], sums[kept], counts[kept])
 
     @classmethod
     def joined(cls, shards: "Sequence[Bank]", starts: Sequence[int]) -> "Bank":
         """The entries of several shards' banks in one, their images numbered from `starts`."""
         images = torch.cat([shard.images + start for shard, start in zip(shards, starts, strict=True)])
         entries = torch.cat([shard.entries for shard in shards])
+        places = torch.cat([shard.places for shard in shards])
         sums = torch.cat([shard.sums for shard in shards])
-        return cls.of(entries, images, sums, torch.cat([shard.counts for shard in shards]))
+        return cls.of(entries, images, places, sums, torch.cat([shard.counts for shard in shards]))
 
     def usual(self, local: bool, without: Hits | None = None) -> Tensor:
         """How far good patches usually are from each entry (K,), or from all of them.

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kizu import __version__, terminal
+from kizu import __version__, commands, terminal
+from kizu.arguments import json_option, model_folder, quiet_option
 from kizu.detectors import DETECTORS
 from kizu.errors import KizuError, OptionError, missing_extra
 from kizu.options import PASSED_ON, config_option, run_options
@@ -26,7 +27,7 @@ _OPTION_NAME = re.compile(r"^--\w[\w-]*")
 
 GROUPS = {
     "Learn": ("train", "distill", "update", "merge", "evaluate", "demo"),
-    "Judge": ("predict",),
+    "Judge": ("predict", "check", "drift", "tune"),
     "Look": ("data", "info", "doctor"),
 }
 
@@ -109,11 +110,6 @@ def main() -> None:
         sys.stderr.close()
         code = 0
     sys.exit(code if isinstance(code, int) else 0)
-
-
-quiet_option = click.option("-q", "--quiet", is_flag=True, help="Print nothing but results and errors.")
-save_maps_option = click.option("--save-maps", is_flag=True, help="Write the test images' anomaly maps as float TIFF.")
-json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
 
 
 def data_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -248,7 +244,7 @@ def distill(images: str, output: str, resume: bool, overwrite: bool, quiet: bool
 @click.argument("data")
 @data_options
 @click.option("--output", metavar="DIR", help="Write results.csv, predictions.csv and report.html there.")
-@save_maps_option
+@click.option("--save-maps", is_flag=True, help="Write the test images' anomaly maps there, as float TIFF.")
 @quiet_option
 @json_option
 def evaluate(model: str, data: str, output: str | None, save_maps: bool, **options: Any) -> None:
@@ -271,7 +267,7 @@ def evaluate(model: str, data: str, output: str | None, save_maps: bool, **optio
     about: dict[str, Any] = {}
     with terminal.progress(options["quiet"] or options["as_json"]) as progress:
         for category in found.categories:
-            detector = load(_model_folder(model, category))
+            detector = load(model_folder(model, category))
             result = evaluation.evaluate(
                 detector,
                 found.select(category, "test"),
@@ -309,7 +305,7 @@ def update(model: str, images: str | None, rollback: bool, skip_bad: bool, quiet
     \b
     Example:  kizu update results/project/group/run photos/more_good
     """
-    folder = _model_folder(model)
+    folder = model_folder(model)
     if rollback == (images is not None):
         raise OptionError("kizu update takes either a folder of good images or --rollback")
     from kizu import load
@@ -341,7 +337,7 @@ def merge(models: tuple[str, ...], output: str, quiet: bool) -> None:
     """
     from kizu import PatchCore, load
 
-    parts = [load(_model_folder(model)) for model in models]
+    parts = [load(model_folder(model)) for model in models]
     fitting = [part for part in parts if isinstance(part, PatchCore)]
     if len(fitting) != len(parts):
         raise OptionError("Only PatchCore models can be merged")
@@ -356,6 +352,7 @@ def merge(models: tuple[str, ...], output: str, quiet: bool) -> None:
 @click.argument("images", nargs=-1, required=True)
 @click.option("--csv", "csv_file", metavar="FILE", help="Write a row an image.")
 @click.option("--overlays", metavar="DIR", help="Write each photograph with its heat map and contours.")
+@click.option("--why", metavar="DIR", help="Write what is marked beside the good patches that look most like it.")
 @click.option("--profile", is_flag=True, help="Say where the time goes, over the first 20 photographs.")
 @quiet_option
 @json_option
@@ -370,10 +367,11 @@ def predict(model: str, images: tuple[str, ...], csv_file: str | None, overlays:
     from kizu import load
     from kizu.prediction import judge, listing, profile, write_csv
 
-    detector = load(_model_folder(model))
+    detector = load(model_folder(model))
     paths = listing(images)
     with terminal.progress(options["quiet"] or options["as_json"]) as progress:
-        rows = judge(detector, paths, Path(overlays) if overlays else None, progress("Predicting"))
+        seen, why = (Path(folder) if folder else None for folder in (overlays, options["why"]))
+        rows = judge(detector, paths, seen, progress("Predicting"), why=why)
     if csv_file:
         write_csv(Path(csv_file), rows)
     if options["as_json"]:
@@ -470,7 +468,7 @@ def info(model: str, as_json: bool) -> None:
     \b
     Example:  kizu info results/project/group/run
     """
-    folder = _model_folder(model)
+    folder = model_folder(model)
     from kizu.doctor import describe_model
 
     about = describe_model(folder)
@@ -497,17 +495,5 @@ def doctor(as_json: bool) -> None:
         terminal.print_facts(findings)
 
 
-def _model_folder(path: str, category: str | None = None) -> Path:
-    """A model's folder from itself, or from a run or its models folder, by category where there are several."""
-    folder = Path(path)
-    if (folder / "model.json").exists():
-        return folder
-    models = folder / "models" if (folder / "models").is_dir() else folder
-    names = sorted(candidate.parent.name for candidate in models.glob("*/model.json")) if models.is_dir() else []
-    if category in names:
-        return models / str(category)
-    if len(names) == 1:
-        return models / names[0]
-    if not names:
-        raise OptionError(f"{path}: there is no kizu model (a folder with model.json and model.safetensors)")
-    raise OptionError(f"{path} holds {len(names)} models; name one: {', '.join(str(models / name) for name in names)}")
+for command in (commands.check, commands.drift, commands.tune):
+    cli.add_command(command)

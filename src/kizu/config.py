@@ -150,6 +150,9 @@ class PatchCoreConfig(BackboneConfig):
     reweight: int = Field(
         0, ge=0, le=100, description="Eq. 7 of the paper over this many neighbours in the bank (paper: 9). 0: off."
     )
+    thumbnails: bool = Field(
+        False, description="Keep small pictures of the training images in the model, to show why something is marked."
+    )
 
     @model_validator(mode="after")
     def _parts_fit(self) -> "PatchCoreConfig":

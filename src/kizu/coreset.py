@@ -283,15 +283,15 @@ class Summary:
         self.total, self.share, self.sampler, self.seed = total, share, sampler, seed
         self.most = max(1, fits // 3)  # entries of a bank that leave room to choose them
         self.rows = torch.empty(min(total, max(fits, 2)), dimension, device=device)
-        self.images = torch.empty(len(self.rows), dtype=torch.long, device=device)
+        self.patches = torch.empty(len(self.rows), dtype=torch.long, device=device)
         self.is_whole = total <= fits
         least, most = (times * share for times in OVERSAMPLING)
         self.kept = min(max(least, min(most, len(self.rows) / 2 / total)), 1.0)  # of a chunk's rows
         self.radius = 0.0
         self._settled = self._filled = 0
 
-    def add(self, rows: Tensor, images: Tensor) -> None:
-        """Rows (N, D) and the image that each is from (N,)."""
+    def add(self, rows: Tensor, patches: Tensor) -> None:
+        """Rows (N, D) and the patch that each is (N,)."""
         while len(rows):
             if not self.is_whole and (self._filled == len(self.rows) or self._filled - self._settled >= CHUNK):
                 self._reduce()
@@ -299,17 +299,17 @@ class Summary:
             room = room if self.is_whole else min(room, CHUNK)
             some, rows = rows[:room], rows[room:]
             end = self._filled + len(some)
-            self.rows[self._filled : end], self.images[self._filled : end] = some, images[: len(some)]
-            images = images[len(some) :]
+            self.rows[self._filled : end], self.patches[self._filled : end] = some, patches[: len(some)]
+            patches = patches[len(some) :]
             self._filled = end
 
     def choose(self, progress: Callable[[int, int], None] | None = None) -> tuple[Tensor, Tensor, float]:
-        """The bank: entries (K, D), their images (K,), and how far the farthest row is from an entry, at most."""
+        """The bank: entries (K, D), their patches (K,), and how far the farthest row is from an entry, at most."""
         count = min(max(1, int(self.total * self.share)), self.most if not self.is_whole else self._filled)
-        rows, images = self.rows[: self._filled], self.images[: self._filled]
+        rows, patches = self.rows[: self._filled], self.patches[: self._filled]
         chosen = select(rows, min(count, len(rows)), self.sampler, seed=self.seed, progress=progress)
         indices = chosen.indices.to(rows.device)
-        return rows[indices], images[indices], self.radius + chosen.radius
+        return rows[indices], patches[indices], self.radius + chosen.radius
 
     def _reduce(self) -> None:
         """Make room: reduce the unsettled chunk to its share, or everything to a half when that leaves too little."""
@@ -322,7 +322,7 @@ class Summary:
         kept = chosen.indices.to(chunk.device).sort().values
         end = self._settled + count
         self.rows[self._settled : end] = chunk[kept]
-        self.images[self._settled : end] = self.images[self._settled : self._filled][kept]
+        self.patches[self._settled : end] = self.patches[self._settled : self._filled][kept]
         self.radius = max(self.radius, chosen.radius) if self._settled else self.radius + chosen.radius
         self._settled = self._filled = end
 

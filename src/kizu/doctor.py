@@ -46,7 +46,8 @@ def describe_model(folder: Path) -> dict[str, Any]:
     try:
         about = json.loads((folder / "model.json").read_text(encoding="utf-8"))
         level, training = about["threshold"], about["training"]
-        threshold = Threshold(float("inf") if level["value"] is None else level["value"], level["rate"], level["count"])
+        value = float("inf") if level["value"] is None else level["value"]
+        threshold = Threshold(value, level["rate"], level["count"], level["tuned"])
         config = about["config"]
         return {
             "model": str(folder),

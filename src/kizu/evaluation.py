@@ -19,10 +19,12 @@ from kizu.saturation import Region, Saturations, read_regions
 if TYPE_CHECKING:
     from kizu.detectors.detector import Detector, Prediction
 
-__all__ = ["CategoryResult", "Judged", "Picture", "evaluate", "measure"]
+__all__ = ["Beside", "CategoryResult", "Judged", "Picture", "Unlike", "evaluate", "measure"]
 
 PICTURES = {"miss": 6, "false alarm": 6, "sample": 9}
 PICTURE_SIDE = 280
+EXPLAINED = 2  # places of a picture
+UNLIKE = 12  # training images shown
 LISTED = 5  # masks that do not fit, by name
 DEEPEST = 20  # folders in the name of a map
 Item = TypeVar("Item")
@@ -39,6 +41,26 @@ class Judged:
 
 
 @dataclass(frozen=True)
+class Beside:
+    """A marked place and the most similar place in any good training image; pictures are data URIs."""
+
+    region: int  # number of the marked region; 0: the highest place of the map
+    here: str
+    there: str  # empty where no picture of the training image is at hand
+    image: str  # name of the training image
+    distance: float  # in units of what is usual there
+
+
+@dataclass(frozen=True)
+class Unlike:
+    """A training image that looks unlike the others."""
+
+    image: str
+    score: float
+    photo: str  # data URI, or empty
+
+
+@dataclass(frozen=True)
 class Picture:
     """One test image for the eye, each part a data URI. The colour scale is the category's."""
 
@@ -47,6 +69,7 @@ class Picture:
     photo: str
     heat: str
     overlay: str
+    beside: list[Beside] = field(default_factory=list)
 
 
 @dataclass
@@ -68,6 +91,7 @@ class CategoryResult:
     notes: list[str] = field(default_factory=list)  # what a reader must know, e.g. masks that do not fit
     curves: dict[str, list[float]] = field(default_factory=dict)  # of training, a value a round
     oracle: dict[str, float | None] = field(default_factory=dict)  # metrics of the round best on the test images
+    unlike: list[Unlike] = field(default_factory=list)  # training images for a second look
 
     def count(self, defective: bool, stopped: bool | None = None) -> int:
         """Test images of a kind that could be judged, all or those (not) stopped."""
@@ -84,7 +108,10 @@ class CategoryResult:
     def from_json(cls, values: dict[str, Any]) -> "CategoryResult":
         values = dict(values)
         values["judged"] = [Judged(**row) for row in values["judged"]]
-        values["pictures"] = [Picture(**row) for row in values["pictures"]]
+        values["pictures"] = [
+            Picture(**{**row, "beside": [Beside(**one) for one in row["beside"]]}) for row in values["pictures"]
+        ]
+        values["unlike"] = [Unlike(**row) for row in values["unlike"]]
         values["scale"] = tuple(values["scale"])
         return cls(**values)
 
@@ -147,6 +174,7 @@ def evaluate(
         seconds={**detector.seconds, "evaluation": elapsed, "per image": elapsed / max(1, len(judged))},
         notes=[*detector.remarks, *notes],
         curves=detector.curves,
+        unlike=_unlike(detector),
     )
 
 
@@ -263,7 +291,22 @@ def _picture(sample: Sample, prediction: "Prediction", root: Path, why: str) -> 
     low, high = prediction.detector.scale
     glow = images.overlay(photo, anomaly_map, low, high, prediction.detector.map_level)
     parts = (_data_uri(part) for part in (photo, images.heat(anomaly_map, low, high), glow))
-    return Picture(sample.name(root), why, *parts)
+    beside = []
+    if prediction.is_anomalous or prediction.regions:
+        for one in prediction.why()[:EXPLAINED]:
+            here, there = ("" if part is None else _data_uri(part) for part in (one.here, one.there))
+            beside.append(Beside(one.region, here, there, one.nearest.image, one.nearest.distance))
+    return Picture(sample.name(root), why, *parts, beside)
+
+
+def _unlike(detector: "Detector") -> list[Unlike]:
+    """The training images for a second look, the worst first, those shown with a picture."""
+    found = []
+    for suspect in sorted(detector.training.get("suspects", ()), key=lambda one: -float(one["score"])):
+        picture = detector.picture(suspect["number"]) if len(found) < UNLIKE else None
+        small = "" if picture is None else _data_uri(images.resize(picture, (PICTURE_SIDE // 2, PICTURE_SIDE // 2)))
+        found.append(Unlike(suspect["name"], suspect["score"], small))
+    return found
 
 
 def _data_uri(rgb: npt.NDArray[np.uint8]) -> str:

@@ -3,18 +3,18 @@
 import io
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFile, ImageFont, ImageOps, UnidentifiedImageError
 
 from kizu import files
 from kizu.errors import BadImage
 
-__all__ = ["MAX_PIXELS", "MIN_SIDE", "SUFFIXES", "Float", "Source", "encode", "heat", "is_image_name"]
+__all__ = ["MAX_PIXELS", "MIN_SIDE", "SUFFIXES", "Float", "Source", "encode", "framed", "heat", "is_image_name"]
 __all__ += [
     "outline",
     "overlay",
@@ -155,6 +155,23 @@ def overlay(rgb: RGB, values: Float, low: float, high: float, level: float | Non
         width = max(1, round(min(rgb.shape[:2]) / 250))
         mixed[outline(values > level, width)] = (255, 64, 96)
     return np.asarray(mixed, dtype=np.uint8)
+
+
+def framed(rgb: RGB, boxes: Sequence[tuple[int, int, int, int]]) -> RGB:
+    """A picture with numbered frames around boxes (left, top, width, height)."""
+    if not boxes:
+        return rgb
+    canvas = Image.fromarray(rgb)
+    pen = ImageDraw.Draw(canvas)
+    side = min(rgb.shape[:2])
+    width, gap = max(1, round(side / 320)), max(2, round(side / 80))
+    font = ImageFont.load_default(size=max(10, round(side / 24)))
+    for number, (left, top, across, down) in enumerate(boxes, 1):
+        corners = left - gap, top - gap, left + across - 1 + gap, top + down - 1 + gap
+        pen.rectangle(corners, outline=(255, 255, 255), width=width)
+        x, y = max(0, corners[0]), max(0, corners[1])
+        pen.text((x + 2 * width, y + width), str(number), (255, 255, 255), font, stroke_width=width, stroke_fill=0)
+    return np.asarray(canvas)
 
 
 def outline(region: npt.NDArray[np.bool_], width: int = 1) -> npt.NDArray[np.bool_]:

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 from kizu import files
 from kizu import image as images
 from kizu.errors import BadImage, DataError
+from kizu.evidence import Lookalike, side_by_side
 
 if TYPE_CHECKING:
     from kizu.detectors.detector import Detector
+    from kizu.regions import MarkedRegion
 
 __all__ = ["Row", "judge", "listing", "profile", "write_csv"]
 
@@ -24,10 +26,13 @@ class Row:
 
     path: str
     score: float | None
-    threshold: float
+    p_value: float | None  # how often a good part looks so unusual, at most
     verdict: str  # "stop", "pass" or "error"
+    threshold: float
     seconds: float  # since the photograph before it, decoding included
     error: str = ""
+    regions: Sequence["MarkedRegion"] = ()
+    nearest: Sequence[Lookalike] = ()  # good patches, to the first regions or the highest place of the map
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -62,28 +67,40 @@ def judge(
     paths: Sequence[Path],
     overlays: Path | None = None,
     progress: Callable[[str, int, int], None] | None = None,
+    *,
+    why: Path | None = None,
 ) -> list[Row]:
-    """A row for each path, in their order; overlays as PNG under their names where a folder is given."""
+    """A row for each path, in their order; overlays as PNG under their names where a folder is given.
+
+    In the folder `why`, for each photograph that is stopped or marked, what is marked beside the nearest good patches.
+    """
     from kizu.detectors.detector import Photo
 
     photos = [Photo(path) for path in paths]
     targets = _overlay_names(paths, overlays) if overlays else {}
+    beside = _overlay_names(paths, why) if why else {}
     rows: dict[Path, Row] = {}
     last = time.perf_counter()
     for photo, outcome in detector.judge(photos):
         path = Path(photo.name)
-        if not isinstance(outcome, BadImage) and overlays:
+        nearest: list[Lookalike] = []
+        if not isinstance(outcome, BadImage):
             try:
-                images.write(targets[path], outcome.overlay())
+                if overlays:
+                    images.write(targets[path], outcome.overlay())
+                if why and (outcome.is_anomalous or outcome.regions) and (found := outcome.why()):
+                    images.write(beside[path], side_by_side(found))
+                    nearest = [one.nearest for one in found]
             except BadImage as error:
                 outcome = error
         now = time.perf_counter()
         level = detector.threshold.value
         if isinstance(outcome, BadImage):
-            rows[path] = Row(str(path), None, level, "error", now - last, outcome.reason)
+            rows[path] = Row(str(path), None, None, "error", level, now - last, outcome.reason)
         else:
             verdict = "stop" if outcome.is_anomalous else "pass"
-            rows[path] = Row(str(path), outcome.score, level, verdict, now - last)
+            p, regions = outcome.p_value, outcome.regions
+            rows[path] = Row(str(path), outcome.score, p, verdict, level, now - last, "", regions, nearest)
         last = now
         if progress:
             progress("", len(rows), len(paths))
@@ -132,13 +149,15 @@ def profile(detector: "Detector", paths: Sequence[Path], most: int = 20) -> dict
 
 
 def write_csv(path: Path, rows: Sequence[Row]) -> None:
-    """image, score, threshold, verdict, seconds, error; written whole or not at all."""
+    """image, score, p_value, verdict, threshold, seconds, error; written whole or not at all."""
     with files.new_file(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["image", "score", "threshold", "verdict", "seconds", "error"])
+        writer.writerow(["image", "score", "p_value", "verdict", "threshold", "seconds", "error"])
         for row in rows:
             score = "" if row.score is None else f"{row.score:.9g}"
-            writer.writerow([row.path, score, f"{row.threshold:.9g}", row.verdict, f"{row.seconds:.4f}", row.error])
+            p = "" if row.p_value is None else f"{row.p_value:.6g}"
+            level, seconds = f"{row.threshold:.9g}", f"{row.seconds:.4f}"
+            writer.writerow([row.path, score, p, row.verdict, level, seconds, row.error])
 
 
 def _overlay_names(paths: Sequence[Path], folder: Path) -> dict[Path, Path]:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from kizu import image as images
 from kizu.errors import BadImage
 
-__all__ = ["Batch", "Preprocessing", "Readable", "Stack", "batches"]
+__all__ = ["Batch", "Preprocessing", "Readable", "Stack", "batches", "digests"]
 
 
 class Readable(Protocol):
@@ -64,6 +64,13 @@ class Preprocessing:
         canvas[top : top + self.size[0], left : left + self.size[1]] = anomaly_map
         return images.resize_map(canvas, shape)
 
+    def locate(self, place: tuple[float, float], shape: tuple[int, int]) -> tuple[float, float]:
+        """Where a pixel (x, y) of a photograph of `shape` lies in the network's input."""
+        scaled = self.size if self.resize is None else self._scaled(shape)
+        top, left = (0, 0) if self.resize is None else self._corner(scaled)
+        x, y = ((at + 0.5) * new / old for at, new, old in zip(place, scaled[::-1], shape[::-1], strict=True))
+        return min(max(x - left, 0.0), self.size[1] - 0.001), min(max(y - top, 0.0), self.size[0] - 0.001)
+
     def _scaled(self, shape: tuple[int, ...]) -> tuple[int, int]:
         assert self.resize is not None
         factor = max(self.resize / min(shape[:2]), self.size[0] / shape[0], self.size[1] / shape[1])
@@ -91,6 +98,7 @@ class Stack:
         self._bytes = 3 * size[0] * size[1]
         self._count = 0
         self._digest = hashlib.blake2b(digest_size=16)
+        self.digests: list[str] = []  # of each photograph, to know it again
         fits = most * self._bytes <= memory
         self._array = np.empty((most, *self._shape), np.uint8) if fits else None
         self._file = None if fits else tempfile.TemporaryFile(prefix="kizu")  # noqa: SIM115
@@ -108,6 +116,7 @@ class Stack:
     def append(self, pixels: npt.NDArray[np.uint8]) -> None:
         """Add photographs (B, 3, h, w)."""
         self._digest.update(pixels.data)
+        self.digests += digests(pixels)
         if self._array is not None:
             self._array[self._count : self._count + len(pixels)] = pixels
         elif self._file is not None:
@@ -135,6 +144,11 @@ class Stack:
     def hash(self) -> str:
         """Of the pixels, in order."""
         return self._digest.hexdigest()
+
+
+def digests(pixels: npt.NDArray[np.uint8]) -> list[str]:
+    """A short hash of each photograph (B, 3, h, w)."""
+    return [hashlib.blake2b(photo.tobytes(), digest_size=8).hexdigest() for photo in pixels]
 
 
 def batches(

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from kizu import files, image, loco
 from kizu.errors import require
 from kizu.evaluation import CategoryResult, Judged, Picture
+from kizu.threshold import p_value
 
 __all__ = ["MAX_BYTES", "RunSummary", "render", "write"]
 
@@ -78,7 +79,7 @@ def _page(summary: RunSummary, results: Sequence[CategoryResult], note: str) -> 
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    filters = (_percent, _share, _ratio, _duration, _plural, _plain, _likely)
+    filters = (_percent, _share, _ratio, _duration, _plural, _plain, _likely, _rarely)
     environment.filters.update({function.__name__.lstrip("_"): function for function in filters})
     sections = [_section(result) for result in results]
     page: str = environment.get_template("report.html.j2").render(
@@ -189,6 +190,7 @@ class Section:
     loco_reasons: list[str]  # why some of them are None
     pictures: dict[str, list[PictureRow]]  # why → rows
     unreadable: list[Judged]
+    p_values: dict[str, float]  # image → how often a good part looks so unusual, at most
 
     def score(self, value: float) -> str:
         """A score with as many decimals as tell it from the threshold."""
@@ -224,6 +226,11 @@ def _section(result: CategoryResult) -> Section:
         loco={kind: [result.metrics[key] for key in keys] for kind, keys in loco_rows.items()},
         loco_reasons=sorted({result.reasons[key] for key in loco_keys if result.metrics[key] is None}),
         pictures=_picture_rows(result, verdicts),
+        p_values={
+            row.image: p_value(row.score, result.calibration_scores)
+            for row in result.judged
+            if row.score is not None and result.calibration_scores
+        },
         unreadable=[row for row in result.judged if row.score is None],
     )
 
@@ -364,6 +371,7 @@ def _drop(results: Sequence[CategoryResult], excess: int) -> tuple[list[Category
                 break
             picture = longest.pop(last)
             excess -= len(picture.photo) + len(picture.heat) + len(picture.overlay)
+            excess -= sum(len(one.here) + len(one.there) for one in picture.beside)
             dropped[why] += 1
     return [replace(result, pictures=pictures) for result, pictures in zip(results, kept, strict=True)], dropped
 
@@ -411,6 +419,12 @@ def _ratio(value: float | None) -> str:
     if value is None:
         return "–"
     return ">\u00a00.999" if 0.9995 <= value < 1 - 1e-9 else f"{value:.3f}"
+
+
+def _rarely(p: float) -> str:
+    """A p-value for people."""
+    how_many = f"{100 * p:.0f}\u00a0% of" if p >= 0.1 else f"1 in {int(1 / p + 1e-9):,}"
+    return f"at most {how_many} good parts score as high"
 
 
 def _duration(seconds: float) -> str:

@@ -38,6 +38,7 @@ from kizu.dataset import Dataset, Sample
 from kizu.errors import DataError, KizuError, OptionError
 from kizu.evaluation import CategoryResult, evaluate
 from kizu.saturation import Saturations
+from kizu.threshold import p_value
 
 if TYPE_CHECKING:
     from kizu.detectors.detector import Detector
@@ -146,6 +147,8 @@ def train(
     categories = [category for category in data.categories if data.select(category, "train")]
     if not categories:
         raise DataError(f"{data.root} holds no training images of good parts")
+    for category in categories:
+        kind(config).check_promise(len(data.select(category, "train")), len(data.select(category, "validation")))
     settings = {"method": method, "config": config.model_dump(mode="json"), "data": str(data.root.resolve())}
     about = {**settings, "categories": categories, "data_hash": fingerprint(data.samples), "oracle": oracle}
     if data.saturations:
@@ -292,13 +295,14 @@ def predictions_csv(results: Sequence[CategoryResult]) -> str:
     """A row a test image: what it is, its score and the verdict, or why there is none."""
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(["category", "image", "defect", "score", "threshold", "verdict", "error"])
+    writer.writerow(["category", "image", "defect", "score", "p_value", "verdict", "threshold", "error"])
     for result in results:
         for row in result.judged:
             score = "" if row.score is None else f"{row.score:.9g}"
+            p = "" if row.score is None else f"{p_value(row.score, result.calibration_scores):.6g}"
             verdict = "error" if row.score is None else ("stop" if row.score > result.threshold else "pass")
             level = f"{result.threshold:.9g}"
-            writer.writerow([result.category, row.image, row.defect, score, level, verdict, row.error])
+            writer.writerow([result.category, row.image, row.defect, score, p, verdict, level, row.error])
     return table.getvalue()
 
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["count", "messages", "print_facts", "print_results", "print_table", "print_verdicts", "progress", "summary"]
 
 COLUMNS = {"image_auroc": "image AUROC", "pixel_auroc": "pixel AUROC", "au_pro": "AU-PRO"}
+LISTED = 8  # training images for a second look
 LOCO_COLUMNS = {
     "image_auroc_logical": "logical AUROC",
     "au_spro_logical_0.05": "logical sPRO",
@@ -84,6 +85,8 @@ def print_results(results: "Sequence[CategoryResult]", folder: Path | None, opti
                 "threshold": result.threshold,
                 "false_alarms": result.count(defective=False, stopped=True),
                 "misses": result.count(defective=True, stopped=False),
+                "promise": result.statement,
+                "unlike_the_others": [one.image for one in result.unlike],
             }
             for result in results
         ]
@@ -98,6 +101,10 @@ def print_results(results: "Sequence[CategoryResult]", folder: Path | None, opti
             click.echo(f"  n/a: {names}: {reason}")
         for note in result.notes:
             click.echo(f"  Note: {note}")
+        if result.unlike:
+            names = ", ".join(one.image for one in result.unlike[:LISTED])
+            more = f" and {len(result.unlike) - LISTED} more" if len(result.unlike) > LISTED else ""
+            click.echo(f"  Worth a second look, training images unlike the others: {names}{more}")
         for row in result.judged:
             if row.error:
                 click.echo(f"  Not judged: {row.image} {row.error}")
@@ -122,7 +129,7 @@ def print_verdicts(rows: Sequence[Any], options: dict[str, Any]) -> None:
         if row.error:
             click.echo(f"error  {row.path}: {row.error}")
         elif not options["quiet"] or row.verdict == "stop":
-            click.echo(f"{row.verdict:5}  {row.score:10.4f}  {row.path}")
+            click.echo(f"{row.verdict:5}  {row.score:10.4f}  p {row.p_value:<7.3g} {row.path}")
     if not options["quiet"]:
         counts = {word: sum(row.verdict == word for row in rows) for word in ("stop", "pass", "error")}
         level = next((row.threshold for row in rows if not row.error), None)

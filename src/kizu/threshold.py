@@ -1,10 +1,20 @@
-"""The pass/fail level, from scores of good images only."""
+"""The pass/stop level, from scores of good images only, and what it promises.
+
+Split conformal prediction (Papadopoulos et al., 2002; Vovk et al., 2005): if a new good part's score is exchangeable
+with the n scores behind the level, it is stopped with probability at most j / (n + 1), where j − 1 of the n scores lie
+above the level. Over the draw of the n images, the share of good parts stopped follows Beta(j, n + 1 − j).
+"""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-__all__ = ["Threshold", "calibrate"]
+from kizu.errors import OptionError
+
+__all__ = ["CONFIDENCE", "Threshold", "calibrate", "images_needed", "interval", "one_in", "p_value"]
+__all__ += ["percent", "refuse", "upper"]
+
+CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
@@ -14,6 +24,7 @@ class Threshold:
     value: float
     rate: float  # the share of good parts that may be stopped, as asked for
     count: int  # good images behind it
+    tuned: str = ""  # the sentence that says on which labelled images it was set instead
 
     @property
     def supported(self) -> float:
@@ -21,35 +32,127 @@ class Threshold:
         return 1 / (self.count + 1)
 
     @property
+    def expected(self) -> float:
+        """The share of good parts that it stops on average, at most."""
+        return _allowed(self.rate, self.count) / (self.count + 1)
+
+    @property
+    def bound(self) -> float:
+        """The share of good parts that it stops at most, for 95 % of all draws of the images behind it."""
+        return upper(_allowed(self.rate, self.count) - 1, self.count)
+
+    def promised(self, good: Sequence[float]) -> float:
+        """The share of good parts that it stops on average, at most, also where it was tuned; `good` are its scores."""
+        return p_value(math.nextafter(self.value, math.inf), good) if self.tuned else self.expected
+
+    @property
     def statement(self) -> str:
         """The promise in one sentence."""
+        if self.tuned:
+            return self.tuned
         if self.count == 0:
             return "No good image was left over to set a level from, so nothing is stopped: train on more images."
+        bound = _at_most(self.bound)
         if self.rate >= self.supported - 1e-12:
             return (
-                f"About {one_in(self.rate)} good parts will be stopped: the level comes from {self.count} good images, "
-                "each judged as if it were new."
+                f"At most {one_in(self.rate)} good parts will be stopped on average, with 95 % confidence at most "
+                f"{bound}, as long as they come about and are photographed like the {self.count} good images behind "
+                f"the level, which carry at best {one_in(self.supported)}."
             )
-        needed = math.ceil(1 / self.rate) - 1
         return (
-            f"{one_in(self.rate)} was asked for, but {self.count} good images carry at best {one_in(self.supported)}, "
-            f"and that is where the level lies; {needed} good images are needed."
+            f"{one_in(self.rate)} was asked for, but {self.count} good images carry at best {one_in(self.supported)} "
+            f"on average (with 95 % confidence at most {bound}), and that is where the level lies; "
+            f"{images_needed(self.rate)} good images are needed."
         )
 
 
 def calibrate(scores: Sequence[float], rate: float) -> Threshold:
     """The level that a new good part passes with probability at least 1 − rate, if it is like these (n of them).
 
-    It is the ⌈(n + 1)(1 − rate)⌉-th smallest score (split conformal prediction), or the largest where n is too small,
-    or infinite where there is none.
+    It is the ⌈(n + 1)(1 − rate)⌉-th smallest score, or the largest where n is too small, or infinite where there is
+    none.
     """
     ordered = sorted(scores)
-    if not ordered:
-        return Threshold(math.inf, rate, 0)
-    rank = math.ceil((len(ordered) + 1) * (1 - rate) - 1e-9)
-    return Threshold(float(ordered[min(rank, len(ordered)) - 1]), rate, len(ordered))
+    value = float(ordered[-_allowed(rate, len(ordered))]) if ordered else math.inf
+    return Threshold(value, rate, len(ordered))
+
+
+def p_value(score: float, good: Iterable[float]) -> float:
+    """How often a good part looks at least so unusual, at most: (1 + how many of n good scores reach it) / (n + 1).
+
+    It is at most α exactly where the score is above `calibrate(good, α)`, for every α that n carries.
+    """
+    reached = [other >= score for other in good]
+    return (1 + sum(reached)) / (1 + len(reached))
+
+
+def images_needed(rate: float) -> int:
+    """The fewest good images that carry a rate."""
+    return math.ceil(1 / rate - 1e-9) - 1
+
+
+def refuse(rate: float, count: int) -> None:
+    """Raise `OptionError` where so many good images cannot carry the rate."""
+    needed = images_needed(rate)
+    if count < needed:
+        carried = f"carry at best {one_in(1 / (count + 1))}" if count else "carry no promise"
+        raise OptionError(
+            f"--false-alarms {rate:g}: {count} good images that set the level {carried}; "
+            f"{one_in(rate)} needs {needed}, {needed - count} more. "
+            "Without --false-alarms the best that they carry is taken."
+        )
+
+
+def upper(hits: int, total: int, confidence: float = CONFIDENCE) -> float:
+    """The largest rate of which `hits` or fewer in `total` still come with probability 1 − confidence, exactly.
+
+    It is the quantile of Beta(hits + 1, total − hits), Clopper and Pearson's bound.
+    """
+    if hits >= total:
+        return 1.0
+    return _solve(lambda rate: _at_most_hits(hits, total, rate) > 1 - confidence)
+
+
+def interval(hits: int, total: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
+    """Where the true rate lies, given `hits` of `total` (Clopper and Pearson)."""
+    one_sided = (1 + confidence) / 2
+    return 1 - upper(total - hits, total, one_sided), upper(hits, total, one_sided)
 
 
 def one_in(rate: float) -> str:
     """0.02 → "1 in 50"."""
     return f"1 in {round(1 / rate):,}" if 1 / rate >= 9.5 or rate == 1 / round(1 / rate) else f"{rate:.0%}"
+
+
+def percent(rate: float) -> str:
+    """0.021 → "2.1 %"."""
+    return f"{100 * rate:.1f}".removesuffix(".0") + " %"
+
+
+def _at_most(rate: float) -> str:
+    """As `one_in`, rounded to the safe side."""
+    return f"1 in {math.floor(1 / rate + 1e-9):,}" if rate < 0.105 else f"{math.ceil(100 * rate - 1e-9)} %"
+
+
+def _allowed(rate: float, count: int) -> int:
+    """j: one more than the scores that may lie above the level."""
+    return max(1, math.floor(rate * (count + 1) + 1e-9))
+
+
+def _at_most_hits(hits: int, total: int, rate: float) -> float:
+    """P(X ≤ hits) for X ~ Binomial(total, rate), 0 < rate < 1."""
+    both = math.lgamma(total + 1)
+    logs = (
+        both - math.lgamma(k + 1) - math.lgamma(total - k + 1) + k * math.log(rate) + (total - k) * math.log1p(-rate)
+        for k in range(hits + 1)
+    )
+    return math.fsum(map(math.exp, logs))
+
+
+def _solve(below: Callable[[float], bool]) -> float:
+    """The rate in (0, 1) up to which something holds."""
+    low, high = 0.0, 1.0
+    while high - low > 1e-12:
+        middle = (low + high) / 2
+        low, high = (middle, high) if below(middle) else (low, middle)
+    return high

@@ -6,9 +6,9 @@ import os
 import shutil
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -28,13 +28,17 @@ from kizu.backbone import weights_hash
 from kizu.config import CONFIGS, Config, build
 from kizu.detectors import detector_class
 from kizu.errors import BadImage, DataError, ModelError, OptionError
+from kizu.evidence import Evidence, Lookalike, evidence
 from kizu.memory import budget, release
-from kizu.preprocess import Preprocessing, Readable, Stack, batches
-from kizu.threshold import Threshold, calibrate
+from kizu.preprocess import Preprocessing, Readable, Stack, batches, digests
+from kizu.regions import MarkedRegion, find_regions
+from kizu.suspects import suspects
+from kizu.threshold import Threshold, calibrate, p_value, refuse
 
-__all__ = ["Detector", "Learned", "Photo", "Prediction", "gpu_device", "load"]
+__all__ = ["Detector", "Learned", "Photo", "Prediction", "gpu_device", "load", "name_of"]
 
-FORMAT = 1
+FORMAT = 2
+THUMBNAILS = "thumbnails.safetensors"
 BATCH = 8
 LEARNED = {"cpu": 4, "cuda": 32}  # images at a time: on a CPU more are no faster and take more memory
 Progress = Callable[[str, int, int], None]  # stage, done, total
@@ -74,6 +78,11 @@ class Prediction:
         """Whether to stop the part."""
         return self.score > self.threshold
 
+    @property
+    def p_value(self) -> float:
+        """How often a good part looks at least so unusual, at most. Stopped is what lies at or below the rate."""
+        return p_value(self.score, self.detector.calibration_scores)
+
     @cached_property
     def anomaly_map(self) -> images.Float:
         """(H, W) float32 over the photograph: how anomalous each pixel's surroundings are."""
@@ -84,10 +93,23 @@ class Prediction:
         """(H, W): the pixels above the level that good images reach as rarely as the threshold is passed."""
         return self.anomaly_map > self.detector.map_level
 
-    def overlay(self) -> npt.NDArray[np.uint8]:
-        """The photograph with its map glowing over it and contours around what is marked. (H, W, 3) uint8."""
+    @cached_property
+    def regions(self) -> list[MarkedRegion]:
+        """What is marked, region by region, the most anomalous first."""
         level = self.detector.map_level
-        return images.overlay(self.item.read()[0], self.anomaly_map, *self.detector.scale, level)
+        return find_regions(self.anomaly_map, level, self.detector.map_peaks) if self.input_map.max() > level else []
+
+    def why(self) -> list[Evidence]:
+        """For the most anomalous places, the good patches from training that look most like them.
+
+        Empty for methods that remember no patches. Raises `BadImage` when the photograph cannot be read any more.
+        """
+        return evidence(self)
+
+    def overlay(self) -> npt.NDArray[np.uint8]:
+        """The photograph, its map glowing over it, contours and numbered boxes where it is marked. (H, W, 3) uint8."""
+        glow = images.overlay(self.item.read()[0], self.anomaly_map, *self.detector.scale, self.detector.map_level)
+        return images.framed(glow, [region.box for region in self.regions])
 
 
 @dataclass
@@ -99,6 +121,7 @@ class Learned:
     map_peaks: list[float]  # the maximum of each held-out image's map
     map_median: float  # the typical value of a good pixel
     facts: dict[str, Any] = field(default_factory=dict)  # worth knowing, e.g. the size of a memory bank
+    as_new: dict[int, float] = field(default_factory=dict)  # scores of training images as if they had not been learned
 
 
 class Detector(ABC):
@@ -129,6 +152,8 @@ class Detector(ABC):
         self.curves: dict[str, list[float]] = {}  # of training, a value a round
         self.checkpoint: Path | None = None
         self.after_round: Callable[[nn.Module, int], None] = lambda graph, number: None
+        self.thumbnails: list[bytes] = []  # of the training images, encoded, if they are kept
+        self.good_items: list[Readable | None] = []  # the training images, as long as their files are at hand
         self.seconds: dict[str, float] = {}
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.workers = 2  # threads that read photographs
@@ -157,7 +182,8 @@ class Detector(ABC):
         Images in `held_out`, if there are any, are not learned from but set the threshold; otherwise each method
         holds out its own. `memory` ("2GB") bounds the working data; without it, half of what is free may be used.
         A method that trains for long writes where it is to the file `checkpoint`, and goes on from there if it exists.
-        Raises `DataError` with the list of all images that cannot be read, before any work, unless `skip_bad`.
+        Raises `DataError` with the list of all images that cannot be read, before any work, unless `skip_bad`, and
+        `OptionError` for a rate of false alarms that was asked for and that so few images cannot carry.
         """
         progress = progress or (lambda stage, done, total: None)
         self.checkpoint = None if checkpoint is None else Path(checkpoint)
@@ -169,15 +195,63 @@ class Detector(ABC):
         self.checkpoint = None if checkpoint is None else Path(checkpoint)
         with ExitStack() as open_files:
             with self.timed("decode"):
-                photos, names = self.read(good, most // 8, skip_bad, progress)
+                photos, items = self.read(good, most // 8, skip_bad, progress)
                 open_files.enter_context(photos)
                 others, _ = self.read(held_out, most // 8, skip_bad, progress)
                 open_files.enter_context(others)
             if len(photos) == 0:
                 raise DataError("There is no image to learn from.")
+            self.check_promise(len(photos), len(others))
             learned = self.learn(photos, others, most, progress)
-        self.training = {"images": len(names), "hash": photos.hash, "names": names}
+        self.training = {"images": 0, "names": [], "digests": [], "suspects": []}
+        self.remember(photos, items, learned.as_new)
+        self.training["hash"] = photos.hash
         return self.adopt(learned)
+
+    def remember(self, photos: Stack, items: Sequence[Readable], as_new: Mapping[int, float]) -> None:
+        """What the images just learned from are called and look like, and which of them look unlike the others."""
+        before, names = self.training["images"], [name_of(item) for item in items]
+        unlike = [{**asdict(one), "number": before + one.number} for one in suspects(as_new, names)]
+        self.training["images"] += len(items)
+        self.training["names"] += names
+        self.training["digests"] += photos.digests
+        self.training["suspects"] += unlike
+        self.good_items += [item if _is_file(item) else None for item in items]
+        if getattr(self.config, "thumbnails", False):
+            for start in range(0, len(photos), BATCH):
+                some = photos.batch(start, start + BATCH).transpose(0, 2, 3, 1)
+                self.thumbnails += [images.encode(picture, "JPEG", quality=85) for picture in some]
+
+    def picture(self, number: int) -> npt.NDArray[np.uint8] | None:
+        """A training image as the network sees it, from the model's thumbnails or its own file; None if neither is."""
+        if number < len(self.thumbnails):
+            return images.resize(images.read(self.thumbnails[number]), self.config.size)
+        item = self.good_items[number] if number < len(self.good_items) else None
+        try:
+            return None if item is None else self.preprocessing(item.read(self.preprocessing.enough)[0])
+        except BadImage:
+            return None
+
+    def nearest_good(self, seen: npt.NDArray[np.uint8], place: tuple[float, float]) -> Lookalike | None:
+        """The training patch nearest to a place (x, y) of a photograph as the network sees it (h, w, 3).
+
+        None for methods that remember no patches.
+        """
+        return None
+
+    def knows(self, items: Iterable[Readable]) -> int:
+        """How many of these photographs it has learned from."""
+        learned = set(self.training["digests"])
+        return sum(d in learned for batch in batches(items, self.preprocessing) for d in digests(batch.pixels))
+
+    def calibrates_with(self, photos: int, held_out: int) -> int:
+        """How many good images set the level: those held out, or else all, where none is lost by judging it as new."""
+        return held_out or photos
+
+    def check_promise(self, photos: int, held_out: int) -> None:
+        """Raise `OptionError` where a rate was asked for that so many images cannot carry; the default may be."""
+        if "false_alarms" in self.config.model_fields_set:
+            refuse(self.config.false_alarms, self.calibrates_with(photos, held_out))
 
     def adopt(self, learned: Learned) -> Self:
         """Take what was learned, and set the levels from it."""
@@ -235,10 +309,15 @@ class Detector(ABC):
             save_file(state, temporary / "model.safetensors")
             text = json.dumps(self.describe(), indent=1, ensure_ascii=False)
             (temporary / "model.json").write_text(text + "\n", encoding="utf-8")
+            if self.thumbnails:
+                tensors = (torch.frombuffer(bytearray(picture), dtype=torch.uint8) for picture in self.thumbnails)
+                encoded = {f"{number:06}": tensor for number, tensor in enumerate(tensors)}
+                save_file(encoded, temporary / THUMBNAILS)
             if keep_previous and (folder / "model.json").exists():
                 (temporary / "previous").mkdir()
-                for name in ("model.safetensors", "model.json"):
-                    shutil.copy2(folder / name, temporary / "previous" / name)
+                for name in ("model.safetensors", "model.json", THUMBNAILS):
+                    if (folder / name).exists():
+                        shutil.copy2(folder / name, temporary / "previous" / name)
         return folder
 
     def describe(self) -> dict[str, Any]:
@@ -253,6 +332,7 @@ class Detector(ABC):
                 "value": self.threshold.value if self.threshold.count else None,
                 "rate": self.threshold.rate,
                 "count": self.threshold.count,
+                "tuned": self.threshold.tuned,
             },
             "calibration_scores": self.calibration_scores,
             "map": {
@@ -273,7 +353,7 @@ class Detector(ABC):
     def restore_levels(self, about: dict[str, Any]) -> None:
         """Take levels and facts as `describe` gave them."""
         level = about["threshold"]
-        self.threshold = Threshold(_finite(level["value"]), level["rate"], level["count"])
+        self.threshold = Threshold(_finite(level["value"]), level["rate"], level["count"], level["tuned"])
         self.calibration_scores, self.map_peaks = about["calibration_scores"], about["map"]["peaks"]
         self.map_level, self.scale = _finite(about["map"]["level"]), tuple(about["map"]["scale"])
         self.facts, self.training = about["facts"], about["training"]
@@ -313,24 +393,24 @@ class Detector(ABC):
 
     def read(
         self, good: str | os.PathLike[str] | Iterable[Any], memory: int, skip_bad: bool, progress: Progress
-    ) -> tuple[Stack, list[str]]:
-        """All photographs, scaled, and their names. Raises `DataError` with the list of those that cannot be read."""
+    ) -> tuple[Stack, list[Readable]]:
+        """All photographs, scaled, and what they are from. Raises `DataError` with a list of the unreadable ones."""
         items = _items(good)
         photos = Stack(len(items), self.preprocessing.size, memory)
-        names: list[str] = []
+        read: list[Readable] = []
         bad: list[BadImage] = []
         for batch in batches(items, self.preprocessing, workers=self.workers):
             photos.append(batch.pixels)
-            names += [_name(item) for item in batch.items]
+            read += batch.items
             bad += [error for _, error in batch.failures]
-            progress("Reading", len(names) + len(bad), len(items))
+            progress("Reading", len(read) + len(bad), len(items))
         if bad and not skip_bad:
             photos.__exit__()
             listing = "\n".join(f"  {error}" for error in bad)
             raise DataError(
                 f"{len(bad)} of {len(items)} training images cannot be used (--skip-bad leaves them out):\n{listing}"
             )
-        return photos, names
+        return photos, read
 
 
 def gpu_device(number: int) -> torch.device:
@@ -348,6 +428,7 @@ def load(folder: str | os.PathLike[str]) -> Detector:
         about = json.loads((folder / "model.json").read_text(encoding="utf-8"))
         packed = load_file(folder / "model.safetensors")
         tensors = {key: tensor.clone() for key, tensor in packed.items()}  # aligned: the last bit depends on it
+        encoded = load_file(folder / THUMBNAILS) if (folder / THUMBNAILS).exists() else {}
     except FileNotFoundError as error:
         raise ModelError(f"{folder} is not a kizu model: {Path(error.filename or 'a file').name} is missing") from None
     except (OSError, ValueError, SafetensorError) as error:
@@ -363,6 +444,7 @@ def load(folder: str | os.PathLike[str]) -> Detector:
         graph.load_state_dict(tensors, assign=True)
         detector.graph = graph.eval().requires_grad_(False).to(detector.device)
         detector.restore_levels(about)
+        detector.thumbnails = [encoded[key].numpy().tobytes() for key in sorted(encoded)]
     except (KeyError, TypeError, RuntimeError) as error:
         raise ModelError(f"{folder}: the model is damaged ({error})") from None
     return detector
@@ -387,5 +469,10 @@ def _readable(image: Any) -> Readable:
     return image if isinstance(image, dataset.Sample | Photo) else Photo(image)
 
 
-def _name(item: Readable) -> str:
+def name_of(item: Readable) -> str:
     return item.path.name if isinstance(item, dataset.Sample) else getattr(item, "name", "image")
+
+
+def _is_file(item: Readable) -> bool:
+    """Whether an image can be read again without being kept in memory."""
+    return isinstance(item, dataset.Sample) or isinstance(getattr(item, "source", None), str | os.PathLike)

@@ -169,6 +169,9 @@ class EfficientAD(Detector):
         facts = {"teacher": origin, "network": f"PDN-{network.size.upper()}", "images": images, **trained}
         return Learned(graph, *outcome, facts)
 
+    def calibrates_with(self, photos: int, held_out: int) -> int:
+        return held_out or len(parted(photos, 0, self.config.validation, self.config.seed)[2])
+
     def _measure(self, graph: EfficientADGraph, photos: Stack, numbers: Sequence[int], progress: Progress) -> None:
         """The border's mean colour, then mean and deviation of the teacher's channels, over the good images."""
         rims = ChannelStatistics()

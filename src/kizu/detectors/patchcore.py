@@ -6,12 +6,14 @@ a layer instead of one of all layers (`fusion`), distances measured in units of 
 """
 
 import hashlib
+import math
 import statistics
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, Self
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -22,11 +24,13 @@ from kizu.bank import Bank, Hits
 from kizu.config import PatchCoreConfig
 from kizu.detectors.detector import Detector, Learned, Progress
 from kizu.errors import DataError, ModelError
+from kizu.evidence import Lookalike
 from kizu.maps import MapUpsampling
 from kizu.memory import budget
 from kizu.patches import PatchFeatures
 from kizu.preprocess import Stack
 from kizu.quantised import QuantisedCells
+from kizu.threshold import images_needed
 
 __all__ = ["PatchCore"]
 
@@ -129,6 +133,22 @@ class PatchCoreGraph(nn.Module):
         usual = bank.usual(self.config.local_scale, hit if as_if_new else None)
         return (hit.distances / usual[hit.entries]).mean(1)
 
+    def nearest(self, image: Tensor, place: tuple[float, float]) -> tuple[float, int, tuple[float, float]]:
+        """What is nearest to a place of an image (1, 3, H, W), in the bank to which it is the most unusual.
+
+        The distance in units of what is usual there, the training image, and the place there; places are x, y as shares
+        of width and height.
+        """
+        found = []
+        for bank, layer, (height, width) in zip(self.memory, self.embed(image), self.grids, strict=True):
+            column, row = int(place[0] * width), int(place[1] * height)
+            distances, entries = bank.search(layer[:, :, row, column], 1)
+            entry = int(entries[0, 0])
+            row, column = divmod(int(bank.places[entry]), width)
+            distance = float(distances[0, 0] / bank.usual(self.config.local_scale)[entry])
+            found.append((distance, int(bank.images[entry]), ((column + 0.5) / width, (row + 0.5) / height)))
+        return max(found)
+
     def weight(self, hit: Hits, worst: Tensor) -> Tensor:
         """Eq. 7, 1 − exp‖m_t − m*‖ / Σ exp‖m_t − m‖ over the bank's m nearest to m*, itself among them.
 
@@ -181,17 +201,22 @@ class PatchCore(Detector):
     def learn(self, photos: Stack, held_out: Stack, memory: int, progress: Progress) -> Learned:
         with torch.inference_mode():
             learned = [self._learn_one(config, photos, held_out, memory, progress) for config in self.config.members()]
-            graphs, rated, facts = zip(*learned, strict=True)
+            graphs, rated, as_new, facts = zip(*learned, strict=True)
+            step = 1 if len(as_new[0]) == len(photos) else max(1, len(photos) // self._enough())
             if len(graphs) == 1:
-                return _learned(graphs[0], graphs, rated, facts[0])
+                return _learned(graphs[0], graphs, rated, as_new[0], facts[0], step)
             ensemble = EnsembleGraph(graphs).to(self.device)
             ensemble.learn_stats(rated)
-            return _learned(ensemble, graphs, rated, {"members": list(facts)})
+            scaled = [(scores - mean) / std for scores, (mean, std) in zip(as_new, ensemble.score_stats, strict=True)]
+            alike = len({len(scores) for scores in scaled}) == 1  # the members judged the same images
+            together = torch.stack(scaled).mean(0) if alike else scaled[0]
+            return _learned(ensemble, graphs, rated, together, {"members": list(facts)}, step)
 
     def _learn_one(
         self, config: PatchCoreConfig, photos: Stack, held_out: Stack, memory: int, progress: Progress
-    ) -> tuple[PatchCoreGraph, tuple[Tensor, Tensor], dict[str, Any]]:
-        """One member: its graph, its scores and patch scores of good images held out, and facts."""
+    ) -> tuple[PatchCoreGraph, tuple[Tensor, Tensor], Tensor, dict[str, Any]]:
+        """One member: its graph, its scores and patch scores of good images held out, its scores of the training images
+        as if each were new, and facts."""
         network = backbone.create(config.backbone, config.layers, config.weights, config.size)
         graph = PatchCoreGraph(config, network.to(self.device))
         summaries: list[coreset.Summary] = []
@@ -205,14 +230,14 @@ class PatchCore(Detector):
                     total = len(photos) * (1 + copies)
                     summaries = [_summary(config, layer, layers, total, memory) for layer in layers]
                 for summary, layer in zip(summaries, layers, strict=True):
-                    summary.add(as_rows(layer), numbers.repeat_interleave(layer.shape[2] * layer.shape[3]))
+                    summary.add(as_rows(layer), _patch_numbers(numbers, layer.shape[2] * layer.shape[3]))
         with self.timed("coreset"):
             banks, radii = [], []
-            for summary in summaries:
-                entries, images, radius = summary.choose(lambda done, total: progress("Memory bank", done, total))
-                banks.append(Bank.of(entries, images))
+            for summary, (height, width) in zip(summaries, grids, strict=True):
+                entries, patches, radius = summary.choose(lambda done, total: progress("Memory bank", done, total))
+                banks.append(Bank.of(entries, patches // (height * width), patches % (height * width)))
                 radii.append(radius)
-            del entries, images
+            del entries, patches
             graph.complete(banks, grids)
         facts: dict[str, Any] = {
             "bank": [len(bank.entries) for bank in banks],
@@ -221,10 +246,10 @@ class PatchCore(Detector):
             "radius": radii,
         }
         with self.timed("calibration"):
-            outcome = self._calibrate(graph, photos, summaries, held_out, progress)
+            outcome, as_new = self._calibrate(graph, photos, summaries, held_out, progress)
             if config.search != "exact":
                 facts["recall"] = _recalls(graph, torch.from_numpy(photos.batch(0, TOGETHER)).to(self.device))
-        return graph, outcome, facts
+        return graph, outcome, as_new, facts
 
     def _calibrate(
         self,
@@ -233,14 +258,17 @@ class PatchCore(Detector):
         summaries: Sequence[coreset.Summary],
         held_out: Stack,
         progress: Progress,
-    ) -> tuple[Tensor, Tensor]:
-        """Scores (M,) and patch scores of the held-out images, or else of the training images, each as if new."""
+    ) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        """Scores (M,) and patch scores of the held-out images, or else of the training images; and the latter's scores.
+
+        Training images are judged each as if it were new.
+        """
         found = list(self._search_among_others(graph, photos, summaries, progress))
         as_new = _judged_as_new(graph, found)
         if not len(held_out):
-            return as_new
+            return as_new, as_new[0]
         rated = [graph.rate(pixels) for _, pixels in self.stream(held_out, "Threshold", progress)]
-        return torch.cat([scores for scores, _ in rated]), torch.cat([grids for _, grids in rated])
+        return (torch.cat([scores for scores, _ in rated]), torch.cat([grids for _, grids in rated])), as_new[0]
 
     def _search_among_others(
         self, graph: PatchCoreGraph, photos: Stack, summaries: Sequence[coreset.Summary], progress: Progress
@@ -250,7 +278,7 @@ class PatchCore(Detector):
         Where the features are not all at hand any more they are computed again, of at most `CALIBRATED` images.
         """
         at_hand = all(summary.is_whole for summary in summaries)
-        numbers = range(0, len(photos), 1 if at_hand else max(1, len(photos) // CALIBRATED))
+        numbers = range(0, len(photos), 1 if at_hand else max(1, len(photos) // self._enough()))
         kept = [graph.room_for_hits(len(numbers), which) for which in range(len(graph.grids))]
         for start in range(0, len(numbers), TOGETHER):
             some = numbers[start : start + TOGETHER]
@@ -267,6 +295,18 @@ class PatchCore(Detector):
                 yield [hits.moved_to(place, position) for hits, place in zip(image, kept, strict=True)]
             progress("Threshold", some[-1] + 1, len(photos))
 
+    def _enough(self) -> int:
+        """Images that set the level where each costs time."""
+        return max(CALIBRATED, images_needed(self.config.false_alarms))
+
+    def nearest_good(self, seen: npt.NDArray[np.uint8], place: tuple[float, float]) -> Lookalike | None:
+        graph = self.graph.members[0] if isinstance(self.graph, EnsembleGraph) else self.graph
+        assert isinstance(graph, PatchCoreGraph)
+        with torch.inference_mode():
+            pixels = torch.from_numpy(seen.transpose(2, 0, 1)[None].copy()).to(self.device)
+            distance, number, (x, y) = graph.nearest(pixels, (place[0] / seen.shape[1], place[1] / seen.shape[0]))
+        return Lookalike(self.training["names"][number], number, (x, y), distance)
+
     def update(
         self,
         good: Any,
@@ -282,25 +322,27 @@ class PatchCore(Detector):
         """
         graph = self._single("updated")
         progress = progress or (lambda stage, done, total: None)
-        photos, names = self.read(good, budget(memory) // 8, skip_bad, progress)
+        photos, items = self.read(good, budget(memory) // 8, skip_bad, progress)
         if len(photos) == 0:
             raise DataError("There is no image to learn from.")
         before = self.training["images"]
         with torch.inference_mode(), photos:
             for numbers, pixels in self.stream(photos, "Features", progress, copies=self._copies()):
                 layers = [as_rows(layer) for layer in graph.embed(pixels)]
-                images = [(numbers + before).repeat_interleave(len(rows) // len(numbers)) for rows in layers]
-                both = zip(graph.memory, layers, images, strict=True)
-                graph.complete([bank.exchanged(rows, those) for bank, rows, those in both], graph.grids)
+                banks = []
+                for bank, rows in zip(graph.memory, layers, strict=True):
+                    count = len(rows) // len(numbers)
+                    patches = _patch_numbers(numbers + before, count)
+                    banks.append(bank.exchanged(rows, patches // count, patches % count))
+                graph.complete(banks, graph.grids)
             found = []
             for numbers, pixels in self.stream(photos, "Threshold", progress):
                 found += graph.search_all([as_rows(layer) for layer in graph.embed(pixels)], before + numbers)
-            new = _learned(graph, [graph], [_judged_as_new(graph, found)], self.facts)
-        self.training = {
-            "images": before + len(names),
-            "hash": hashlib.blake2b((self.training["hash"] + photos.hash).encode(), digest_size=16).hexdigest(),
-            "names": self.training["names"] + names,
-        }
+            judged = _judged_as_new(graph, found)
+            new = _learned(graph, [graph], [judged], judged[0], self.facts)
+            self.remember(photos, items, new.as_new)
+        both = (self.training["hash"] + photos.hash).encode()
+        self.training["hash"] = hashlib.blake2b(both, digest_size=16).hexdigest()
         new.scores = self.calibration_scores + new.scores
         new.map_peaks = self.map_peaks + new.map_peaks
         new.map_median = self.scale[0]
@@ -327,7 +369,15 @@ class PatchCore(Detector):
             "images": sum(part.training["images"] for part in parts),
             "hash": hashlib.blake2b("".join(p.training["hash"] for p in parts).encode(), digest_size=16).hexdigest(),
             "names": [name for part in parts for name in part.training["names"]],
+            "digests": [digest for part in parts for digest in part.training["digests"]],
+            "suspects": [
+                {**one, "number": one["number"] + start}
+                for part, start in zip(parts, starts, strict=True)
+                for one in part.training["suspects"]
+            ],
         }
+        if all(part.thumbnails for part in parts):
+            merged.thumbnails = [picture for part in parts for picture in part.thumbnails]
         scores = [score for part in parts for score in part.calibration_scores]
         peaks = [peak for part in parts for peak in part.map_peaks]
         facts = {**first.facts, "bank": [len(bank.entries) for bank in banks]}
@@ -355,6 +405,11 @@ def as_rows(features: Tensor) -> Tensor:
     return features.permute(0, 2, 3, 1).flatten(0, 2)
 
 
+def _patch_numbers(images: Tensor, patches: int) -> Tensor:
+    """(B,) → (B · patches,): image · patches + place, one number for each patch."""
+    return (images[:, None] * patches + torch.arange(patches, device=images.device)).flatten()
+
+
 def _summary(
     config: PatchCoreConfig, layer: Tensor, layers: Sequence[Tensor], images: int, memory: int
 ) -> coreset.Summary:
@@ -368,7 +423,7 @@ def _summary(
 def _restore_one(config: PatchCoreConfig, tensors: dict[str, Tensor], prefix: str) -> PatchCoreGraph:
     graph = PatchCoreGraph(config, backbone.blank(config.backbone, config.layers, config.size))
     names = [f"{prefix}banks.{number}" for number in range(len(graph.taps))]
-    parts = ("entries", "images", "sums", "counts", "centres", "sizes")
+    parts = ("entries", "images", "places", "sums", "counts", "centres", "sizes")
     banks = [Bank(*(tensors[f"{name}.{part}"] for part in parts)) for name in names]
     graph.complete(banks, [(height, width) for height, width in tensors[f"{prefix}grid_sizes"].tolist()])
     return graph
@@ -398,9 +453,14 @@ def _learned(
     graph: nn.Module,
     members: Sequence[PatchCoreGraph],
     rated: Sequence[tuple[Tensor, Tensor]],
+    as_new: Tensor,
     facts: dict[str, Any],
+    step: int = 1,
 ) -> Learned:
-    """What follows from the members' scores (M,) and patch scores of good images; maps are made a few at a time."""
+    """What follows from the members' scores (M,) and patch scores of good images; maps are made a few at a time.
+
+    `as_new` are scores of the training images, of one in every `step`.
+    """
     known = rated[0][0].isfinite()  # an image that alone filled the bank has nothing else to be compared with
     scores: list[float] = []
     peaks: list[float] = []
@@ -411,4 +471,6 @@ def _learned(
         scores += both[0].tolist()
         peaks += both[1].flatten(1).amax(1).tolist()
         medians += both[1].flatten(1).median(1).values.tolist()
-    return Learned(graph, scores, peaks, statistics.median(medians) if medians else 0.0, facts)
+    median = statistics.median(medians) if medians else 0.0
+    known_as_new = {step * place: score for place, score in enumerate(as_new.tolist()) if math.isfinite(score)}
+    return Learned(graph, scores, peaks, median, facts, known_as_new)

@@ -109,6 +109,9 @@ class SimpleNet(Detector):
                 return self._judged(graph, held_out, range(len(held_out)), facts, progress)
             return self._judged(graph, photos, calibrating, facts, progress)
 
+    def calibrates_with(self, photos: int, held_out: int) -> int:
+        return held_out or len(_divided(photos, False, self.config)[2])
+
     def _start(
         self, graph: SimpleNetGraph, photos: Stack, learning: Sequence[int], memory: int, progress: Progress
     ) -> FeatureStore | None:

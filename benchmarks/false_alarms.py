@@ -1,0 +1,233 @@
+"""How many good parts a level really stops, over random splits of the good images, beside other ways to set one.
+
+python benchmarks/false_alarms.py                                     PatchCore, every category, 200 splits
+python benchmarks/false_alarms.py --method simplenet --fits 4         200 splits over 4 trainings
+python benchmarks/false_alarms.py DATA… --seconds 40                  a while for each; the same command goes on
+python benchmarks/false_alarms.py --quick                             a rendered category, a few splits
+
+All good images of a category, training and test, are one pool. A split learns from some of them and judges the rest,
+and the defects. What a backbone makes of an image is computed once and remembered. With fewer fits than splits, the
+images judged are split again and again into those that set the level and those that are counted.
+
+Rules: `kizu` is what `fit` promises, of the score and of any marked pixel; `quantile` the 1 − α quantile of the scores
+of the training images themselves; `drift` the share of sequences of good parts that raise an alarm, and of those that
+end in defects; `F1-max` the threshold with the best F1 on labelled images, one half of those judged, applied to the
+other half (anomalib's default rule, which knows no α); `largest` the highest score of that half's good images (the same
+rule without defects).
+"""
+
+import argparse
+import csv
+import hashlib
+import io
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from accuracy import present
+from kizu import backbone, dataset, demo
+from kizu.config import CONFIGS, build
+from kizu.detectors import detector_class
+from kizu.detectors.detector import Detector
+from kizu.drift import DriftTest
+from kizu.files import write_text
+from kizu.preprocess import Preprocessing, batches
+from kizu.run import machine
+from kizu.terminal import print_table
+from kizu.threshold import calibrate
+
+RESULTS = Path(__file__).parent / "results"
+RATES = (0.1, 0.05, 0.02)
+Scores = npt.NDArray[np.float64]
+
+
+class Remembering(nn.Module):
+    """A backbone that looks at each image once."""
+
+    maps: dict[bytes, list[Tensor]] = {}  # noqa: RUF012 - shared by all splits on purpose
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network, self.layers = network, network.layers
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        keys = [hashlib.blake2b(image.numpy(force=True).tobytes()).digest() for image in images]
+        unknown = [number for number, key in enumerate(keys) if key not in self.maps]
+        if unknown:
+            found = self.network(images[unknown])
+            for position, number in enumerate(unknown):
+                self.maps[keys[number]] = [layer[position].contiguous() for layer in found]
+        return [torch.stack(layers) for layers in zip(*(self.maps[key] for key in keys), strict=True)]
+
+
+def main() -> None:
+    ours, _, settings = (" ".join(sys.argv[1:]) + " ").partition("-- ")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", nargs="*")
+    parser.add_argument("--method", default="patchcore", choices=CONFIGS)
+    parser.add_argument("--splits", type=int, default=200)
+    parser.add_argument("--fits", type=int, help="as many trainings. Default: one a split")
+    parser.add_argument("--learn", type=int, default=100, metavar="N", help="good images that each split learns from")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="of each category; the next call goes on")
+    parser.add_argument("--quick", action="store_true")
+    options = parser.parse_args(ours.split())
+    words = settings.split()
+    chosen = {k.removeprefix("--").replace("-", "_"): v for k, v in zip(words[::2], words[1::2], strict=True)}
+    if options.quick:
+        options.splits, options.learn = 3, 60
+    create = backbone.create
+    backbone.create = lambda *arguments: Remembering(create(*arguments))  # type: ignore[assignment, arg-type]
+    start = time.perf_counter()
+    kept = RESULTS / f".false_alarms_{options.method}.jsonl"  # every score of every training, to go on from
+    resumable = not (options.quick or chosen)
+    before = kept.read_text().splitlines() if kept.exists() and resumable else []
+    rows: list[dict[str, Any]] = [json.loads(line) for line in before if line.endswith("}")]
+    with tempfile.TemporaryDirectory() as scratch:
+        folders = options.data or ([demo.render(scratch)] if options.quick else present())
+        for folder in folders:
+            data = dataset.find(Path(folder))
+            for category in data.categories:
+                done = {row["fit"] for row in rows if row["category"] == category}
+                began = time.perf_counter()
+                for row in fits(data, category, chosen, options, done):
+                    rows.append({"category": category, **row})
+                    if resumable:
+                        with kept.open("a") as file:
+                            file.write(json.dumps(rows[-1]) + "\n")
+                    if time.perf_counter() - began > options.seconds:
+                        break
+    table = summarised(rows, options.splits, options.fits or options.splits)
+    print_table(table)
+    print(f"\n{machine()['summary']}; {time.perf_counter() - start:.0f} s")
+    if not options.quick:
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(table[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(table)
+        write_text(RESULTS / f"false_alarms_{options.method}.csv", text.getvalue())
+
+
+def fits(
+    data: dataset.Dataset, category: str, settings: dict[str, Any], options: argparse.Namespace, done: set[int]
+) -> Iterator[dict[str, Any]]:
+    """What each training says: the scores behind its level, of its own images, of the other good ones, of defects."""
+    config = build(CONFIGS[options.method], settings)
+    samples = data.select(category)
+    good = pixels([sample for sample in samples if not sample.is_anomalous], config)
+    bad = pixels([sample for sample in samples if sample.is_anomalous], config)
+    Remembering.maps.clear()
+    for fit in range(options.fits or options.splits):
+        if fit in done:
+            continue
+        order = np.random.default_rng(fit).permutation(len(good))
+        learned, others = order[: options.learn], order[options.learn :]
+        detector = detector_class(options.method)(config)
+        detector.fit([photo.transpose(1, 2, 0) for photo in good[learned]])
+        good_scores, good_peaks = judged(detector, good[others])
+        bad_scores, bad_peaks = judged(detector, bad)
+        found = {
+            "level_from": detector.calibration_scores,
+            "map_level_from": detector.map_peaks,
+            "learned": judged(detector, good[learned])[0],
+            "good": good_scores,
+            "good_peaks": good_peaks,
+            "bad": bad_scores,
+            "bad_peaks": bad_peaks,
+        }
+        yield {"fit": fit, **{key: [float(f"{value:.6g}") for value in values] for key, values in found.items()}}
+
+
+def pixels(samples: Sequence[Any], config: Any) -> npt.NDArray[np.uint8]:
+    """(N, 3, h, w) as the network sees them."""
+    return np.concatenate([batch.pixels for batch in batches(samples, Preprocessing(config.size, config.resize))])
+
+
+def judged(detector: Detector, photos: npt.NDArray[np.uint8]) -> tuple[list[float], list[float]]:
+    """Scores and the largest values of the maps."""
+    scores: list[float] = []
+    peaks: list[float] = []
+    for start in range(0, len(photos), 16):
+        some, maps = detector(photos[start : start + 16])
+        scores += some.tolist()
+        peaks += maps.max((1, 2, 3)).tolist()
+    return scores, peaks
+
+
+def summarised(rows: Sequence[dict[str, Any]], splits: int, trainings: int) -> list[dict[str, Any]]:
+    """A row for each category, rule and rate: means over the splits, and the standard error of the false alarms."""
+    table = []
+    for category in dict.fromkeys(row["category"] for row in rows):
+        mine = [row for row in rows if row["category"] == category]
+        outcomes: dict[tuple[str, str], list[tuple[float, float]]] = {}
+        for row in mine:
+            for turn in range(max(1, splits // trainings)):
+                for key, outcome in split(row, turn, again=splits > trainings).items():
+                    outcomes.setdefault(key, []).append(outcome)
+        for (rule, rate), found in outcomes.items():
+            alarms, recall = zip(*found, strict=True)
+            table.append(
+                {
+                    "category": category,
+                    "rule": rule,
+                    "promised": rate,
+                    "false_alarms": f"{statistics.mean(alarms):.4f}",
+                    "standard_error": f"{statistics.pstdev(alarms) / len(alarms) ** 0.5:.4f}",
+                    "recall": f"{statistics.mean(recall):.4f}",
+                    "splits": len(alarms),
+                    "trainings": len(mine),
+                }
+            )
+    return table
+
+
+def split(row: dict[str, Any], turn: int, again: bool) -> dict[tuple[str, str], tuple[float, float]]:
+    """(rule, promise) → share of good images stopped, share of defects stopped."""
+    values = {key: np.array(row[key]) for key in row if key not in ("category", "fit")}
+    rng = np.random.default_rng([row["fit"], turn])
+    one, other = np.array_split(rng.permutation(len(values["good"])), 2)
+    bad_one, bad_other = np.array_split(rng.permutation(len(values["bad"])), 2)
+    found = {}
+    for rule, end, before in (("kizu", "", "level_from"), ("kizu, any pixel", "_peaks", "map_level_from")):
+        good, bad = values["good" + end], values["bad" + end]
+        level_from, rest = (good[one], good[other]) if again else (values[before], good)
+        for rate in RATES:
+            level = calibrate(level_from.tolist(), rate).value
+            found[rule, f"{rate:g}"] = float((rest > level).mean()), float((bad > level).mean())
+    good, bad = values["good"], values["bad"]
+    level_from, rest = (good[one], good[other]) if again else (values["level_from"], rng.permutation(good))
+    test = DriftTest(level_from.tolist(), 0.1, seed=row["fit"])
+    for score in rest.tolist():
+        test.add("", score)
+    alarm = test.alarm_at is not None
+    for score in bad.tolist():
+        test.add("", score)
+    found["drift", "0.1"] = float(alarm), float(test.alarm_at is not None)
+    for rate in RATES:
+        level = float(np.quantile(values["learned"], 1 - rate))
+        found["quantile", f"{rate:g}"] = float((good > level).mean()), float((bad > level).mean())
+    for rule, level in {"F1-max": best_f1(good[one], bad[bad_one]), "largest": float(good[one].max())}.items():
+        found[rule, "none"] = float((good[other] > level).mean()), float((bad[bad_other] > level).mean())
+    return found
+
+
+def best_f1(good: Scores, bad: Scores) -> float:
+    """The level above which F1 is largest on labelled scores."""
+    cuts = np.unique(np.concatenate([good, bad]))
+    hits = len(bad) - np.searchsorted(np.sort(bad), cuts)
+    alarms = len(good) - np.searchsorted(np.sort(good), cuts)
+    at_or_above = np.nextafter(cuts, -np.inf)
+    return float(at_or_above[(2 * hits / (hits + alarms + len(bad))).argmax()])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,37 @@
+"""Operating points from labelled scores, and training images that do not belong."""
+
+import numpy as np
+import pytest
+
+from kizu.errors import DataError
+from kizu.suspects import suspects
+from kizu.tuning import Costs, best, points
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("costs", [Costs(), Costs(1, 0.5), Costs(1000, 0.01), Costs(2, 0.1)])
+def test_no_threshold_is_cheaper_than_the_best(seed, costs):
+    rng = np.random.default_rng(seed)
+    good, bad = rng.normal(0, 1, 40).round(1), rng.normal(1.5, 1, 25).round(1)
+    chosen = best(points(good.tolist(), bad.tolist(), costs))
+    for level in np.linspace(-5, 6, 2000):
+        alarms, missed = (good > level).mean(), (bad <= level).mean()
+        cost = 1000 * ((1 - costs.defective) * alarms + costs.defective * costs.miss * missed)
+        assert cost >= chosen.cost - 1e-9
+    assert chosen.false_alarms == (good > chosen.threshold).sum() and chosen.misses == (bad <= chosen.threshold).sum()
+
+
+def test_where_nothing_is_mixed_the_level_lies_in_between():
+    assert best(points([1.0, 2.0], [6.0, 7.0], Costs())).threshold == 4.0
+    with pytest.raises(DataError, match="at least one of each"):
+        points([1.0], [], Costs())
+
+
+def test_images_far_out_are_suspects_the_worst_first():
+    rng = np.random.default_rng(0)
+    scores = dict(enumerate(rng.normal(1, 0.1, 100).tolist()))
+    names = [f"{number}.png" for number in range(100)]
+    assert suspects(scores, names) == []
+    scores[7], scores[50] = 2.0, 3.0
+    assert [one.name for one in suspects(scores, names)] == ["50.png", "7.png"]
+    assert suspects({0: 1.0, 1: 99.0}, names) == []  # two images say nothing of each other

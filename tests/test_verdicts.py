@@ -1,0 +1,153 @@
+"""Verdicts on photographs: promises, evidence, suspects; check, drift and tune from the command line."""
+
+import json
+
+import numpy as np
+import pytest
+
+import kizu
+from kizu.detectors.detector import Photo
+from kizu.stress import STRESSES, check
+from kizu.threshold import calibrate
+from test_cli import FAST, factory, save, table
+from test_cli import kizu as command
+from test_detectors import part
+
+GOOD = [part(seed) for seed in range(24)]
+SETTINGS = {"size": 64, "coreset": 0.2}
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    return kizu.PatchCore(**SETTINGS).fit(GOOD)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("verdicts")
+    for seed in range(24):
+        save(folder / "photos" / f"{seed}.png", GOOD[seed])
+    kizu.PatchCore(**SETTINGS, thumbnails=True).fit(folder / "photos").save(folder / "model")
+    for seed in range(30):
+        save(folder / "good" / f"{seed:02}.png", part(200 + seed))
+        save(folder / "bad" / f"{seed:02}.png", part(300 + seed, spot=True))
+    return folder
+
+
+def test_a_prediction_has_a_p_value_and_the_regions_that_are_marked(fitted):
+    bad, good = fitted.predict(part(99, spot=True)), fitted.predict(part(98))
+    assert bad.p_value == 1 / 25 and good.p_value > bad.p_value
+    first = bad.regions[0]
+    left, top, width, height = first.box
+    assert left <= 56 <= left + width and top <= 36 <= top + height
+    assert first.peak == pytest.approx(bad.anomaly_map.max()) and first.area <= bad.marked.sum()
+    assert sum(region.area for region in bad.regions) == bad.marked.sum()
+    assert good.regions == [] or good.anomaly_map.max() > fitted.map_level
+
+
+def test_a_promise_that_was_asked_for_is_kept_or_refused_before_any_work(monkeypatch):
+    assert kizu.PatchCore(**SETTINGS, false_alarms=0.04).fit(GOOD).threshold.expected == 0.04
+    monkeypatch.setattr(kizu.PatchCore, "learn", lambda *_: pytest.fail("it began to learn"))
+    with pytest.raises(kizu.OptionError, match=r"24 good images .* 1 in 25; 1 in 50 needs 49, 25 more"):
+        kizu.PatchCore(**SETTINGS, false_alarms=0.02).fit(GOOD)
+    with pytest.raises(kizu.OptionError, match=r"5 good images .* 1 in 6"):
+        kizu.PatchCore(**SETTINGS, false_alarms=0.04).fit(GOOD, held_out=GOOD[:5])
+
+
+def test_the_nearest_good_patch_is_known_by_image_and_place(fitted):
+    """Each training image has its own mark somewhere; a patch of it finds that image and that place again."""
+    marked = []
+    for number, picture in enumerate(GOOD[:6]):
+        marked.append(picture.copy())
+        marked[-1][40:56, 8 + 12 * number : 24 + 12 * number, number % 3] = 255
+    detector = kizu.PatchCore(**SETTINGS, layers=["blocks.2"], sampler="identity").fit(marked)
+    for number, picture in enumerate(marked):
+        seen = detector.preprocessing(picture)
+        x, y = (16 + 12 * number) * 64 / 96, 48 * 64 / 96
+        nearest = detector.nearest_good(seen, (x, y))
+        assert nearest.number == number and nearest.distance == pytest.approx(0, abs=0.01)
+        assert abs(nearest.place[0] * 64 - x) <= 8 and abs(nearest.place[1] * 64 - y) <= 8
+
+
+def test_a_saved_model_shows_why_and_merging_and_updating_keep_it(trained, tmp_path):
+    detector = kizu.load(trained / "model")
+    found = detector.predict(trained / "bad" / "00.png").why()
+    assert found[0].region == 1 and found[0].there is not None and found[0].nearest.distance > 1
+    assert found[0].nearest.image in {f"{seed}.png" for seed in range(24)}
+    detector.update([part(seed) for seed in range(60, 64)])
+    assert detector.training["images"] == len(detector.training["names"]) == len(detector.thumbnails) == 28
+    again = kizu.load(detector.save(tmp_path / "again"))
+    assert again.thumbnails == detector.thumbnails and again.picture(27).shape == (64, 64, 3)
+    both = kizu.PatchCore.merge([again, again])
+    assert len(both.thumbnails) == 56 and both.predict(part(5, spot=True)).why()[0].there is not None
+
+
+def test_a_defect_among_the_training_images_is_listed_with_its_number(trained):
+    detector = kizu.PatchCore(**SETTINGS).fit([*GOOD[:11], part(77, spot=True), *GOOD[11:]])
+    assert [one["number"] for one in detector.training["suspects"]] == [11]
+    assert kizu.load(trained / "model").training["suspects"] == []
+
+
+def test_check_counts_false_alarms_as_the_detector_makes_them(fitted):
+    good = [part(400 + seed) for seed in range(12)]
+    noise = [stress for stress in STRESSES if stress.name == "sensor noise"]
+    outcomes = list(check(fitted, [Photo(picture) for picture in good], noise))
+    assert [outcome.step for outcome in outcomes] == ["", "2 levels", "4 levels", "8 levels", "12 levels", "20 levels"]
+    assert outcomes[0].stopped == sum(fitted.predict(picture).is_anomalous for picture in good)
+    assert outcomes[-1].stopped == 12 and outcomes[-1].verdict == "broken"
+    assert outcomes[0].promised == 1 / 25
+    assert fitted.knows([Photo(GOOD[3]), Photo(good[0])]) == 1
+
+
+def test_drift_is_found_in_photographs_and_told_to_people(trained, tmp_path):
+    for seed in range(60):
+        picture = part(500 + seed).astype(float)
+        if seed >= 30:
+            picture += np.random.default_rng(seed).normal(0, 12, picture.shape)  # a noisy camera
+        save(tmp_path / "parts" / f"{seed:03}.png", np.clip(picture, 0, 255).astype(np.uint8))
+    history = tmp_path / "history.csv"
+    quiet = command("drift", trained / "model", tmp_path / "parts" / "00*.png", "--history", history)
+    assert "No sign of a change in 10 parts" in quiet.stdout
+    done = command(
+        *("drift", trained / "model", tmp_path / "parts" / "0[1-9]*.png", "--history", history, "--json"),
+        *("--output", tmp_path / "page"),
+    )
+    found = json.loads(done.stdout)
+    assert found["alarm"] and 27 <= int(found["since"][-7:-4]) <= 34 and len(found["steps"]) == 50
+    assert len(table(history)) == 60 and "Something has changed" in (tmp_path / "page" / "drift.html").read_text()
+
+
+def test_tune_shows_the_trade_sets_a_marked_level_and_takes_it_back(trained, tmp_path):
+    model = kizu.load(trained / "model").save(tmp_path / "model")
+    shown = command("tune", model, trained / "good", trained / "bad", "--output", tmp_path / "page")
+    assert "PG2" in shown.stdout and "Nothing was changed" in shown.stdout
+    assert kizu.load(model).threshold == kizu.load(trained / "model").threshold
+    values = json.loads(command("tune", model, trained / "good", trained / "bad", "--set", "--json").stdout)
+    tuned = kizu.load(model)
+    assert tuned.threshold.value == values["chosen"]["threshold"] and values["chosen"]["misses"] == 0
+    assert tuned.threshold.statement.startswith("Tuned on labels")
+    assert "Tuned on labels" in json.loads((model / "model.json").read_text())["threshold"]["tuned"]
+    assert "Tuned on labels" in command("info", model).stdout
+    assert "At most" in command("tune", model, "--reset").stdout or "carry at best" in command("info", model).stdout
+    assert kizu.load(model).threshold == calibrate(tuned.calibration_scores, 0.02)
+    assert "false alarms" in (tmp_path / "page" / "tune.csv").read_text()
+
+
+def test_predict_says_why_and_check_writes_its_page(trained, tmp_path):
+    done = command("predict", trained / "model", trained / "bad" / "00.png", "--why", tmp_path / "why", "--json")
+    row = json.loads(done.stdout)[0]
+    assert row["nearest"][0]["image"].endswith(".png") and row["regions"][0]["contour"]
+    assert [path.name for path in (tmp_path / "why").iterdir()] == ["00.png.png"]
+    done = command("check", trained / "model", trained / "photos", "--images", 4, "--output", tmp_path / "check")
+    assert "The model learned from 4 of these 4" in done.stdout
+    rows = table(tmp_path / "check" / "check.csv")
+    assert len(rows) == 1 + sum(len(stress.steps) for stress in STRESSES)
+    assert "Will it hold tomorrow" in (tmp_path / "check" / "check.html").read_text()
+
+
+def test_train_refuses_what_it_cannot_promise_and_does_without_the_option(tmp_path):
+    data = factory(tmp_path / "data") / "disc"
+    done = command("train", "patchcore", data, "--output", tmp_path, "--false-alarms", 0.01, *FAST, code=2)
+    assert "1 in 100 needs 99, 91 more" in done.stderr and not (tmp_path / "project").exists()
+    done = command("train", "patchcore", data, "--output", tmp_path, "-q", *FAST)
+    assert "8 good images carry at best" in done.stdout
