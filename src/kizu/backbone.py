@@ -50,7 +50,7 @@ class Backbone(nn.Module):
         self.layers = _layers(name, layers, stages, self.is_transformer)
         indices = [list(stages).index(layer) for layer in self.layers]
         options: dict[str, Any] = {}
-        if self.is_transformer and size is not None:
+        if patch is not None and self.is_transformer and size is not None:
             if size[0] % patch[0] or size[1] % patch[1]:
                 near = "x".join(str(max(1, round(side / step)) * step) for side, step in zip(size, patch, strict=True))
                 raise OptionError(f"--size {size[0]}x{size[1]}: {name} looks at patches of {patch[0]}; try {near}")

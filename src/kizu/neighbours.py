@@ -129,17 +129,16 @@ class Cells:
             places = self._places(order[:enough])
             most = self._distances(query, places, own, number).topk(count, largest=False).values[-1]
             places = self._places((lower <= most * (1 + SLACK) + SLACK).nonzero()[:, 0])
-            distances, which = self._distances(query, places, own, number).topk(count, largest=False)
-            found.append((distances, places[which]))
-        distances, indices = zip(*found, strict=True)
-        return torch.stack(distances), torch.stack(indices)
+            best, which = self._distances(query, places, own, number).topk(count, largest=False)
+            found.append((best, places[which]))
+        return torch.stack([best for best, _ in found]), torch.stack([indices for _, indices in found])
 
     def _places(self, cells: Tensor) -> Tensor:
         """Of all entries in these cells."""
         return torch.cat([torch.arange(int(self.starts[cell]), int(self.ends[cell])) for cell in cells.tolist()])
 
     def _distances(self, query: Tensor, places: Tensor, own: Tensor | None, number: int) -> Tensor:
-        distances = (self.entries[places] - query).norm(dim=1)
+        distances: Tensor = (self.entries[places] - query).norm(dim=1)
         return distances if own is None else distances.masked_fill(self.images[places] == own[number], torch.inf)
 
     def _everywhere(self, queries: Tensor, own: Tensor | None) -> tuple[Tensor, Tensor]:
