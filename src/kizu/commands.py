@@ -168,13 +168,16 @@ def tune(model: str, good: str | None, bad: str | None, output: str | None, **op
             for row in rows:
                 if row.error:
                     click.echo(f"error  {row.path}: {row.error}", err=True)
-    curve = points(*scores, costs)
-    chosen = best(curve) if options["threshold"] is None else at(options["threshold"], *scores, costs)
-    now = at(detector.threshold.value, *scores, costs)
+    good_scores, bad_scores = scores
+    curve = points(good_scores, bad_scores, costs)
+    now = at(detector.threshold.value, good_scores, bad_scores, costs)
+    chosen = best(curve)
+    if options["threshold"] is not None:
+        chosen = at(options["threshold"], good_scores, bad_scores, costs)
     if options["write"]:
         set_point(detector, chosen)
         detector.save(folder)
-    _show_trade(detector, curve, chosen, now, scores, costs, output, options)
+    _show_trade(detector, curve, chosen, now, (good_scores, bad_scores), costs, output, options)
     if failed:
         click.get_current_context().exit(1)
 
@@ -313,7 +316,7 @@ def _show_trade(
     curve: "Sequence[Point]",
     chosen: "Point",
     now: "Point",
-    scores: Sequence[Sequence[float]],
+    scores: tuple[Sequence[float], Sequence[float]],
     costs: "Costs",
     output: str | None,
     options: dict[str, Any],

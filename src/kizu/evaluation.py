@@ -290,18 +290,18 @@ def _picture(sample: Sample, prediction: "Prediction", root: Path, why: str) -> 
     anomaly_map = images.resize_map(prediction.anomaly_map, size)
     low, high = prediction.detector.scale
     glow = images.overlay(photo, anomaly_map, low, high, prediction.detector.map_level)
-    parts = (_data_uri(part) for part in (photo, images.heat(anomaly_map, low, high), glow))
+    shown, heat, overlay = (_data_uri(part) for part in (photo, images.heat(anomaly_map, low, high), glow))
     beside = []
     if prediction.is_anomalous or prediction.regions:
         for one in prediction.why()[:EXPLAINED]:
             here, there = ("" if part is None else _data_uri(part) for part in (one.here, one.there))
             beside.append(Beside(one.region, here, there, one.nearest.image, one.nearest.distance))
-    return Picture(sample.name(root), why, *parts, beside)
+    return Picture(sample.name(root), why, shown, heat, overlay, beside)
 
 
 def _unlike(detector: "Detector") -> list[Unlike]:
     """The training images for a second look, the worst first, those shown with a picture."""
-    found = []
+    found: list[Unlike] = []
     for suspect in sorted(detector.training.get("suspects", ()), key=lambda one: -float(one["score"])):
         picture = detector.picture(suspect["number"]) if len(found) < UNLIKE else None
         small = "" if picture is None else _data_uri(images.resize(picture, (PICTURE_SIDE // 2, PICTURE_SIDE // 2)))

@@ -50,8 +50,8 @@ def evidence(prediction: "Prediction", most: int = MOST) -> list[Evidence]:
     detector, preprocessing = prediction.detector, prediction.detector.preprocessing
     places = [(number, region.place) for number, region in enumerate(prediction.regions[:most], 1)]
     if not places:
-        y, x = np.unravel_index(prediction.anomaly_map.argmax(), prediction.shape)
-        places = [(0, (int(x), int(y)))]
+        row, column = divmod(int(prediction.anomaly_map.argmax()), prediction.shape[1])
+        places = [(0, (column, row))]
     seen = preprocessing(prediction.item.read(preprocessing.enough)[0])
     found = []
     for number, place in places:

@@ -4,7 +4,7 @@ import io
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -211,5 +211,5 @@ def _moved(rgb: RGB, right: float, down: float, degrees: float, factor: float) -
     return _as_rgb(np.stack(planes, axis=2))
 
 
-def _as_rgb(values: npt.NDArray[np.floating]) -> RGB:
-    return np.clip(np.rint(values), 0, 255).astype(np.uint8)
+def _as_rgb(values: npt.NDArray[Any]) -> RGB:
+    return np.asarray(np.clip(np.rint(values), 0, 255), np.uint8)
