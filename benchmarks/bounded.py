@@ -10,8 +10,9 @@ import io
 import sys
 from pathlib import Path
 
-import kizu
 from accuracy import present
+
+import kizu
 from kizu import dataset
 from kizu.evaluation import evaluate
 from kizu.files import write_text
