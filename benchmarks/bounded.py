@@ -10,9 +10,8 @@ import io
 import sys
 from pathlib import Path
 
-from accuracy import present
-
 import kizu
+from accuracy import present
 from kizu import dataset
 from kizu.evaluation import evaluate
 from kizu.files import write_text

@@ -9,8 +9,8 @@ import io
 from pathlib import Path
 
 import numpy as np
-from accuracy import present
 
+from accuracy import present
 from kizu import dataset
 from kizu.detectors.patchcore import PatchCore
 from kizu.files import write_text
