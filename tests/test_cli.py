@@ -226,7 +226,7 @@ def test_a_name_is_not_used_twice_by_accident(trained):
     assert (run / "run.json").read_bytes() == before
 
 
-@pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("ending", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
 def test_a_killed_run_looks_unfinished_and_can_be_resumed(tmp_path, ending):
     data = factory(tmp_path / "data", ("a", "b", "c"))
     command = [KIZU, "train", "patchcore", data, "--output", tmp_path / "results", "--name", "killed", *FAST]

@@ -35,7 +35,17 @@ def workshop(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if snippets(page, "console")], ids=lambda page: page.name)
+LONG = {"verdicts.md", "metrics.md", "efficientad.md"}  # commands that are for `make test-all`
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, id=page.name, marks=pytest.mark.slow if page.name in LONG else ())
+        for page in PAGES
+        if snippets(page, "console")
+    ],
+)
 def test_commands_run(page, workshop):
     for block in snippets(page, "console"):
         for line in block.splitlines():

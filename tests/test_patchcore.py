@@ -118,6 +118,7 @@ def test_amounts_of_memory(asked, amount):
             budget(wrong)
 
 
+@pytest.mark.slow
 def test_the_approximate_search_states_its_recall_and_keeps_the_verdicts(tmp_path):
     pytest.importorskip("faiss")
     settings = {**PAPER, "size": 320, "layers": ["blocks.2"], "sampler": "identity"}

@@ -85,7 +85,7 @@ def test_a_saved_model_shows_why_and_merging_and_updating_keep_it(trained, tmp_p
 def test_a_defect_among_the_training_images_is_listed_with_its_number(tmp_path):
     detector = kizu.PatchCore(**SETTINGS).fit([*GOOD[:11], part(77, spot=True), *GOOD[11:]])
     listed = [one["number"] for one in detector.training["suspects"]]
-    assert listed[0] == 11 and len(listed) <= 4
+    assert listed[0] == 11 and len(listed) <= 8
     again = kizu.load(detector.save(tmp_path / "model"))
     assert again.training["suspects"] == detector.training["suspects"]
 

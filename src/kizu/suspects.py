@@ -8,7 +8,7 @@ import numpy as np
 
 __all__ = ["Suspect", "suspects"]
 
-FAR = 3.0  # interquartile ranges above the upper quartile: Tukey's "far out"
+OUTSIDE = 1.5  # interquartile ranges above the upper quartile: Tukey's fence
 FEWEST = 8  # images below which nothing is said
 
 
@@ -26,10 +26,10 @@ class Suspect:
 
 
 def suspects(scores: Mapping[int, float], names: Sequence[str]) -> list[Suspect]:
-    """Images whose scores, each judged as if it were new, lie far out of the others', the farthest first."""
+    """Images whose scores, each judged as if it were new, lie outside the others', the farthest first."""
     if len(scores) < FEWEST:
         return []
     low, high = np.quantile(list(scores.values()), [0.25, 0.75])
-    limit = high + FAR * (high - low)
+    limit = high + OUTSIDE * (high - low)
     found = [Suspect(number, names[number], score) for number, score in scores.items() if score > limit]
     return sorted(found, key=lambda suspect: -suspect.score)
