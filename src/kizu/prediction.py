@@ -4,7 +4,7 @@ import csv
 import glob
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,7 @@ class Row:
     verdict: str  # "stop", "pass" or "error"
     seconds: float  # since the photograph before it, decoding included
     error: str = ""
+    parts: dict[str, Any] = field(default_factory=dict)  # what the score is made of, where the method says more
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -83,7 +84,7 @@ def judge(
             rows[path] = Row(str(path), None, level, "error", now - last, outcome.reason)
         else:
             verdict = "stop" if outcome.is_anomalous else "pass"
-            rows[path] = Row(str(path), outcome.score, level, verdict, now - last)
+            rows[path] = Row(str(path), outcome.score, level, verdict, now - last, parts=outcome.parts)
         last = now
         if progress:
             progress("", len(rows), len(paths))

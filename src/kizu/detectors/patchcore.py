@@ -62,7 +62,10 @@ class PatchCoreGraph(nn.Module):
 
     def embed(self, images: Tensor) -> list[Tensor]:
         """(B, 3, H, W) → patch features (B, D, h, w) for each bank."""
-        maps = self.backbone(images)
+        return self.gather(self.backbone(images))
+
+    def gather(self, maps: list[Tensor]) -> list[Tensor]:
+        """The layers' maps → patch features for each bank."""
         return [self.patches(maps[tap]) for tap in self.taps]
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -70,9 +73,22 @@ class PatchCoreGraph(nn.Module):
         anomaly_maps: Tensor = self.upsample(grid)
         return scores, anomaly_maps
 
+    def with_wholes(self, images: Tensor, kind: str) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """As `forward`, and from the same pass what stands for the whole image, as `Backbone.with_wholes` gives it."""
+        maps, wholes = self.backbone.with_wholes(images, kind)
+        scores, grid = self.rate_layers(self.gather(maps))
+        return scores, self.upsample(grid), wholes
+
+    def wholes(self, images: Tensor, kind: str) -> dict[str, Tensor]:
+        """The last of these alone."""
+        return self.backbone.with_wholes(images, kind)[1]
+
     def rate(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 3, H, W) → scores (B,) and patch scores (B, h, w)."""
-        layers = self.embed(images)
+        return self.rate_layers(self.embed(images))
+
+    def rate_layers(self, layers: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """As `rate`, from patch features for each bank."""
         hits = [self.search(bank, as_rows(layer)) for bank, layer in zip(self.memory, layers, strict=True)]
         return self.judge(hits, [layer.shape for layer in layers])
 
@@ -158,6 +174,16 @@ class EnsembleGraph(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         return self.combine([member(images) for member in self.members])
 
+    def with_wholes(self, images: Tensor, kind: str) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """As `forward`, and what stands for the whole image in each member, by number and layer."""
+        outcomes = [member.with_wholes(images, kind) for member in self.members]
+        scores, maps = self.combine([(scores, maps) for scores, maps, _ in outcomes])
+        return scores, maps, _numbered([wholes for _, _, wholes in outcomes])
+
+    def wholes(self, images: Tensor, kind: str) -> dict[str, Tensor]:
+        """The last of these alone."""
+        return _numbered([member.wholes(images, kind) for member in self.members])
+
     def learn_stats(self, rated: Sequence[tuple[Tensor, Tensor]]) -> None:
         """From each member's scores (M,) and patch scores (M, h, w) of good images."""
         for number, (scores, grids) in enumerate(rated):
@@ -182,11 +208,13 @@ class PatchCore(Detector):
         with torch.inference_mode():
             learned = [self._learn_one(config, photos, held_out, memory, progress) for config in self.config.members()]
             graphs, rated, facts = zip(*learned, strict=True)
+            at_hand = len(rated[0][0]) == len(photos)
+            numbers = range(len(held_out)) if len(held_out) else _searched(len(photos), at_hand)
             if len(graphs) == 1:
-                return _learned(graphs[0], graphs, rated, facts[0])
+                return _learned(graphs[0], graphs, rated, facts[0], numbers)
             ensemble = EnsembleGraph(graphs).to(self.device)
             ensemble.learn_stats(rated)
-            return _learned(ensemble, graphs, rated, {"members": list(facts)})
+            return _learned(ensemble, graphs, rated, {"members": list(facts)}, numbers)
 
     def _learn_one(
         self, config: PatchCoreConfig, photos: Stack, held_out: Stack, memory: int, progress: Progress
@@ -250,7 +278,7 @@ class PatchCore(Detector):
         Where the features are not all at hand any more they are computed again, of at most `CALIBRATED` images.
         """
         at_hand = all(summary.is_whole for summary in summaries)
-        numbers = range(0, len(photos), 1 if at_hand else max(1, len(photos) // CALIBRATED))
+        numbers = _searched(len(photos), at_hand)
         kept = [graph.room_for_hits(len(numbers), which) for which in range(len(graph.grids))]
         for start in range(0, len(numbers), TOGETHER):
             some = numbers[start : start + TOGETHER]
@@ -295,7 +323,7 @@ class PatchCore(Detector):
             found = []
             for numbers, pixels in self.stream(photos, "Threshold", progress):
                 found += graph.search_all([as_rows(layer) for layer in graph.embed(pixels)], before + numbers)
-            new = _learned(graph, [graph], [_judged_as_new(graph, found)], self.facts)
+            new = _learned(graph, [graph], [_judged_as_new(graph, found)], self.facts, range(len(found)))
         self.training = {
             "images": before + len(names),
             "hash": hashlib.blake2b((self.training["hash"] + photos.hash).encode(), digest_size=16).hexdigest(),
@@ -374,6 +402,15 @@ def _restore_one(config: PatchCoreConfig, tensors: dict[str, Tensor], prefix: st
     return graph
 
 
+def _numbered(members: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {f"{number}.{name}": whole for number, wholes in enumerate(members) for name, whole in wholes.items()}
+
+
+def _searched(images: int, at_hand: bool) -> range:
+    """The training images that are judged as if they were new."""
+    return range(0, images, 1 if at_hand else max(1, images // CALIBRATED))
+
+
 def _recalls(graph: PatchCoreGraph, images: Tensor) -> list[float]:
     """Of each bank's approximate search, for the first training images (B, 3, H, W)."""
     numbers = torch.arange(len(images), device=images.device)
@@ -399,8 +436,9 @@ def _learned(
     members: Sequence[PatchCoreGraph],
     rated: Sequence[tuple[Tensor, Tensor]],
     facts: dict[str, Any],
+    numbers: Sequence[int],
 ) -> Learned:
-    """What follows from the members' scores (M,) and patch scores of good images; maps are made a few at a time."""
+    """What follows from the members' scores (M,) and patch scores of good images, so numbered; maps are made a few at a time."""
     known = rated[0][0].isfinite()  # an image that alone filled the bank has nothing else to be compared with
     scores: list[float] = []
     peaks: list[float] = []
@@ -411,4 +449,5 @@ def _learned(
         scores += both[0].tolist()
         peaks += both[1].flatten(1).amax(1).tolist()
         medians += both[1].flatten(1).median(1).values.tolist()
-    return Learned(graph, scores, peaks, statistics.median(medians) if medians else 0.0, facts)
+    judged = [numbers[row] for row in known.nonzero()[:, 0].tolist()]
+    return Learned(graph, scores, peaks, statistics.median(medians) if medians else 0.0, facts, judged)
