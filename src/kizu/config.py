@@ -337,7 +337,7 @@ class PUADConfig(Config):
         "patchcore", description="Method that judges what can be pointed at."
     )
     base_settings: dict[str, Any] = Field(
-        default_factory=dict, description="The base's own options: coreset=0.05,layers=layer2,layer3, or JSON."
+        {}, description="The base's own options: coreset=0.05,layers=layer2,layer3, or JSON."
     )
     balance: float = Field(
         0.5, ge=0, le=1, description="0: only what can be pointed at, 1: only the whole image, 0.5: both alike."

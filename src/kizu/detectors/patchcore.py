@@ -438,7 +438,10 @@ def _learned(
     facts: dict[str, Any],
     numbers: Sequence[int],
 ) -> Learned:
-    """What follows from the members' scores (M,) and patch scores of good images, so numbered; maps are made a few at a time."""
+    """What follows from the members' scores (M,) and patch scores of good images of these numbers.
+
+    Maps are made a few at a time.
+    """
     known = rated[0][0].isfinite()  # an image that alone filled the bank has nothing else to be compared with
     scores: list[float] = []
     peaks: list[float] = []

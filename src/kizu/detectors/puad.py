@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from kizu import image as images
-from kizu.config import PUADConfig
 from kizu.detectors import detector_class
 from kizu.detectors.detector import Detector, Learned, Progress
 from kizu.errors import ModelError
