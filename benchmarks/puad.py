@@ -92,7 +92,7 @@ def compared(judged: list[tuple[str, object]], kinds: list[str]) -> dict[str, st
 
 
 def heard(detector: kizu.PUAD) -> dict[str, str]:
-    """What the gate went by."""
+    """The level above which the head is heard, and its distances of good images."""
     facts = detector.facts
     fitted, held_out = facts["distance of images learned from"], facts["distance of images held out"]
     return {

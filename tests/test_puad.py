@@ -8,7 +8,7 @@ import torch
 from sklearn.covariance import LedoitWolf
 
 import kizu
-from kizu.detectors.puad import gate, joined
+from kizu.detectors.puad import joined
 from kizu.errors import OptionError
 from kizu.gaussian import Gaussian, cross_fitted, ledoit_wolf
 from teachers import tiny
@@ -121,6 +121,17 @@ def test_the_balance_goes_from_the_base_to_the_head():
     assert (ranked == np.argsort([only.predict(picture).score for picture in pictures])).all()
     logical = [head.predict(picture).parts["logical"] for picture in pictures]
     assert (np.argsort(logical) == np.argsort([head.predict(picture).score for picture in pictures])).all()
+
+
+def test_behind_the_gate_the_head_is_heard_where_good_images_are_not(fitted):
+    level = fitted.facts["logical level"]
+    parts = torch.tensor([[0.0, level - 1], [0.0, level], [0.0, level + 1]], dtype=torch.float64)
+    quiet, edge, loud = fitted.graph.combined(parts).tolist()
+    assert edge - quiet == pytest.approx(0.1) and loud - edge == pytest.approx(1)
+    always = kizu.PUAD(**SMALL, gate=False).fit(GOOD)
+    prediction = always.predict(part(5))
+    assert prediction.score == pytest.approx(prediction.parts["structural"] + prediction.parts["logical"], rel=1e-6)
+    assert fitted.threshold.count == always.threshold.count == len(GOOD)  # each as if it were new
 
 
 def test_map_score_and_feature_come_from_one_pass(fitted):

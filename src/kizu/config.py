@@ -342,7 +342,7 @@ class PUADConfig(Config):
     balance: float = Field(
         0.5, ge=0, le=1, description="0: only what can be pointed at, 1: only the whole image, 0.5: both alike."
     )
-    gate: bool = Field(True, description="Listen to the whole image only as far as good images show that it can be.")
+    gate: bool = Field(True, description="Hear the whole image in full only where it exceeds what good images reach.")
     feature: Literal["mean", "token", "both"] = Field(
         "mean", description="What stands for the whole image: the layers' means, a transformer's class tokens, or both."
     )

@@ -2,7 +2,7 @@
 
 Sugawara & Imamura, "PUAD: Frustratingly Simple Method for Robust Anomaly Detection", ICIP 2024. The head is the
 Mahalanobis distance of the mean feature. Beyond the paper, and switchable: any method under it, a balance, and a gate
-that good images alone set (`gate`). One pass of the network gives map, score and feature.
+whose level good images alone set (`gate`). One pass of the network gives map, score and feature.
 """
 
 from collections.abc import Sequence
@@ -15,17 +15,20 @@ import torch
 from torch import Tensor, nn
 
 from kizu import image as images
+from kizu.config import PUADConfig
 from kizu.detectors import detector_class
 from kizu.detectors.detector import Detector, Learned, Progress
 from kizu.errors import ModelError
 from kizu.gaussian import Gaussian, cross_fitted
 from kizu.preprocess import Stack
+from kizu.threshold import calibrate
 
-__all__ = ["PUAD", "PUADGraph", "gate"]
+__all__ = ["PUAD", "PUADGraph"]
 
 FOLDS = 10
 VALIDATED = 0.15  # share of the good images that --exact standardises by, where the base keeps none (reference: 0.15)
 REMEMBERED = 1000  # good images that others are compared with
+WHISPER = 0.1  # weight of a logical score that good images reach too: adds 0.5 % to the deviation of their sums
 NEAREST, FEATURES = 3, 3  # good images, and features of a group, that a prediction names
 
 
@@ -34,19 +37,19 @@ class PUADGraph(nn.Module):
 
     mean: Tensor
     unit: Tensor
-    weights: Tensor
-    floor: Tensor
+    level: Tensor
     good: Tensor
     numbers: Tensor
     sizes: Tensor
 
-    def __init__(self, base: Any, kind: str, head: Gaussian, good: int, groups: int) -> None:
+    def __init__(self, config: PUADConfig, base: nn.Module, head: Gaussian, good: int, groups: int) -> None:
         super().__init__()
-        self.base, self.kind, self.head = base, kind, head
+        self.base: Any = base
+        self.head, self.kind = head, config.whole
+        self.balance, self.gated = config.balance, config.gate and not config.exact
         self.register_buffer("mean", torch.zeros(2, dtype=torch.float64))  # of (structural, logical), of good images
         self.register_buffer("unit", torch.ones(2, dtype=torch.float64))  # their deviation
-        self.register_buffer("weights", torch.ones(2, dtype=torch.float64))
-        self.register_buffer("floor", torch.tensor(-torch.inf, dtype=torch.float64))  # logical scores count above it
+        self.register_buffer("level", torch.tensor(torch.inf, dtype=torch.float64))  # few good images' logical scores
         self.register_buffer("good", torch.zeros(good, len(head.mean)))  # whitened features of good images
         self.register_buffer("numbers", torch.zeros(good, dtype=torch.int64))  # their numbers among the images
         self.register_buffer("sizes", torch.zeros(groups, dtype=torch.int64))  # features of each group
@@ -71,9 +74,14 @@ class PUADGraph(nn.Module):
         return self.contributions(parts).sum(1)
 
     def contributions(self, parts: Tensor) -> Tensor:
-        """(B, 2): what each adds to the score."""
-        heard = torch.stack([parts[:, 0], torch.maximum(parts[:, 1], self.floor) - self.floor.clamp(min=0)], dim=1)
-        return self.weights * heard
+        """(B, 2): what each adds to the score.
+
+        Behind the gate, the logical score is heard in full only where it exceeds what good images hardly ever reach.
+        """
+        structural, logical = parts.unbind(1)
+        if self.gated:
+            logical = WHISPER * logical + (1 - WHISPER) * (logical - self.level).clamp(min=0)
+        return torch.stack([2 * (1 - self.balance) * structural, 2 * self.balance * logical], dim=1)
 
 
 class PUAD(Detector):
@@ -104,24 +112,25 @@ class PUAD(Detector):
     def _with_head(self, learned: Learned, good: Tensor, others: Tensor | None, groups: dict[str, int]) -> Learned:
         """The base's result with the head fitted to whole images' features (N, D), and the scores of both."""
         head, places, distances, usual = self._judged_as_new(good, others, learned.judged)
-        graph = PUADGraph(learned.graph, self.config.whole, head, min(len(good), REMEMBERED), len(groups))
+        graph = PUADGraph(self.config, learned.graph, head, min(len(good), REMEMBERED), len(groups))
         graph.to(good.device)
         graph.sizes = torch.tensor(list(groups.values()), device=good.device)
         graph.numbers = torch.linspace(0, len(good) - 1, len(graph.numbers), device=good.device).round().long()
         graph.good = head.whitened(good[graph.numbers]).float()
         structural = torch.tensor([learned.scores[place] for place in places], dtype=torch.float64, device=good.device)
         self._standardise(graph, structural, distances)
-        listened = gate(usual, distances) if self.config.gate and not self.config.exact else 1.0
-        self._weigh(graph, listened)
-        scores = graph.combined(graph.standardised(structural, distances)).tolist()
-        self._remark(head, good, distances)
+        parts = graph.standardised(structural, distances)
+        level = calibrate(parts[:, 1].tolist(), self.config.false_alarms)
+        graph.level.fill_(level.value)
+        scores = graph.combined(parts).tolist()
+        self._remark(head, good)
         facts = {
             **learned.facts,
             "groups": groups,
             "shrinkage": head.shrinkage,
             "distance of images learned from": _median(usual),
             "distance of images held out": _median(distances),
-            "gate": listened,
+            "logical level": level.value if level.count else None,
         }
         return replace(learned, graph=graph, scores=scores, facts=facts)
 
@@ -169,12 +178,7 @@ class PUAD(Detector):
                     f"All good images held out have the same {name} score: it is added in its own unit."
                 )
 
-    def _weigh(self, graph: PUADGraph, listened: float) -> None:
-        balance = self.config.balance
-        graph.weights[0] = 2 * (1 - balance)
-        graph.weights[1] = 2 * balance * (listened if balance < 1 else 1)
-
-    def _remark(self, head: Gaussian, good: Tensor, distances: Tensor) -> None:
+    def _remark(self, head: Gaussian, good: Tensor) -> None:
         count, dimension = good.shape
         if head.is_flat:
             self.remarks.append(
@@ -239,7 +243,7 @@ class PUAD(Detector):
         state = {key.removeprefix("base."): value for key, value in tensors.items() if key.startswith("base.")}
         base = detector_class(config.base).restore_graph(config.base_config, state)
         good, dimension = tensors["good"].shape
-        return PUADGraph(base, config.whole, Gaussian(dimension), good, len(tensors["sizes"]))
+        return PUADGraph(config, base, Gaussian(dimension), good, len(tensors["sizes"]))
 
 
 def joined(wholes: dict[str, Tensor]) -> Tensor:
@@ -249,8 +253,3 @@ def joined(wholes: dict[str, Tensor]) -> Tensor:
 
 def _median(values: Tensor) -> float | None:
     return float(values.median()) if len(values) else None
-
-
-def gate(usual: Tensor, as_new: Tensor) -> float:
-    """Provisional."""
-    return 1.0
