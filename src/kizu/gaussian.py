@@ -9,7 +9,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Gaussian", "cross_fitted", "ledoit_wolf"]
+__all__ = ["ROUNDING", "Gaussian", "cross_fitted", "ledoit_wolf"]
+
+ROUNDING = 1e-6  # of features in single precision: a smaller deviation is none
 
 
 def ledoit_wolf(features: Tensor) -> tuple[Tensor, float]:
@@ -53,7 +55,8 @@ class Gaussian(nn.Module):
         made.mean = features.double().mean(0)
         covariance, made.shrinkage = ledoit_wolf(features)
         values, vectors = torch.linalg.eigh(covariance)
-        kept = values > values.max().clamp(min=0) * len(values) * torch.finfo(torch.float64).eps
+        least = values.max().clamp(min=0) * len(values) * torch.finfo(torch.float64).eps
+        kept = values > torch.maximum(least, (ROUNDING * made.mean).square().mean())
         factors = torch.where(kept, values, 1).rsqrt() * kept
         made.root = (vectors * factors) @ vectors.T
         return made

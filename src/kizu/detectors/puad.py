@@ -19,7 +19,7 @@ from kizu.config import PUADConfig
 from kizu.detectors import detector_class
 from kizu.detectors.detector import Detector, Learned, Progress
 from kizu.errors import ModelError
-from kizu.gaussian import Gaussian, cross_fitted
+from kizu.gaussian import ROUNDING, Gaussian, cross_fitted
 from kizu.preprocess import Stack
 from kizu.threshold import calibrate
 
@@ -140,24 +140,26 @@ class PUAD(Detector):
         """The head; which of the base's scores the images are of that it is measured on; the distances of these as if
         new (M,), and of the images that the head was fitted to.
         """
-        everything, chosen = range(len(judged)), torch.tensor(judged, dtype=torch.int64, device=good.device)
+        rows = torch.tensor(judged, dtype=torch.int64, device=good.device)
+        everything = range(len(judged))
         if others is not None:
             head = Gaussian.fitted(good)
-            return head, everything, head(others[chosen]), head(good)
-        random = np.random.default_rng([self.config.seed, len(good)])
+            return head, everything, head(others[rows]), head(good)
+        order = np.random.default_rng([self.config.seed, len(good)]).permutation(len(good))
         if not self.config.exact:
             head = Gaussian.fitted(good)
-            folds = np.array_split(random.permutation(len(good)), FOLDS)
-            crossed = cross_fitted(good, [torch.from_numpy(fold).to(good.device) for fold in folds if len(fold)])
-            known = [place for place in everything if crossed[judged[place]].isfinite()]
-            return head, known, crossed[chosen[known]], head(good)
+            folds = [torch.from_numpy(fold).to(good.device) for fold in np.array_split(order, FOLDS) if len(fold)]
+            distances = cross_fitted(good, folds)[rows]
+            known = distances.isfinite()
+            return head, known.nonzero()[:, 0].tolist(), distances[known], head(good)
         places: Sequence[int] = everything
         if len(judged) == len(good):
-            places = sorted(random.permutation(len(good))[: max(1, int(VALIDATED * len(good)))].tolist())
+            places = sorted(order[: max(1, int(VALIDATED * len(good)))].tolist())
+        kept = rows[torch.tensor(places, dtype=torch.int64, device=good.device)]
         fitted = torch.ones(len(good), dtype=torch.bool, device=good.device)
-        fitted[chosen[list(places)]] = not len(good) > len(places)
+        fitted[kept] = len(good) == len(kept)  # an image alone is fitted to all the same
         head = Gaussian.fitted(good[fitted])
-        return head, places, head(good[chosen[list(places)]]), head(good[fitted])
+        return head, places, head(good[kept]), head(good[fitted])
 
     def _standardise(self, graph: PUADGraph, structural: Tensor, distances: Tensor) -> None:
         """By the scores (M,) of good images held out; a deviation that is not there is one."""
@@ -171,7 +173,7 @@ class PUAD(Detector):
                 continue
             deviation = float(values.std(correction=0))
             graph.mean[number] = values.mean()
-            if deviation > 1e-9 * max(1.0, abs(float(values.mean()))):
+            if deviation > ROUNDING * abs(float(values.mean())):
                 graph.unit[number] = deviation
             elif len(values) > 1:
                 self.remarks.append(
