@@ -27,6 +27,7 @@ SETTINGS = {
         "seed": 3,
     },
     "efficientad": {"teacher": str(TEACHER), "steps": 4},
+    "puad": {"size": 64, "base_settings": {"coreset": 0.2}},
 }
 WITH_BACKBONE = [method for method in DETECTORS if "backbone" in CONFIGS[method].model_fields]
 

@@ -6,11 +6,12 @@ if TYPE_CHECKING:
     from kizu.detectors.detector import Detector, Prediction, load
     from kizu.detectors.efficientad import EfficientAD
     from kizu.detectors.patchcore import PatchCore
+    from kizu.detectors.puad import PUAD
     from kizu.detectors.simplenet import SimpleNet
     from kizu.errors import BadImage, DataError, KizuError, MissingExtra, ModelError, OptionError
 
-__all__ = ["BadImage", "DataError", "Detector", "EfficientAD", "KizuError", "MissingExtra", "ModelError", "OptionError"]
-__all__ += ["PatchCore", "Prediction", "SimpleNet", "__version__", "load"]
+__all__ = ["PUAD", "BadImage", "DataError", "Detector", "EfficientAD", "KizuError", "MissingExtra", "ModelError"]
+__all__ += ["OptionError", "PatchCore", "Prediction", "SimpleNet", "__version__", "load"]
 
 __version__ = "0.1.0"
 
@@ -18,6 +19,7 @@ _HOMES = {
     "kizu.detectors.detector": ("Detector", "Prediction", "load"),
     "kizu.detectors.efficientad": ("EfficientAD",),
     "kizu.detectors.patchcore": ("PatchCore",),
+    "kizu.detectors.puad": ("PUAD",),
     "kizu.detectors.simplenet": ("SimpleNet",),
     "kizu.errors": ("BadImage", "DataError", "KizuError", "MissingExtra", "ModelError", "OptionError"),
 }

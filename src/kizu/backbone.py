@@ -74,6 +74,31 @@ class Backbone(nn.Module):
         maps = self.network((pixels - self.mean) / self.std)
         return [maps[index] for index in self.order]
 
+    def with_wholes(self, images: Tensor, kind: str) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """As `forward`, and from the same pass what stands for the whole image at each layer, (B, C) by its name.
+
+        `kind` is "mean", over the layer's places; "token", a transformer's class token; or "both".
+        """
+        if kind == "mean":
+            maps = self(images)
+            return maps, {name: layer.mean((2, 3)) for name, layer in zip(self.layers, maps, strict=True)}
+        if getattr(getattr(self.network, "model", None), "cls_token", None) is None:
+            raise OptionError(f"--feature {kind}: only transformers have a class token; use --feature mean")
+        pixels = images.contiguous(memory_format=torch.channels_last).float()
+        found = self.network.model.forward_intermediates(
+            (pixels - self.mean) / self.std,
+            indices=self.network.out_indices,
+            return_prefix_tokens=True,
+            norm=self.network.norm,
+            output_fmt=self.network.output_fmt,
+            intermediates_only=True,
+        )
+        maps = [found[index][0] for index in self.order]
+        wholes = {f"{name} token": found[index][1][:, 0] for name, index in zip(self.layers, self.order, strict=True)}
+        if kind == "both":
+            wholes |= {name: layer.mean((2, 3)) for name, layer in zip(self.layers, maps, strict=True)}
+        return maps, wholes
+
     def fold(self) -> None:
         """Move each batch normalisation into the convolution before it, as a trial run shows the pairs.
 

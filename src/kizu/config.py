@@ -4,6 +4,7 @@ The command line's options, the API's keyword arguments and the saved model's JS
 so that a name is written once.
 """
 
+import json
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -17,6 +18,7 @@ __all__ = [
     "Config",
     "DistillationConfig",
     "EfficientADConfig",
+    "PUADConfig",
     "PatchCoreConfig",
     "SimpleNetConfig",
     "build",
@@ -36,6 +38,28 @@ def _pair(value: Any) -> Any:
 
 def _names(value: Any) -> Any:
     return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+
+def _settings(value: Any) -> dict[str, Any]:
+    """A dictionary, JSON of one, or "size=320,layers=layer2,layer3": what has no = belongs to the value before it."""
+    if isinstance(value, dict):
+        return dict(value)
+    if str(value).lstrip().startswith("{"):
+        try:
+            return dict(json.loads(value))
+        except ValueError:
+            raise ValueError(f"--base-settings {value}: this is not JSON") from None
+    settings: dict[str, Any] = {}
+    for part in str(value).split(","):
+        before, equals, after = part.partition("=")
+        if equals:
+            name = before.strip().replace("-", "_")
+            settings[name] = after.strip()
+        elif settings:
+            settings[name] += f",{part.strip()}"
+        else:
+            raise ValueError(f"--base-settings {value}: write name=value,name=value or JSON")
+    return settings
 
 
 Side = Annotated[int, Field(ge=32, le=4096)]
@@ -306,10 +330,72 @@ class EfficientADConfig(Config):
         return self
 
 
+class PUADConfig(Config):
+    """PUAD (Sugawara & Imamura, ICIP 2024).
+
+    It has the size and smoothing of its base, unless they are given.
+    """
+
+    base: Literal["patchcore", "simplenet", "efficientad"] = Field(
+        "patchcore", description="Method that judges what can be pointed at."
+    )
+    base_settings: dict[str, Any] = Field(
+        {}, description="The base's own options: coreset=0.05,layers=layer2,layer3, or JSON."
+    )
+    balance: float = Field(
+        0.5, ge=0, le=1, description="0: only what can be pointed at, 1: only the whole image, 0.5: both alike."
+    )
+    gate: bool = Field(True, description="Hear the whole image in full only where it exceeds what good images reach.")
+    feature: Literal["mean", "token", "both"] = Field(
+        "mean", description="What stands for the whole image: the layers' means, a transformer's class tokens, or both."
+    )
+    feature_extractor: Literal["student", "teacher"] = Field(
+        "student", description="With --base efficientad: whose features stand for the whole image."
+    )
+    exact: bool = Field(False, description="The published arithmetic: both scores standardised and added, no gate.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _completed_by_its_base(cls, values: dict[str, Any]) -> dict[str, Any]:
+        kind = CONFIGS.get(values.get("base", "patchcore"))
+        if kind is None or kind is cls:
+            return values
+        own = _settings(values.get("base_settings") or {})
+        values = {**values, **{name: own.pop(name) for name in list(own) if name in Config.model_fields}}
+        for name, field in kind.model_fields.items():
+            if name in Config.model_fields:
+                values.setdefault(name, field.default)
+        plain = build(kind, own).model_dump(mode="json")
+        return {**values, "base_settings": {name: plain[name] for name in own}}
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> "PUADConfig":
+        build(CONFIGS[self.base], self._of_the_base)
+        if self.exact and self.balance != 0.5:
+            raise ValueError("--exact adds both scores alike: it goes with no --balance")
+        return self
+
+    @property
+    def _of_the_base(self) -> dict[str, Any]:
+        return {**{name: getattr(self, name) for name in Config.model_fields}, **self.base_settings}
+
+    @property
+    def base_config(self) -> Config:
+        """The base's."""
+        config: Config = build(CONFIGS[self.base], self._of_the_base)
+        return config
+
+    @property
+    def whole(self) -> str:
+        """What stands for the whole image: "mean", "token", "both", "student" or "teacher"."""
+        return self.feature_extractor if self.base == "efficientad" else self.feature
+
+
 CONFIGS: dict[str, type[Config]] = {
     "patchcore": PatchCoreConfig,
     "simplenet": SimpleNetConfig,
     "efficientad": EfficientADConfig,
+    "puad": PUADConfig,
 }
 
 

@@ -52,7 +52,7 @@ def config_option(field: str, about: Any, flag: str | None = None) -> click.Opti
     """The option that sets a field of a config, under its name or another; not given, it leaves the field's default."""
     default = about.get_default()
     shown = "x".join(map(str, default)) if isinstance(default, tuple) and default else default
-    suffix = f"  [default: {shown}]" if shown not in (None, ()) else ""
+    suffix = f"  [default: {shown}]" if shown not in (None, (), {}) else ""
     return click.Option(
         [field, flag or _flags(field, about.annotation)],
         type=_option_type(about.annotation),

@@ -4,7 +4,7 @@ import csv
 import glob
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +33,7 @@ class Row:
     error: str = ""
     regions: Sequence["MarkedRegion"] = ()
     nearest: Sequence[Lookalike] = ()  # good patches, to the first regions or the highest place of the map
+    parts: dict[str, Any] = field(default_factory=dict)  # what the score is made of, where the method says more
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -100,7 +101,8 @@ def judge(
         else:
             verdict = "stop" if outcome.is_anomalous else "pass"
             p, regions = outcome.p_value, outcome.regions
-            rows[path] = Row(str(path), outcome.score, p, verdict, level, now - last, "", regions, nearest)
+            seconds = now - last
+            rows[path] = Row(str(path), outcome.score, p, verdict, level, seconds, "", regions, nearest, outcome.parts)
         last = now
         if progress:
             progress("", len(rows), len(paths))

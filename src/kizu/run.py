@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kizu import files
-from kizu.config import Config
+from kizu.config import CONFIGS, Config, build
 from kizu.dataset import Dataset, Sample
 from kizu.errors import DataError, KizuError, OptionError
 from kizu.evaluation import CategoryResult, evaluate
@@ -246,7 +246,7 @@ def write_tables(folder: Path, about: dict[str, Any], results: Sequence[Category
         title=", ".join(result.category for result in results[:3]) + (" …" if len(results) > 3 else ""),
         method=about["method"],
         data=about["data"],
-        backbone=config.get("backbone") or f"teacher {Path(config['teacher']).name}",
+        backbone=_eyes(about["method"], config),
         size="×".join(str(side) for side in config["size"]),
         settings={key: str(value) for key, value in config.items()},
         machine=about["machine"]["summary"],
@@ -256,6 +256,13 @@ def write_tables(folder: Path, about: dict[str, Any], results: Sequence[Category
         seconds=about["seconds"],
     )
     report.write(folder / "report.html", summary, results)
+
+
+def _eyes(method: str, config: dict[str, Any]) -> str:
+    """The pretrained network that a method looks through."""
+    if method == "puad":
+        method, config = config["base"], build(CONFIGS[method], config).base_config.model_dump()
+    return config.get("backbone") or f"teacher {Path(config['teacher']).name}"
 
 
 def results_csv(results: Sequence[CategoryResult]) -> str:

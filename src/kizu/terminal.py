@@ -130,11 +130,22 @@ def print_verdicts(rows: Sequence[Any], options: dict[str, Any]) -> None:
             click.echo(f"error  {row.path}: {row.error}")
         elif not options["quiet"] or row.verdict == "stop":
             click.echo(f"{row.verdict:5}  {row.score:10.4f}  p {row.p_value:<7.3g} {row.path}")
+            if row.verdict == "stop" and row.parts:
+                click.echo(f"{'':19}{_explanation(row.parts)}")
     if not options["quiet"]:
         counts = {word: sum(row.verdict == word for row in rows) for word in ("stop", "pass", "error")}
         level = next((row.threshold for row in rows if not row.error), None)
         counted = ", ".join(f"{number} {word}" for word, number in counts.items() if number)
         click.echo(f"\n{counted}" + ("" if level is None else f"; stopped above {level:.4f}"), err=True)
+
+
+def _explanation(parts: dict[str, Any]) -> str:
+    """In a line: the kind of anomaly, and for one that has no place what to compare the photograph with."""
+    said = f"{parts['kind']} (structural {parts['structural']:+.1f}, logical {parts['logical']:+.1f})"
+    if parts["kind"] == "structural":
+        return said
+    near, groups = ", ".join(str(found["image"]) for found in parts["nearest"]), parts["groups"]
+    return f"{said}; compare with {near}; differs most in {groups[0]['group']} ({groups[0]['share']:.0%})"
 
 
 def print_table(rows: Sequence[dict[str, Any]]) -> None:

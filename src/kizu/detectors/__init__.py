@@ -13,6 +13,7 @@ DETECTORS = {
     "patchcore": ("kizu.detectors.patchcore", "PatchCore"),
     "simplenet": ("kizu.detectors.simplenet", "SimpleNet"),
     "efficientad": ("kizu.detectors.efficientad", "EfficientAD"),
+    "puad": ("kizu.detectors.puad", "PUAD"),
 }
 
 

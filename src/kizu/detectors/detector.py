@@ -69,6 +69,7 @@ class Prediction:
     shape: tuple[int, int]  # of the photograph
     item: Readable
     detector: "Detector"
+    parts: dict[str, Any] = field(default_factory=dict)  # what the score is made of, where a method says more
 
     def __iter__(self) -> Iterator[Any]:
         return iter((self.score, self.anomaly_map))
@@ -122,6 +123,7 @@ class Learned:
     map_median: float  # the typical value of a good pixel
     facts: dict[str, Any] = field(default_factory=dict)  # worth knowing, e.g. the size of a memory bank
     as_new: dict[int, float] = field(default_factory=dict)  # scores of training images as if they had not been learned
+    judged: list[int] = field(default_factory=list)  # which of the held-out images, or else photos, the scores are of
 
 
 class Detector(ABC):
@@ -281,9 +283,9 @@ class Detector(ABC):
             yield from batch.failures
             if not batch.items:
                 continue
-            scores, maps = self(batch.pixels)
-            for item, shape, score, anomaly_map in zip(batch.items, batch.shapes, scores, maps, strict=True):
-                yield item, Prediction(float(score), self.threshold.value, anomaly_map[0], shape, item, self)
+            judged = zip(batch.items, batch.shapes, *self.explained(batch.pixels), strict=True)
+            for item, shape, score, anomaly_map, parts in judged:
+                yield item, Prediction(float(score), self.threshold.value, anomaly_map[0], shape, item, self, parts)
 
     def __call__(self, pixels: npt.NDArray[np.uint8]) -> tuple[images.Float, images.Float]:
         """The graph on a batch: (B, 3, h, w) uint8 → scores (B,), maps (B, 1, h, w)."""
@@ -292,6 +294,10 @@ class Detector(ABC):
         with torch.inference_mode():
             scores, maps = self.graph(torch.from_numpy(pixels).to(self.device))
         return scores.numpy(force=True), maps.numpy(force=True)
+
+    def explained(self, pixels: npt.NDArray[np.uint8]) -> tuple[images.Float, images.Float, list[dict[str, Any]]]:
+        """As a call, and what each image's score is made of: nothing to say, unless a method has more."""
+        return *self(pixels), [{} for _ in pixels]
 
     def save(self, folder: str | os.PathLike[str], *, keep_previous: bool = False) -> Path:
         """Write the model as a folder of model.safetensors and model.json, whole or not at all.

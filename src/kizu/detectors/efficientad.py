@@ -90,18 +90,50 @@ class EfficientADGraph(nn.Module):
         self.upsample = MapUpsampling(self.grid, config.size, config.smoothing, CENTRE - self.frame[0], STRIDE)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        return self.rate(*self.views(images))
+
+    def with_wholes(self, images: Tensor, kind: str) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """As `forward`, and from the same pass the mean over all places of what "student" or "teacher" sees, (B, C).
+
+        Of the student it is the half that mimics the teacher; the teacher's is normalised.
+        """
+        views = self.views(images)
+        wholes = self._means(views, kind)
+        return *self.rate(*views), wholes
+
+    def wholes(self, images: Tensor, kind: str) -> dict[str, Tensor]:
+        """The last of these alone."""
+        framed = self.framed(normalised(images))
+        views = (self.taught(framed), None) if kind == "teacher" else (None, self.student(framed))
+        return self._means(views, kind)
+
+    def _means(self, views: Sequence[Tensor | None], kind: str) -> dict[str, Tensor]:
+        taught, answers = views[:2]
+        seen = taught if answers is None or kind == "teacher" else answers[:, self.mimics_teacher]
+        assert seen is not None
+        return {kind: seen.mean((2, 3))}
+
+    def rate(self, taught: Tensor, answers: Tensor, wholes: Tensor) -> tuple[Tensor, Tensor]:
+        """What teacher, student and autoencoder see → scores (B,) and anomaly maps (B, 1, H, W)."""
         low, high = self.levels.view(2, 2, 1, 1, 1).unbind(1)
-        grids = 0.1 * (torch.stack(self.errors(images)) - low) / (high - low)  # (2, B, h, w)
+        errors = self.differences(taught, answers, wholes)
+        grids = 0.1 * (torch.stack(errors) - low) / (high - low)  # (2, B, h, w)
         anomaly_maps: Tensor = self.upsample(grids.mean(0))
         return anomaly_maps.flatten(1).amax(1), anomaly_maps
 
     def errors(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 3, H, W) → squared differences of the student to teacher and autoencoder, (B, h, w) each."""
+        return self.differences(*self.views(images))
+
+    def views(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, 3, H, W) → what teacher, student and autoencoder see, (B, C or 2 C, h, w)."""
         pixels = normalised(images)
         framed = self.framed(pixels)
-        answers = self.student(framed)
-        teacher_errors = self.taught(framed).sub_(answers[:, self.mimics_teacher]).square_().mean(1)
-        wholes = self.autoencoder(pixels)
+        return self.taught(framed), self.student(framed), self.autoencoder(pixels)
+
+    def differences(self, taught: Tensor, answers: Tensor, wholes: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the views, the first and the last of which are used up."""
+        teacher_errors = taught.sub_(answers[:, self.mimics_teacher]).square_().mean(1)
         return teacher_errors, wholes.sub_(answers[:, self.mimics_autoencoder]).square_().mean(1)
 
     def framed(self, pixels: Tensor) -> Tensor:
@@ -167,7 +199,7 @@ class EfficientAD(Detector):
             outcome = self._judge(graph, held_out if len(held_out) else photos, numbers, progress)
         images = {"learned from": len(learned), "scale of the maps": len(scaling), "threshold": len(numbers)}
         facts = {"teacher": origin, "network": f"PDN-{network.size.upper()}", "images": images, **trained}
-        return Learned(graph, *outcome, facts)
+        return Learned(graph, *outcome, facts, judged=list(numbers))
 
     def calibrates_with(self, photos: int, held_out: int) -> int:
         return held_out or len(parted(photos, 0, self.config.validation, self.config.seed)[2])

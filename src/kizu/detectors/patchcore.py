@@ -66,7 +66,10 @@ class PatchCoreGraph(nn.Module):
 
     def embed(self, images: Tensor) -> list[Tensor]:
         """(B, 3, H, W) → patch features (B, D, h, w) for each bank."""
-        maps = self.backbone(images)
+        return self.gather(self.backbone(images))
+
+    def gather(self, maps: list[Tensor]) -> list[Tensor]:
+        """The layers' maps → patch features for each bank."""
         return [self.patches(maps[tap]) for tap in self.taps]
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -74,9 +77,22 @@ class PatchCoreGraph(nn.Module):
         anomaly_maps: Tensor = self.upsample(grid)
         return scores, anomaly_maps
 
+    def with_wholes(self, images: Tensor, kind: str) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """As `forward`, and from the same pass what stands for the whole image, as `Backbone.with_wholes` gives it."""
+        maps, wholes = self.backbone.with_wholes(images, kind)
+        scores, grid = self.rate_layers(self.gather(maps))
+        return scores, self.upsample(grid), wholes
+
+    def wholes(self, images: Tensor, kind: str) -> dict[str, Tensor]:
+        """The last of these alone."""
+        return self.backbone.with_wholes(images, kind)[1]
+
     def rate(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 3, H, W) → scores (B,) and patch scores (B, h, w)."""
-        layers = self.embed(images)
+        return self.rate_layers(self.embed(images))
+
+    def rate_layers(self, layers: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """As `rate`, from patch features for each bank."""
         hits = [self.search(bank, as_rows(layer)) for bank, layer in zip(self.memory, layers, strict=True)]
         return self.judge(hits, [layer.shape for layer in layers])
 
@@ -178,6 +194,19 @@ class EnsembleGraph(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         return self.combine([member(images) for member in self.members])
 
+    def with_wholes(self, images: Tensor, kind: str) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """As `forward`, and what stands for the whole image in each member, by number and layer."""
+        outcomes = [member.with_wholes(images, kind) for member in self._members()]
+        scores, maps = self.combine([(scores, maps) for scores, maps, _ in outcomes])
+        return scores, maps, _numbered([wholes for _, _, wholes in outcomes])
+
+    def wholes(self, images: Tensor, kind: str) -> dict[str, Tensor]:
+        """The last of these alone."""
+        return _numbered([member.wholes(images, kind) for member in self._members()])
+
+    def _members(self) -> list[PatchCoreGraph]:
+        return [member for member in self.members if isinstance(member, PatchCoreGraph)]
+
     def learn_stats(self, rated: Sequence[tuple[Tensor, Tensor]]) -> None:
         """From each member's scores (M,) and patch scores (M, h, w) of good images."""
         for number, (scores, grids) in enumerate(rated):
@@ -202,15 +231,16 @@ class PatchCore(Detector):
         with torch.inference_mode():
             learned = [self._learn_one(config, photos, held_out, memory, progress) for config in self.config.members()]
             graphs, rated, as_new, facts = zip(*learned, strict=True)
-            step = 1 if len(as_new[0]) == len(photos) else max(1, len(photos) // self._enough())
+            searched = self._searched(len(photos), len(as_new[0]) == len(photos))
+            numbers = range(len(held_out)) if len(held_out) else searched
             if len(graphs) == 1:
-                return _learned(graphs[0], graphs, rated, as_new[0], facts[0], step)
+                return _learned(graphs[0], graphs, rated, as_new[0], facts[0], numbers, searched)
             ensemble = EnsembleGraph(graphs).to(self.device)
             ensemble.learn_stats(rated)
             scaled = [(scores - mean) / std for scores, (mean, std) in zip(as_new, ensemble.score_stats, strict=True)]
             alike = len({len(scores) for scores in scaled}) == 1  # the members judged the same images
             together = torch.stack(scaled).mean(0) if alike else scaled[0]
-            return _learned(ensemble, graphs, rated, together, {"members": list(facts)}, step)
+            return _learned(ensemble, graphs, rated, together, {"members": list(facts)}, numbers, searched)
 
     def _learn_one(
         self, config: PatchCoreConfig, photos: Stack, held_out: Stack, memory: int, progress: Progress
@@ -278,7 +308,7 @@ class PatchCore(Detector):
         Where the features are not all at hand any more they are computed again, of at most `CALIBRATED` images.
         """
         at_hand = all(summary.is_whole for summary in summaries)
-        numbers = range(0, len(photos), 1 if at_hand else max(1, len(photos) // self._enough()))
+        numbers = self._searched(len(photos), at_hand)
         kept = [graph.room_for_hits(len(numbers), which) for which in range(len(graph.grids))]
         for start in range(0, len(numbers), TOGETHER):
             some = numbers[start : start + TOGETHER]
@@ -295,9 +325,10 @@ class PatchCore(Detector):
                 yield [hits.moved_to(place, position) for hits, place in zip(image, kept, strict=True)]
             progress("Threshold", some[-1] + 1, len(photos))
 
-    def _enough(self) -> int:
-        """Images that set the level where each costs time."""
-        return max(CALIBRATED, images_needed(self.config.false_alarms))
+    def _searched(self, images: int, at_hand: bool) -> range:
+        """The training images that are judged as if they were new; fewer where each costs time."""
+        enough = max(CALIBRATED, images_needed(self.config.false_alarms))
+        return range(0, images, 1 if at_hand else max(1, images // enough))
 
     def nearest_good(self, seen: npt.NDArray[np.uint8], place: tuple[float, float]) -> Lookalike | None:
         graph = self.graph.members[0] if isinstance(self.graph, EnsembleGraph) else self.graph
@@ -339,7 +370,8 @@ class PatchCore(Detector):
             for numbers, pixels in self.stream(photos, "Threshold", progress):
                 found += graph.search_all([as_rows(layer) for layer in graph.embed(pixels)], before + numbers)
             judged = _judged_as_new(graph, found)
-            new = _learned(graph, [graph], [judged], judged[0], self.facts)
+            every = range(len(found))
+            new = _learned(graph, [graph], [judged], judged[0], self.facts, every, every)
             self.remember(photos, items, new.as_new)
         both = (self.training["hash"] + photos.hash).encode()
         self.training["hash"] = hashlib.blake2b(both, digest_size=16).hexdigest()
@@ -429,6 +461,10 @@ def _restore_one(config: PatchCoreConfig, tensors: dict[str, Tensor], prefix: st
     return graph
 
 
+def _numbered(members: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {f"{number}.{name}": whole for number, wholes in enumerate(members) for name, whole in wholes.items()}
+
+
 def _recalls(graph: PatchCoreGraph, images: Tensor) -> list[float]:
     """Of each bank's approximate search, for the first training images (B, 3, H, W)."""
     numbers = torch.arange(len(images), device=images.device)
@@ -455,11 +491,12 @@ def _learned(
     rated: Sequence[tuple[Tensor, Tensor]],
     as_new: Tensor,
     facts: dict[str, Any],
-    step: int = 1,
+    numbers: Sequence[int],
+    searched: Sequence[int],
 ) -> Learned:
-    """What follows from the members' scores (M,) and patch scores of good images; maps are made a few at a time.
+    """What follows from the members' scores (M,) and patch scores of good images of these numbers.
 
-    `as_new` are scores of the training images, of one in every `step`.
+    `as_new` are scores of the training images that were searched for. Maps are made a few at a time.
     """
     known = rated[0][0].isfinite()  # an image that alone filled the bank has nothing else to be compared with
     scores: list[float] = []
@@ -472,5 +509,7 @@ def _learned(
         peaks += both[1].flatten(1).amax(1).tolist()
         medians += both[1].flatten(1).median(1).values.tolist()
     median = statistics.median(medians) if medians else 0.0
-    known_as_new = {step * place: score for place, score in enumerate(as_new.tolist()) if math.isfinite(score)}
-    return Learned(graph, scores, peaks, median, facts, known_as_new)
+    pairs = zip(searched, as_new.tolist(), strict=True)
+    known_as_new = {number: score for number, score in pairs if math.isfinite(score)}
+    judged = [numbers[row] for row in known.nonzero()[:, 0].tolist()]
+    return Learned(graph, scores, peaks, median, facts, known_as_new, judged)

@@ -66,7 +66,19 @@ class SimpleNetGraph(nn.Module):
         return adapted
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        features = self.embed(images)
+        return self.rate(self.embed(images))
+
+    def with_wholes(self, images: Tensor, kind: str) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """As `forward`, and from the same pass what stands for the whole image, as `Backbone.with_wholes` gives it."""
+        maps, wholes = self.backbone.with_wholes(images, kind)
+        return *self.rate(self.patches(maps)), wholes
+
+    def wholes(self, images: Tensor, kind: str) -> dict[str, Tensor]:
+        """The last of these alone."""
+        return self.backbone.with_wholes(images, kind)[1]
+
+    def rate(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Patch features (B, D, h, w) → scores (B,) and anomaly maps (B, 1, H, W)."""
         count, _, height, width = features.shape
         grid = -self.discriminator(self.adapt(as_rows(features))).view(count, height, width)
         most = max(1, round(self.config.top * height * width))
@@ -174,7 +186,8 @@ class SimpleNet(Detector):
             scores += rated.tolist()
             peaks += maps.flatten(1).amax(1).tolist()
             medians += maps.flatten(1).median(1).values.tolist()
-        return Learned(graph, scores, peaks, statistics.median(medians) if medians else -self.config.dsc_margin, facts)
+        median = statistics.median(medians) if medians else -self.config.dsc_margin
+        return Learned(graph, scores, peaks, median, facts, judged=list(only))
 
     def save_to_path(self, folder: str | os.PathLike[str]) -> Path:
         """Write `ckpt.pth` and `params.pkl` in the published layout; the backbone's weights are not inside."""

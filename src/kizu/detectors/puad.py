@@ -1,0 +1,257 @@
+"""PUAD: what can be pointed at, judged by another method, and what cannot: the whole image's feature.
+
+Sugawara & Imamura, "PUAD: Frustratingly Simple Method for Robust Anomaly Detection", ICIP 2024. The head is the
+Mahalanobis distance of the mean feature. Beyond the paper, and switchable: any method under it, a balance, and a gate
+whose level good images alone set (`gate`). One pass of the network gives map, score and feature.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from kizu import image as images
+from kizu.config import PUADConfig
+from kizu.detectors import detector_class
+from kizu.detectors.detector import Detector, Learned, Progress
+from kizu.errors import ModelError
+from kizu.gaussian import ROUNDING, Gaussian, cross_fitted
+from kizu.preprocess import Stack
+from kizu.threshold import calibrate
+
+__all__ = ["PUAD", "PUADGraph"]
+
+FOLDS = 10
+VALIDATED = 0.15  # share of the good images that --exact standardises by, where the base keeps none (reference: 0.15)
+REMEMBERED = 1000  # good images that others are compared with
+WHISPER = 0.1  # weight of a logical score that good images reach too: adds 0.5 % to the deviation of their sums
+NEAREST, FEATURES = 3, 3  # good images, and features of a group, that a prediction names
+
+
+class PUADGraph(nn.Module):
+    """uint8 images (B, 3, H, W) → scores (B,), anomaly maps (B, 1, H, W)."""
+
+    mean: Tensor
+    unit: Tensor
+    level: Tensor
+    good: Tensor
+    numbers: Tensor
+    sizes: Tensor
+
+    def __init__(self, config: PUADConfig, base: nn.Module, head: Gaussian, good: int, groups: int) -> None:
+        super().__init__()
+        self.base: Any = base
+        self.head, self.kind = head, config.whole
+        self.balance, self.gated = config.balance, config.gate and not config.exact
+        self.register_buffer("mean", torch.zeros(2, dtype=torch.float64))  # of (structural, logical), of good images
+        self.register_buffer("unit", torch.ones(2, dtype=torch.float64))  # their deviation
+        self.register_buffer("level", torch.tensor(torch.inf, dtype=torch.float64))  # few good images' logical scores
+        self.register_buffer("good", torch.zeros(good, len(head.mean)))  # whitened features of good images
+        self.register_buffer("numbers", torch.zeros(good, dtype=torch.int64))  # their numbers among the images
+        self.register_buffer("sizes", torch.zeros(groups, dtype=torch.int64))  # features of each group
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        scores, anomaly_maps, _, _ = self.explained(images)
+        return scores, anomaly_maps
+
+    def explained(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Scores, maps, both standardised scores (B, 2), and the whole images' whitened features (B, D)."""
+        structural, anomaly_maps, wholes = self.base.with_wholes(images, self.kind)
+        whitened = self.head.whitened(joined(wholes))
+        parts = self.standardised(structural, whitened.norm(dim=1))
+        return self.combined(parts).to(structural.dtype), anomaly_maps, parts, whitened
+
+    def standardised(self, structural: Tensor, distances: Tensor) -> Tensor:
+        """(B,) and (B,) → (B, 2): in deviations of good images above their mean."""
+        return (torch.stack([structural.double(), distances], dim=1) - self.mean) / self.unit
+
+    def combined(self, parts: Tensor) -> Tensor:
+        """(B, 2) → (B,)."""
+        return self.contributions(parts).sum(1)
+
+    def contributions(self, parts: Tensor) -> Tensor:
+        """(B, 2): what each adds to the score.
+
+        Behind the gate, the logical score is heard in full only where it exceeds what good images hardly ever reach.
+        """
+        structural, logical = parts.unbind(1)
+        if self.gated:
+            logical = WHISPER * logical + (1 - WHISPER) * (logical - self.level).clamp(min=0)
+        return torch.stack([2 * (1 - self.balance) * structural, 2 * self.balance * logical], dim=1)
+
+
+class PUAD(Detector):
+    """Another method and a head that sees the whole image (PUAD). Settings: the fields of `PUADConfig`."""
+
+    method = "puad"
+
+    def learn(self, photos: Stack, held_out: Stack, memory: int, progress: Progress) -> Learned:
+        base = self._base()
+        base.checkpoint, base.seconds = self.checkpoint, self.seconds
+        learned = base.learn(photos, held_out, memory, progress)
+        self.curves, self.remarks = base.curves, [*self.remarks, *base.remarks]
+        with self.timed("whole images"), torch.inference_mode():
+            good, groups = self._wholes(learned.graph, photos, progress)
+            others = self._wholes(learned.graph, held_out, progress)[0] if len(held_out) else None
+            return self._with_head(learned, good, others, groups)
+
+    def _base(self) -> Detector:
+        base = detector_class(self.config.base)(self.config.base_config)
+        base.device, base.workers = self.device, self.workers
+        return base
+
+    def _wholes(self, graph: Any, photos: Stack, progress: Progress) -> tuple[Tensor, dict[str, int]]:
+        """Whole images' features (N, D), and how many are of each group."""
+        found = [graph.wholes(pixels, self.config.whole) for _, pixels in self.stream(photos, "Whole images", progress)]
+        return torch.cat([joined(wholes) for wholes in found]), {name: w.shape[1] for name, w in found[0].items()}
+
+    def _with_head(self, learned: Learned, good: Tensor, others: Tensor | None, groups: dict[str, int]) -> Learned:
+        """The base's result with the head fitted to whole images' features (N, D), and the scores of both."""
+        head, places, distances, usual = self._judged_as_new(good, others, learned.judged)
+        graph = PUADGraph(self.config, learned.graph, head, min(len(good), REMEMBERED), len(groups))
+        graph.to(good.device)
+        graph.sizes = torch.tensor(list(groups.values()), device=good.device)
+        graph.numbers = torch.linspace(0, len(good) - 1, len(graph.numbers), device=good.device).round().long()
+        graph.good = head.whitened(good[graph.numbers]).float()
+        structural = torch.tensor([learned.scores[place] for place in places], dtype=torch.float64, device=good.device)
+        self._standardise(graph, structural, distances)
+        parts = graph.standardised(structural, distances)
+        level = calibrate(parts[:, 1].tolist(), self.config.false_alarms)
+        graph.level.fill_(level.value)
+        scores = graph.combined(parts).tolist()
+        self._remark(head, good)
+        facts = {
+            **learned.facts,
+            "groups": groups,
+            "shrinkage": head.shrinkage,
+            "distance of images learned from": _median(usual),
+            "distance of images held out": _median(distances),
+            "logical level": level.value if level.count else None,
+        }
+        return replace(learned, graph=graph, scores=scores, facts=facts)
+
+    def _judged_as_new(
+        self, good: Tensor, others: Tensor | None, judged: Sequence[int]
+    ) -> tuple[Gaussian, Sequence[int], Tensor, Tensor]:
+        """The head; which of the base's scores the images are of that it is measured on; the distances of these as if
+        new (M,), and of the images that the head was fitted to.
+        """
+        rows = torch.tensor(judged, dtype=torch.int64, device=good.device)
+        everything = range(len(judged))
+        if others is not None:
+            head = Gaussian.fitted(good)
+            return head, everything, head(others[rows]), head(good)
+        order = np.random.default_rng([self.config.seed, len(good)]).permutation(len(good))
+        if not self.config.exact:
+            head = Gaussian.fitted(good)
+            folds = [torch.from_numpy(fold).to(good.device) for fold in np.array_split(order, FOLDS) if len(fold)]
+            distances = cross_fitted(good, folds)[rows]
+            known = distances.isfinite()
+            return head, known.nonzero()[:, 0].tolist(), distances[known], head(good)
+        places: Sequence[int] = everything
+        if len(judged) == len(good):
+            places = sorted(order[: max(1, int(VALIDATED * len(good)))].tolist())
+        kept = rows[torch.tensor(places, dtype=torch.int64, device=good.device)]
+        fitted = torch.ones(len(good), dtype=torch.bool, device=good.device)
+        fitted[kept] = len(good) == len(kept)  # an image alone is fitted to all the same
+        head = Gaussian.fitted(good[fitted])
+        return head, places, head(good[kept]), head(good[fitted])
+
+    def _standardise(self, graph: PUADGraph, structural: Tensor, distances: Tensor) -> None:
+        """By the scores (M,) of good images held out; a deviation that is not there is one."""
+        if len(distances) < 2:
+            self.remarks.append(
+                f"{len(distances)} good images are left to put both scores on one scale, and two are needed: they are "
+                "added as they are. Give more good images."
+            )
+        for number, (values, name) in enumerate(((structural, "structural"), (distances, "logical"))):
+            if not len(values):
+                continue
+            deviation = float(values.std(correction=0))
+            graph.mean[number] = values.mean()
+            if deviation > ROUNDING * abs(float(values.mean())):
+                graph.unit[number] = deviation
+            elif len(values) > 1:
+                self.remarks.append(
+                    f"All good images held out have the same {name} score: it is added in its own unit."
+                )
+
+    def _remark(self, head: Gaussian, good: Tensor) -> None:
+        count, dimension = good.shape
+        if head.is_flat:
+            self.remarks.append(
+                "Nothing differs between the good images' features as wholes: the distance of the whole image says "
+                "nothing. Give more good images."
+            )
+        elif count <= dimension:
+            self.remarks.append(
+                f"{count} good images have {dimension} features as wholes: their covariance is half guessed "
+                f"(shrinkage {head.shrinkage:.2f}); more than {dimension} images settle it."
+            )
+
+    def explained(self, pixels: npt.NDArray[np.uint8]) -> tuple[images.Float, images.Float, list[dict[str, Any]]]:
+        """Scores, maps, and of each image: `structural` and `logical` score, in deviations of good images; which `kind`
+        adds more; the `nearest` good images; and the `groups` of features that its whole deviates in.
+        """
+        if not isinstance(self.graph, PUADGraph):
+            raise ModelError("This detector has learned nothing yet: call fit first, or kizu.load a saved model.")
+        with torch.inference_mode():
+            scores, maps, parts, whitened = self.graph.explained(torch.from_numpy(pixels).to(self.device))
+            logical = self.graph.contributions(parts).diff(dim=1)[:, 0] > 0
+            said = [
+                {
+                    "kind": "logical" if mostly else "structural",
+                    "structural": float(part[0]),
+                    "logical": float(part[1]),
+                    "nearest": self._nearest(whole),
+                    "groups": self._groups(whole),
+                }
+                for mostly, part, whole in zip(logical.tolist(), parts, whitened, strict=True)
+            ]
+        return scores.numpy(force=True), maps.numpy(force=True), said
+
+    def _nearest(self, whole: Tensor) -> list[dict[str, Any]]:
+        """The good images that a whitened feature (D,) is nearest to."""
+        assert isinstance(self.graph, PUADGraph)
+        distances = (self.graph.good - whole.float()).norm(dim=1)
+        found = distances.topk(min(NEAREST, len(distances)), largest=False)
+        numbers = self.graph.numbers[found.indices].tolist()
+        names = self.training["names"]
+        return [{"image": names[n], "distance": d} for n, d in zip(numbers, found.values.tolist(), strict=True)]
+
+    def _groups(self, whole: Tensor) -> list[dict[str, Any]]:
+        """Each group's share of a squared distance, the largest first, with its most deviating features."""
+        assert isinstance(self.graph, PUADGraph)
+        total = float(whole.square().sum())
+        groups = []
+        for name, part in zip(self.facts["groups"], whole.split(self.graph.sizes.tolist()), strict=True):
+            most = part.abs().topk(min(FEATURES, len(part))).indices.tolist()
+            share = float(part.square().sum()) / total if total else 0.0
+            groups.append({"group": name, "share": share, "features": {str(n): float(part[n]) for n in most}})
+        return sorted(groups, key=lambda group: -group["share"])
+
+    def pretrained(self) -> dict[str, str]:
+        assert isinstance(self.graph, PUADGraph)
+        base = self._base()
+        base.graph, base.facts = self.graph.base, self.facts
+        return base.pretrained()
+
+    @classmethod
+    def restore_graph(cls, config: Any, tensors: dict[str, Tensor]) -> nn.Module:
+        state = {key.removeprefix("base."): value for key, value in tensors.items() if key.startswith("base.")}
+        base = detector_class(config.base).restore_graph(config.base_config, state)
+        good, dimension = tensors["good"].shape
+        return PUADGraph(config, base, Gaussian(dimension), good, len(tensors["sizes"]))
+
+
+def joined(wholes: dict[str, Tensor]) -> Tensor:
+    """Groups (B, C) → (B, D)."""
+    return torch.cat(list(wholes.values()), dim=1)
+
+
+def _median(values: Tensor) -> float | None:
+    return float(values.median()) if len(values) else None
