@@ -363,7 +363,7 @@ class PUADConfig(Config):
         own = _settings(values.get("base_settings") or {})
         values = {**values, **{name: own.pop(name) for name in list(own) if name in Config.model_fields}}
         for name, field in kind.model_fields.items():
-            if name in Config.model_fields:
+            if name in Config.model_fields and field.default != Config.model_fields[name].default:
                 values.setdefault(name, field.default)
         plain = build(kind, own).model_dump(mode="json")
         return {**values, "base_settings": {name: plain[name] for name in own}}
@@ -377,7 +377,8 @@ class PUADConfig(Config):
 
     @property
     def _of_the_base(self) -> dict[str, Any]:
-        return {**{name: getattr(self, name) for name in Config.model_fields}, **self.base_settings}
+        given = {name: getattr(self, name) for name in Config.model_fields if name in self.model_fields_set}
+        return {**given, **self.base_settings}
 
     @property
     def base_config(self) -> Config:
