@@ -1,7 +1,8 @@
 """How many good parts a level really stops, over random splits of the good images, beside other ways to set one.
 
 python benchmarks/false_alarms.py                                     PatchCore, every category, 200 splits
-python benchmarks/false_alarms.py --method simplenet --fits 4         200 splits over 4 trainings
+python benchmarks/false_alarms.py --size 320                          with its default input size, slowly
+python benchmarks/false_alarms.py --method simplenet --fits 8         200 splits over 8 trainings
 python benchmarks/false_alarms.py DATA… --seconds 40                  a while for each; the same command goes on
 python benchmarks/false_alarms.py --quick                             a rendered category, a few splits
 
@@ -60,6 +61,10 @@ class Remembering(nn.Module):
         super().__init__()
         self.network, self.layers = network, network.layers
 
+    def with_wholes(self, images: Tensor, kind: str) -> tuple[list[Tensor], dict[str, Tensor]]:
+        maps = self(images)
+        return maps, {name: layer.mean((2, 3)) for name, layer in zip(self.layers, maps, strict=True)}
+
     def forward(self, images: Tensor) -> list[Tensor]:
         keys = [hashlib.blake2b(image.numpy(force=True).tobytes()).digest() for image in images]
         unknown = [number for number, key in enumerate(keys) if key not in self.maps]
@@ -78,18 +83,22 @@ def main() -> None:
     parser.add_argument("--splits", type=int, default=200)
     parser.add_argument("--fits", type=int, help="as many trainings. Default: one a split")
     parser.add_argument("--learn", type=int, default=100, metavar="N", help="good images that each split learns from")
+    parser.add_argument("--size", type=int, default=160, help="of the photographs as the network sees them")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="of each category; the next call goes on")
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args(ours.split())
     words = settings.split()
     chosen = {k.removeprefix("--").replace("-", "_"): v for k, v in zip(words[::2], words[1::2], strict=True)}
+    chosen["size"] = str(options.size)
     if options.quick:
         options.splits, options.learn = 3, 60
     create = backbone.create
     backbone.create = lambda *arguments: Remembering(create(*arguments))  # type: ignore[assignment, arg-type]
     start = time.perf_counter()
-    kept = RESULTS / f".false_alarms_{options.method}.jsonl"  # every score of every training, to go on from
-    resumable = not (options.quick or chosen)
+    kept = (
+        RESULTS / f".false_alarms_{options.method}_{options.size}.jsonl"
+    )  # every score of every training, to go on from
+    resumable = not (options.quick or settings)
     before = kept.read_text().splitlines() if kept.exists() and resumable else []
     rows: list[dict[str, Any]] = [json.loads(line) for line in before if line.endswith("}")]
     with tempfile.TemporaryDirectory() as scratch:
@@ -100,7 +109,7 @@ def main() -> None:
                 done = {row["fit"] for row in rows if row["category"] == category}
                 began = time.perf_counter()
                 for row in fits(data, category, chosen, options, done):
-                    rows.append({"category": category, **row})
+                    rows.append({"category": category, "size": options.size, **row})
                     if resumable:
                         with kept.open("a") as file:
                             file.write(json.dumps(rows[-1]) + "\n")
@@ -185,6 +194,7 @@ def summarised(rows: Sequence[dict[str, Any]], splits: int, trainings: int) -> l
                     "recall": f"{statistics.mean(recall):.4f}",
                     "splits": len(alarms),
                     "trainings": len(mine),
+                    "size": mine[0]["size"],
                 }
             )
     return table
@@ -192,7 +202,7 @@ def summarised(rows: Sequence[dict[str, Any]], splits: int, trainings: int) -> l
 
 def split(row: dict[str, Any], turn: int, again: bool) -> dict[tuple[str, str], tuple[float, float]]:
     """(rule, promise) → share of good images stopped, share of defects stopped."""
-    values = {key: np.array(row[key]) for key in row if key not in ("category", "fit")}
+    values = {key: np.array(row[key]) for key in row if key not in ("category", "fit", "size")}
     rng = np.random.default_rng([row["fit"], turn])
     one, other = np.array_split(rng.permutation(len(values["good"])), 2)
     bad_one, bad_other = np.array_split(rng.permutation(len(values["bad"])), 2)

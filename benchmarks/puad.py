@@ -96,7 +96,7 @@ def heard(detector: kizu.PUAD) -> dict[str, str]:
     facts = detector.facts
     fitted, held_out = facts["distance of images learned from"], facts["distance of images held out"]
     return {
-        "gate": f"{facts['gate']:.2f}",
+        "level": f"{facts['logical level']:.2f}",
         "distance, learned": f"{fitted:.1f}",
         "distance, held out": f"{held_out:.1f}",
     }

@@ -8,7 +8,7 @@ a layer instead of one of all layers (`fusion`), distances measured in units of 
 import hashlib
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Self
 
@@ -23,8 +23,10 @@ from kizu.backbone import weights_hash
 from kizu.bank import Bank, Hits
 from kizu.config import PatchCoreConfig
 from kizu.detectors.detector import Detector, Learned, Progress
+from kizu.ensemble import EnsembleGraph
 from kizu.errors import DataError, ModelError
 from kizu.evidence import Lookalike
+from kizu.leave_one_out import LeaveOneOut
 from kizu.maps import MapUpsampling
 from kizu.memory import budget
 from kizu.patches import PatchFeatures
@@ -35,7 +37,6 @@ from kizu.threshold import images_needed
 __all__ = ["PatchCore"]
 
 CALIBRATED = 1000  # images that set scales and threshold where their features must be computed again for it
-TOGETHER = 4  # images searched for at a time
 
 
 class PatchCoreGraph(nn.Module):
@@ -101,35 +102,22 @@ class PatchCoreGraph(nn.Module):
         distances, entries = bank.search(queries, self.config.neighbours, own)
         return Hits(distances, entries, queries if self.config.reweight > 1 else None, own)
 
-    def search_all(self, features: Sequence[Tensor], numbers: Tensor) -> list[list[Hits]]:
-        """For training images of these numbers (B,), what is nearest in each bank among other images' entries.
+    def as_if_new(self, hits: Sequence[Hits], among_others: Sequence[Hits]) -> tuple[Tensor, Tensor]:
+        """As `rate`, a training image from its hits, as if it had not been learned from.
 
-        `features` are those of all images together, (B · P, D) for each bank.
+        What it found among other images' entries is taken out of the scales, and is where Eq. 7 looks.
         """
-        found = []
-        for bank, rows in zip(self.memory, features, strict=True):
-            patches = len(rows) // len(numbers)
-            found.append(self.search(bank, rows, numbers.repeat_interleave(patches)).split(patches))
-        return [list(image) for image in zip(*found, strict=True)]
-
-    def room_for_hits(self, images: int, which: int) -> tuple[Tensor, Tensor]:
-        """Places for the distances and entries that so many images find in one of the banks."""
-        bank, (height, width) = self.memory[which], self.grids[which]
-        shape = (images, height * width, min(self.config.neighbours, len(bank.entries)))
-        return bank.entries.new_empty(shape), bank.images.new_empty(shape)
-
-    def as_if_new(self, hits: Sequence[Hits]) -> tuple[Tensor, Tensor]:
-        """As `rate`, a training image from its hits among other images' entries, as if it had not been learned from."""
         shapes = [(1, 0, *grid) for grid in self.grids]
-        return self.judge(hits, shapes, as_if_new=True)
+        return self.judge(hits, shapes, among_others)
 
     def judge(
-        self, hits: Sequence[Hits], shapes: Sequence[Sequence[int]], as_if_new: bool = False
+        self, hits: Sequence[Hits], shapes: Sequence[Sequence[int]], without: Sequence[Hits] | None = None
     ) -> tuple[Tensor, Tensor]:
         """Scores and patch scores of images from their hits in each bank, for features of `shapes`."""
         grids = []
-        for bank, hit, (count, _, height, width) in zip(self.memory, hits, shapes, strict=True):
-            grids.append(self.patch_scores(bank, hit, as_if_new).view(count, 1, height, width))
+        for number, (bank, hit, (count, _, height, width)) in enumerate(zip(self.memory, hits, shapes, strict=True)):
+            rated = self.patch_scores(bank, hit, None if without is None else without[number])
+            grids.append(rated.view(count, 1, height, width))
         grid = grids[0]
         if len(grids) > 1:
             aligned = [F.interpolate(one, self.grids[0], mode="bilinear", align_corners=False) for one in grids[1:]]
@@ -139,14 +127,14 @@ class PatchCoreGraph(nn.Module):
         scores = flat.topk(most, dim=1).values.mean(1)
         if self.config.reweight > 1:
             worst = flat.argmax(1) + torch.arange(len(flat), device=flat.device) * flat.shape[1]
-            scores = scores * self.weight(hits[0], worst)
+            scores = scores * self.weight((hits if without is None else without)[0], worst)
         return scores, grid[:, 0]
 
-    def patch_scores(self, bank: Bank, hit: Hits, as_if_new: bool) -> Tensor:
+    def patch_scores(self, bank: Bank, hit: Hits, without: Hits | None) -> Tensor:
         """(N,): distances as they are, or in units of what is usual around the entries, or in the whole bank."""
         if self.config.fusion == "stack" and not self.config.local_scale:
             return hit.distances.mean(1)
-        usual = bank.usual(self.config.local_scale, hit if as_if_new else None)
+        usual = bank.usual(self.config.local_scale, without)
         return (hit.distances / usual[hit.entries]).mean(1)
 
     def nearest(self, image: Tensor, place: tuple[float, float]) -> tuple[float, int, tuple[float, float]]:
@@ -177,49 +165,6 @@ class PatchCoreGraph(nn.Module):
         around = bank.around(nearest_entries, self.config.reweight, own)  # (B, b), m* first
         distances = (hit.queries[worst][:, None] - bank.entries[around]).norm(dim=2)
         return 1 - torch.softmax(distances, dim=1)[:, 0]
-
-
-class EnsembleGraph(nn.Module):
-    """The mean of several graphs, each scaled by what it says of good images held out."""
-
-    score_stats: Tensor  # (members, 2): mean and deviation
-    map_stats: Tensor
-
-    def __init__(self, members: Sequence[PatchCoreGraph]) -> None:
-        super().__init__()
-        self.members = nn.ModuleList(members)
-        self.register_buffer("score_stats", torch.ones(len(members), 2))
-        self.register_buffer("map_stats", torch.ones(len(members), 2))
-
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        return self.combine([member(images) for member in self.members])
-
-    def with_wholes(self, images: Tensor, kind: str) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """As `forward`, and what stands for the whole image in each member, by number and layer."""
-        outcomes = [member.with_wholes(images, kind) for member in self._members()]
-        scores, maps = self.combine([(scores, maps) for scores, maps, _ in outcomes])
-        return scores, maps, _numbered([wholes for _, _, wholes in outcomes])
-
-    def wholes(self, images: Tensor, kind: str) -> dict[str, Tensor]:
-        """The last of these alone."""
-        return _numbered([member.wholes(images, kind) for member in self._members()])
-
-    def _members(self) -> list[PatchCoreGraph]:
-        return [member for member in self.members if isinstance(member, PatchCoreGraph)]
-
-    def learn_stats(self, rated: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """From each member's scores (M,) and patch scores (M, h, w) of good images."""
-        for number, (scores, grids) in enumerate(rated):
-            known = scores.isfinite()
-            for stats, values in ((self.score_stats, scores[known]), (self.map_stats, grids[known])):
-                if len(values):
-                    stats[number] = torch.stack([values.mean(), values.std(correction=0).clamp(min=1e-6)])
-
-    def combine(self, outcomes: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        """Scores (B,) and maps (B, 1, H, W) of each member → of all together."""
-        scores = [(s - mean) / std for (s, _), (mean, std) in zip(outcomes, self.score_stats, strict=True)]
-        maps = [(m - mean) / std for (_, m), (mean, std) in zip(outcomes, self.map_stats, strict=True)]
-        return torch.stack(scores).mean(0), torch.stack(maps).mean(0)
 
 
 class PatchCore(Detector):
@@ -278,7 +223,7 @@ class PatchCore(Detector):
         with self.timed("calibration"):
             outcome, as_new = self._calibrate(graph, photos, summaries, held_out, progress)
             if config.search != "exact":
-                facts["recall"] = _recalls(graph, torch.from_numpy(photos.batch(0, TOGETHER)).to(self.device))
+                facts["recall"] = _recalls(graph, torch.from_numpy(photos.batch(0, 4)).to(self.device))
         return graph, outcome, as_new, facts
 
     def _calibrate(
@@ -293,37 +238,21 @@ class PatchCore(Detector):
 
         Training images are judged each as if it were new.
         """
-        found = list(self._search_among_others(graph, photos, summaries, progress))
-        as_new = _judged_as_new(graph, found)
+        at_hand = all(summary.is_whole for summary in summaries)
+        places = [height * width for height, width in graph.grids]
+
+        def features(numbers: Sequence[int]) -> list[Tensor]:
+            if at_hand:  # originals come first
+                first, last = numbers[0], numbers[-1] + 1
+                return [summary.rows[first * p : last * p] for summary, p in zip(summaries, places, strict=True)]
+            return [as_rows(layer) for layer in graph.embed(self.pixels(photos, numbers))]
+
+        numbers = self._searched(len(photos), at_hand)
+        as_new = LeaveOneOut(graph, numbers, features).judged(lambda *done: progress("Threshold", *done))
         if not len(held_out):
             return as_new, as_new[0]
         rated = [graph.rate(pixels) for _, pixels in self.stream(held_out, "Threshold", progress)]
         return (torch.cat([scores for scores, _ in rated]), torch.cat([grids for _, grids in rated])), as_new[0]
-
-    def _search_among_others(
-        self, graph: PatchCoreGraph, photos: Stack, summaries: Sequence[coreset.Summary], progress: Progress
-    ) -> Iterator[list[Hits]]:
-        """For each training image and bank, what is nearest among the entries from other images.
-
-        Where the features are not all at hand any more they are computed again, of at most `CALIBRATED` images.
-        """
-        at_hand = all(summary.is_whole for summary in summaries)
-        numbers = self._searched(len(photos), at_hand)
-        kept = [graph.room_for_hits(len(numbers), which) for which in range(len(graph.grids))]
-        for start in range(0, len(numbers), TOGETHER):
-            some = numbers[start : start + TOGETHER]
-            if at_hand:
-                features = [
-                    summary.rows[some[0] * height * width : (some[-1] + 1) * height * width]  # originals come first
-                    for summary, (height, width) in zip(summaries, graph.grids, strict=True)
-                ]
-            else:
-                pixels = np.concatenate([photos.batch(number, number + 1) for number in some])
-                features = [as_rows(layer) for layer in graph.embed(torch.from_numpy(pixels).to(self.device))]
-            found = graph.search_all(features, torch.tensor(some, device=self.device))
-            for position, image in enumerate(found, start):
-                yield [hits.moved_to(place, position) for hits, place in zip(image, kept, strict=True)]
-            progress("Threshold", some[-1] + 1, len(photos))
 
     def _searched(self, images: int, at_hand: bool) -> range:
         """The training images that are judged as if they were new; fewer where each costs time."""
@@ -366,11 +295,14 @@ class PatchCore(Detector):
                     patches = _patch_numbers(numbers + before, count)
                     banks.append(bank.exchanged(rows, patches // count, patches % count))
                 graph.complete(banks, graph.grids)
-            found = []
-            for numbers, pixels in self.stream(photos, "Threshold", progress):
-                found += graph.search_all([as_rows(layer) for layer in graph.embed(pixels)], before + numbers)
-            judged = _judged_as_new(graph, found)
-            every = range(len(found))
+
+            def features(numbers: Sequence[int]) -> list[Tensor]:
+                some = [number - before for number in numbers]
+                return [as_rows(layer) for layer in graph.embed(self.pixels(photos, some))]
+
+            added = range(before, before + len(photos))
+            judged = LeaveOneOut(graph, added, features).judged(lambda *done: progress("Threshold", *done))
+            every = range(len(photos))
             new = _learned(graph, [graph], [judged], judged[0], self.facts, every, every)
             self.remember(photos, items, new.as_new)
         both = (self.training["hash"] + photos.hash).encode()
@@ -461,28 +393,12 @@ def _restore_one(config: PatchCoreConfig, tensors: dict[str, Tensor], prefix: st
     return graph
 
 
-def _numbered(members: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    return {f"{number}.{name}": whole for number, wholes in enumerate(members) for name, whole in wholes.items()}
-
-
 def _recalls(graph: PatchCoreGraph, images: Tensor) -> list[float]:
     """Of each bank's approximate search, for the first training images (B, 3, H, W)."""
     numbers = torch.arange(len(images), device=images.device)
     layers = [as_rows(layer) for layer in graph.embed(images)]
     both = zip(graph.memory, layers, strict=True)
     return [bank.recall(rows, numbers.repeat_interleave(len(rows) // len(images))) for bank, rows in both]
-
-
-def _judged_as_new(graph: PatchCoreGraph, found: Sequence[Sequence[Hits]]) -> tuple[Tensor, Tensor]:
-    """Scores (M,) and patch scores of training images from their hits, once the scales are learned from these."""
-    for image in found:
-        for bank, hits in zip(graph.memory, image, strict=True):
-            bank.learn_scale(hits.distances[:, 0], hits.entries[:, 0])
-    entries = graph.memory[0].entries
-    scores, grids = entries.new_empty(len(found)), entries.new_empty(len(found), *graph.grids[0])
-    for number, image in enumerate(found):
-        scores[number : number + 1], grids[number : number + 1] = graph.as_if_new(image)
-    return scores, grids
 
 
 def _learned(
