@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from kizu import demo, image
+from kizu import flange as geometry
 from kizu.errors import DataError, OptionError
 
 
@@ -19,7 +20,7 @@ def render(root, seed=0, **options):
 
 @pytest.fixture(scope="module")
 def studio():
-    return demo._studio(5, 320)
+    return geometry.new_studio(5, 320)
 
 
 @pytest.fixture(scope="module")
@@ -62,8 +63,8 @@ def test_files_are_what_their_names_say(flange):
 @pytest.mark.parametrize("index", range(4))
 def test_mask_covers_what_the_defect_changed(studio, defect, index):
     job = ("test", defect, index)
-    rgb, mask = demo._photograph(studio, job)
-    flawless, nothing = demo._photograph(studio, job, flawless=True)
+    rgb, mask = geometry.photograph(studio, job)
+    flawless, nothing = geometry.photograph(studio, job, flawless=True)
     change = np.abs(rgb.astype(int) - flawless).max(axis=2)
     assert mask.shape == rgb.shape[:2]
     assert not nothing.any()
@@ -75,15 +76,15 @@ def test_mask_covers_what_the_defect_changed(studio, defect, index):
 
 @pytest.mark.parametrize("defect", demo.DEFECTS)
 def test_masks_lie_on_the_part(studio, defect):
-    _, mask = demo._photograph(studio, ("test", defect, 0))
+    _, mask = geometry.photograph(studio, ("test", defect, 0))
     rows, columns = np.nonzero(mask)
     distance = np.hypot(rows - 159.5, columns - 159.5) / 320
     assert distance.min() > 0.1
-    assert distance.max() < demo._RIM * 1.01 + 0.032
+    assert distance.max() < geometry._RIM * 1.01 + 0.032
 
 
 def test_parts_are_brighter_than_the_table_and_differ(studio):
-    first, second = (demo._photograph(studio, ("train", "good", index))[0] for index in range(2))
+    first, second = (geometry.photograph(studio, ("train", "good", index))[0] for index in range(2))
     assert np.median(first[60:260, 60:260]) > 2 * np.median(first[:15])
     assert np.abs(first.astype(int) - second).mean() > 3
 

@@ -71,6 +71,26 @@ def test_scores_of_training_images_leave_their_own_entries_out():
         assert others.predict(train[index]).score == pytest.approx(score, rel=1e-5)
 
 
+def test_an_image_judged_as_new_meets_stand_ins_for_its_own_entries():
+    train = photographs(6)
+    detector = kizu.PatchCore(**PAPER, coreset=0.2).fit(train)
+    bank = detector.graph.banks[0]
+    pixels = torch.from_numpy(np.stack(train).transpose(0, 3, 1, 2).copy())
+    rows = detector.graph.embed(pixels)[0].flatten(2).transpose(1, 2).numpy()  # (images, P, D)
+    entries, images = bank.entries.numpy(), bank.images.numpy()
+    table = np.linalg.norm(rows[:, :, None] - entries, axis=3)  # (images, P, K)
+    table[images == np.arange(6)[:, None, None] + np.zeros_like(table, int)] = np.inf
+    home, distance = table.argmin(2), table.min(2)
+    for number, score in enumerate(detector.calibration_scores):
+        distances = [distance[number]]
+        for entry in np.flatnonzero(images == number):
+            if (home == entry).any():
+                farthest = np.where(home == entry, distance, -1).argmax()
+                stand_in = rows.reshape(-1, rows.shape[2])[farthest]
+                distances.append(np.linalg.norm(rows[number] - stand_in, axis=1))
+        assert score == pytest.approx(np.min(distances, axis=0).max(), rel=1e-4)
+
+
 def test_with_local_scales_too_training_images_score_like_new_ones():
     images = photographs(60)
     detector = kizu.PatchCore(size=64, coreset=0.1).fit(images[:30])

@@ -138,17 +138,9 @@ def train(
     from kizu.detectors.detector import gpu_device
 
     kind = detector_class(method)
-    if oracle and not kind.learns_in_rounds:
-        raise OptionError(
-            f"--oracle: {method} does not learn in rounds, so there is nothing to choose on the test images"
-        )
     device = None if gpu is None else gpu_device(gpu)
     start = time.time()
-    categories = [category for category in data.categories if data.select(category, "train")]
-    if not categories:
-        raise DataError(f"{data.root} holds no training images of good parts")
-    for category in categories:
-        kind(config).check_promise(len(data.select(category, "train")), len(data.select(category, "validation")))
+    categories = _learnable(kind, config, data, oracle)
     settings = {"method": method, "config": config.model_dump(mode="json"), "data": str(data.root.resolve())}
     about = {**settings, "categories": categories, "data_hash": fingerprint(data.samples), "oracle": oracle}
     if data.saturations:
@@ -179,6 +171,20 @@ def train(
             shutil.rmtree(run.folder)
         raise
     return run, results
+
+
+def _learnable(kind: "type[Detector]", config: Config, data: Dataset, oracle: bool) -> list[str]:
+    """The categories to learn. Raises `OptionError` or `DataError` for what cannot be done, before any work."""
+    if oracle and not kind.learns_in_rounds:
+        raise OptionError(
+            f"--oracle: {kind.method} does not learn in rounds, so there is nothing to choose on the test images"
+        )
+    categories = [category for category in data.categories if data.select(category, "train")]
+    if not categories:
+        raise DataError(f"{data.root} holds no training images of good parts")
+    for category in categories:
+        kind(config).check_promise(len(data.select(category, "train")), len(data.select(category, "validation")))
+    return categories
 
 
 def _fit_and_evaluate(
