@@ -4,7 +4,6 @@ python benchmarks/ablation.py [DATA…]
 """
 
 import argparse
-import csv
 import statistics
 import sys
 import time
@@ -16,6 +15,7 @@ from kizu import dataset
 from kizu.config import PatchCoreConfig
 from kizu.detectors.detector import Prediction
 from kizu.detectors.patchcore import PatchCore
+from kizu.files import write_rows
 from kizu.metrics import image_metrics
 from kizu.run import machine
 from kizu.terminal import print_table
@@ -57,10 +57,7 @@ def main() -> None:
     print_table(rows)
     print(f"\n{machine()['summary']}")
     if not options.only:
-        with TARGET.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        write_rows(TARGET, rows)
 
 
 def image_auroc(data: dataset.Dataset, category: str, settings: dict[str, Any]) -> float:

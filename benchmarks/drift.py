@@ -5,15 +5,13 @@ python benchmarks/drift.py      half a minute; writes benchmarks/results/drift.c
 Scores are Gamma(2); 209 are behind the level. A change by s standard deviations comes after 200 parts.
 """
 
-import csv
-import io
 import statistics
 from pathlib import Path
 
 import numpy as np
 
 from kizu.drift import DriftTest
-from kizu.files import write_text
+from kizu.files import write_rows
 from kizu.terminal import print_table
 
 TARGET = Path(__file__).parent / "results" / "drift.csv"
@@ -24,11 +22,7 @@ def main() -> None:
     rows = [row(0.0, alarm, runs=400, parts=600) for alarm in (0.1, 0.01)]
     rows += [row(shift, 0.01, runs=100, parts=600) for shift in (0.5, 1.0, 1.5, 2.0, 3.0)]
     print_table(rows)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text(TARGET, text.getvalue())
+    write_rows(TARGET, rows)
 
 
 def row(shift: float, alarm: float, runs: int, parts: int) -> dict[str, str]:

@@ -18,9 +18,7 @@ rule without defects).
 """
 
 import argparse
-import csv
 import hashlib
-import io
 import json
 import statistics
 import sys
@@ -41,7 +39,7 @@ from kizu.config import CONFIGS, build
 from kizu.detectors import detector_class
 from kizu.detectors.detector import Detector
 from kizu.drift import DriftTest
-from kizu.files import write_text
+from kizu.files import write_rows
 from kizu.preprocess import Preprocessing, batches
 from kizu.run import machine
 from kizu.terminal import print_table
@@ -119,11 +117,7 @@ def main() -> None:
     print_table(table)
     print(f"\n{machine()['summary']}; {time.perf_counter() - start:.0f} s")
     if not options.quick:
-        text = io.StringIO()
-        writer = csv.DictWriter(text, list(table[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(table)
-        write_text(RESULTS / f"false_alarms_{options.method}.csv", text.getvalue())
+        write_rows(RESULTS / f"false_alarms_{options.method}.csv", table)
 
 
 def fits(

@@ -10,11 +10,10 @@ Runs that are in results/simplenet.csv already are not repeated without --fresh.
 
 import argparse
 import csv
-import io
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from kizu import dataset
 from kizu.config import SimpleNetConfig, build
 from kizu.discriminator import judge, noise
 from kizu.evaluation import evaluate
-from kizu.files import write_text
+from kizu.files import write_rows
 from kizu.preprocess import Stack
 from kizu.run import machine, versions
 from kizu.terminal import print_table
@@ -59,12 +58,12 @@ def main() -> None:
             key = (config.backbone, category, str(seed))
             if options.fresh or key not in rows:
                 rows[key] = accuracy(config, options.data / category)
-                write_text(target, as_csv(rows[key] for key in sorted(rows)))
+                write_rows(target, [rows[key] for key in sorted(rows)])
     print_table([summary(rows, *pair) for pair in sorted({key[:2] for key in rows})])
     if options.speed:
         speeds = speed(options.data / "bottle")
         print_table(speeds)
-        write_text(RESULTS / "simplenet_speed.csv", as_csv(speeds))
+        write_rows(RESULTS / "simplenet_speed.csv", speeds)
     print(f"\n{machine()['summary']}; " + ", ".join(f"{name} {value}" for name, value in versions().items()))
 
 
@@ -173,15 +172,6 @@ def measured(path: Path) -> dict[tuple[str, str, str], dict[str, str]]:
     if not path.exists():
         return {}
     return {tuple(row[name] for name in KEY): row for row in csv.DictReader(path.read_text().splitlines())}  # type: ignore[misc]
-
-
-def as_csv(rows: Iterable[dict[str, str]]) -> str:
-    rows = list(rows)
-    table = io.StringIO()
-    writer = csv.DictWriter(table, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return table.getvalue()
 
 
 if __name__ == "__main__":

@@ -4,8 +4,6 @@ python benchmarks/suspects.py      a minute; writes benchmarks/results/suspects.
 """
 
 import argparse
-import csv
-import io
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +11,7 @@ import numpy as np
 from accuracy import present
 from kizu import dataset
 from kizu.detectors.patchcore import PatchCore
-from kizu.files import write_text
+from kizu.files import write_rows
 from kizu.terminal import print_table
 
 TARGET = Path(__file__).parent / "results" / "suspects.csv"
@@ -26,11 +24,7 @@ def main() -> None:
     found = [dataset.find(Path(folder)) for folder in parser.parse_args().data or present()]
     rows = [row(data, category) for data in found for category in data.categories]
     print_table(rows)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text(TARGET, text.getvalue())
+    write_rows(TARGET, rows)
 
 
 def row(data: dataset.Dataset, category: str) -> dict[str, str]:

@@ -4,7 +4,9 @@ import math
 
 import numpy as np
 import pytest
+import timm
 import torch
+from safetensors.torch import save_file
 from sklearn.covariance import LedoitWolf
 
 import kizu
@@ -161,6 +163,45 @@ def test_a_prediction_says_what_kind_it_is_and_what_to_look_at(fitted, tmp_path)
     assert {group["group"] for group in parts["groups"]} == set(fitted.graph.base.backbone.layers)
     itself = fitted.predict(GOOD[4])
     assert min(near["distance"] for near in itself.parts["nearest"]) < 0.05 < parts["nearest"][0]["distance"]
+
+
+def test_over_simplenet_the_whole_is_the_mean_of_the_layers_that_it_sees(tmp_path):
+    rounds = {"meta_epochs": 2, "sampled": 1, "gan_epochs": 1, "dsc_hidden": 32}
+    detector = kizu.PUAD(size=64, base="simplenet", base_settings=rounds).fit(GOOD)
+    picture = part(7, spot=True)
+    alone = kizu.SimpleNet(detector.config.base_config).fit(GOOD)
+    prediction = detector.predict(picture)
+    np.testing.assert_allclose(prediction.input_map, alone.predict(picture).input_map, rtol=1e-5, atol=1e-6)
+    pixels = torch.from_numpy(detector.preprocessing(picture).transpose(2, 0, 1)[None].copy())
+    seen = [layer.mean((2, 3)) for layer in detector.graph.base.backbone(pixels)]
+    distance = detector.graph.head(torch.cat(seen, 1))
+    logical = (distance - detector.graph.mean[1]) / detector.graph.unit[1]
+    assert prediction.parts["logical"] == pytest.approx(float(logical), rel=1e-5)
+    assert kizu.load(detector.save(tmp_path / "model")).predict(picture).score == prediction.score
+
+
+@pytest.mark.parametrize(("feature", "dimensions"), [("token", 2 * 64), ("both", 4 * 64), ("mean", 2 * 64)])
+def test_with_a_transformer_the_whole_may_be_its_class_token(feature, dimensions, tmp_path):
+    torch.manual_seed(0)
+    network = timm.create_model("test_vit")
+    save_file(network.state_dict(), tmp_path / "vit.safetensors")
+    base = {"coreset": 0.2, "backbone": "test_vit", "layers": ["1", "3"], "weights": str(tmp_path / "vit.safetensors")}
+    detector = kizu.PUAD(size=160, feature=feature, base_settings=base).fit(GOOD)
+    assert len(detector.graph.head.mean) == dimensions
+    if feature == "token":
+        pixels = torch.from_numpy(np.stack([detector.preprocessing(picture) for picture in GOOD[:2]]))
+        normal = (pixels.permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.5
+        tokens = []
+        with torch.inference_mode():
+            network.eval()
+            x = network._pos_embed(network.patch_embed(normal))
+            for number, block in enumerate(network.blocks[:4]):
+                x = block(x)
+                tokens += [x[:, 0]] if number in (1, 3) else []
+            ours = torch.cat(list(detector.graph.base.wholes(pixels.permute(0, 3, 1, 2), "token").values()), 1)
+        torch.testing.assert_close(ours, torch.cat(tokens, 1), rtol=1e-3, atol=1e-4)
+    loaded = kizu.load(detector.save(tmp_path / "model"))
+    assert loaded.predict(part(5)).parts == detector.predict(part(5)).parts
 
 
 @pytest.mark.parametrize("pictures", [[GOOD[0]], [GOOD[0]] * 5, GOOD[:2], [np.full((96, 96, 3), 80, np.uint8)] * 3])

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kizu import terminal
+from kizu import files, terminal
 from kizu.arguments import json_option, model_folder, quiet_option
 from kizu.errors import DataError, OptionError
 from kizu.threshold import calibrate, percent
@@ -56,7 +56,7 @@ def check(model: str, images: tuple[str, ...], most: int, output: str | None, **
     caveats = [_learned_from(known, len(chosen))] if known else []
     rows = [_outcome_row(outcome) for outcome in outcomes]
     if output:
-        _write_csv(Path(output) / "check.csv", rows)
+        files.write_rows(Path(output) / "check.csv", rows)
         _check_page(Path(output) / "check.html", detector, outcomes, caveats)
     if options["as_json"]:
         click.echo(json.dumps({"finding": _check_finding(outcomes), "caveats": caveats, "steps": rows}, indent=1))
@@ -343,7 +343,7 @@ def _show_trade(
         else "Nothing was changed; --set puts the level into the model.",
     ]
     if output:
-        _write_csv(Path(output) / "tune.csv", [_point_row("", point) for point in curve])
+        files.write_rows(Path(output) / "tune.csv", [_point_row("", point) for point in curve])
         levels = np.linspace(curve[0].threshold, curve[-1].threshold, DRAWN)
         drawn = [at(float(level), *scores, costs) for level in levels]
         _tune_page(Path(output) / "tune.html", drawn, chosen, now, rows, sentences)
@@ -404,16 +404,3 @@ def _tune_page(
         command=command_line(),
     )
     write(path, page)
-
-
-def _write_csv(path: Path, rows: Sequence[dict[str, str]]) -> None:
-    import csv
-    import io
-
-    from kizu import files
-
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    files.write_text(path, text.getvalue())

@@ -1,13 +1,15 @@
 """Files and folders that appear whole or not at all."""
 
+import csv
+import io
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["new_file", "new_folder", "write_text"]
+__all__ = ["new_file", "new_folder", "write_rows", "write_text"]
 
 
 @contextmanager
@@ -44,6 +46,15 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
             temporary.rename(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_rows(path: str | os.PathLike[str], rows: Sequence[Mapping[str, object]]) -> None:
+    """Write a CSV file of rows that have the first one's keys, which are the header."""
+    table = io.StringIO()
+    writer = csv.DictWriter(table, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, table.getvalue())
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

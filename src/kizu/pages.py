@@ -9,7 +9,7 @@ from typing import Any
 from kizu import files
 from kizu.errors import require
 
-__all__ = ["Chart", "Page", "Section", "chart", "write"]
+__all__ = ["Chart", "Page", "Section", "chart", "templates", "write"]
 
 ALERTS = ("broken", "alarm")  # cells that stand out
 
@@ -45,17 +45,21 @@ class Page:
     caveats: Sequence[str] = ()
 
 
-def write(path: str | os.PathLike[str], page: Page) -> None:
-    """Render to a file, whole or not at all. Raises `MissingExtra` without jinja2."""
+def templates() -> Any:
+    """The environment of the pages' templates. Raises `MissingExtra` without jinja2."""
     jinja2 = require("jinja2")
-    environment = jinja2.Environment(
+    return jinja2.Environment(
         loader=jinja2.PackageLoader("kizu"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    files.write_text(path, environment.get_template("page.html.j2").render(page=page, ALERTS=ALERTS))
+
+
+def write(path: str | os.PathLike[str], page: Page) -> None:
+    """Render to a file, whole or not at all. Raises `MissingExtra` without jinja2."""
+    files.write_text(path, templates().get_template("page.html.j2").render(page=page, ALERTS=ALERTS))
 
 
 def chart(

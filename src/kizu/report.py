@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from kizu import files, image, loco
-from kizu.errors import require
 from kizu.evaluation import CategoryResult, Judged, Picture
+from kizu.pages import templates
 from kizu.threshold import p_value
 
 __all__ = ["MAX_BYTES", "RunSummary", "render", "write"]
@@ -71,14 +71,7 @@ def write(path: str | os.PathLike[str], summary: RunSummary, results: Sequence[C
 
 
 def _page(summary: RunSummary, results: Sequence[CategoryResult], note: str) -> str:
-    jinja2 = require("jinja2")
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("kizu"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = templates()
     filters = (_percent, _share, _ratio, _duration, _plural, _plain, _likely, _rarely)
     environment.filters.update({function.__name__.lstrip("_"): function for function in filters})
     sections = [_section(result) for result in results]

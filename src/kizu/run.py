@@ -401,8 +401,8 @@ def _logging_to(path: Path) -> Iterator[None]:
     log.setLevel(logging.INFO)
     try:
         yield
-    except KizuError as error:
-        log.error("%s", error)
+    except KizuError as error:  # to the file alone: whoever runs this says it to the user
+        handler.handle(log.makeRecord(log.name, logging.ERROR, __file__, 0, "%s", (error,), None))
         raise
     finally:
         log.removeHandler(handler)
