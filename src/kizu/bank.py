@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from kizu import coreset
 from kizu.neighbours import Cells, arrange, nearest
 from kizu.quantised import QuantisedCells
+from kizu.tracing import is_traced
 
 __all__ = ["Bank", "Hits"]
 
@@ -90,14 +91,14 @@ class Bank(nn.Module):
     def search(self, queries: Tensor, count: int, own: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Distances and entries (N, count) nearest to queries (N, D), none from the queries' own images (N,)."""
         sorted_here = len(self.centres) > 0 and queries.device.type == "cpu"
-        if count == 1 and (sorted_here or self.quantise) and not _is_exported():
+        if count == 1 and (sorted_here or self.quantise) and not is_traced():
             distances, entries = self.index().nearest(queries, own)
             return distances[:, None], entries[:, None]
         return nearest(queries, self.entries, count, half_norms=self.half_norms, images=_both(own, self.images))
 
     def around(self, entries: Tensor, count: int, own: Tensor | None = None) -> Tensor:
         """Indices (B, count) of what is nearest to entries of this bank (B, D): themselves first."""
-        if len(self.centres) and entries.device.type == "cpu" and not self.quantise and not _is_exported():
+        if len(self.centres) and entries.device.type == "cpu" and not self.quantise and not is_traced():
             index = self.index()
             assert isinstance(index, Cells)
             return index.several(entries, min(count, len(self.entries)), own)[1]
@@ -161,7 +162,3 @@ class Bank(nn.Module):
 
 def _both(own: Tensor | None, images: Tensor) -> tuple[Tensor, Tensor] | None:
     return None if own is None else (own, images)
-
-
-def _is_exported() -> bool:
-    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None

@@ -3,9 +3,10 @@
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from typing import Generic, Protocol, Self, TypeVar
 
@@ -156,20 +157,24 @@ def batches(
 ) -> Iterator[Batch[Item]]:
     """Read and scale photographs in threads, a few batches ahead of the consumer, in order.
 
-    A photograph that cannot be read becomes a failure of its batch; the others go on.
+    A photograph that cannot be read becomes a failure of its batch; the others go on. One alone needs no thread.
     """
 
     def prepare(item: Item) -> tuple[npt.NDArray[np.uint8], tuple[int, int]]:
         rgb, shape = item.read(preprocessing.enough)
         return preprocessing(rgb), shape
 
+    source = iter(items)
+    first = list(islice(source, 3 * batch_size))
+    if len(first) == 1:
+        yield _gather([(first[0], partial(prepare, first[0]))], preprocessing.size)
+        return
     with ThreadPoolExecutor(max_workers=workers, thread_name_prefix="decode") as pool:
-        source = iter(items)
-        ahead = [(item, pool.submit(prepare, item)) for item in islice(source, 3 * batch_size)]
+        ahead = [(item, pool.submit(prepare, item)) for item in first]
         try:
             while ahead:
                 now, ahead = ahead[:batch_size], ahead[batch_size:]
-                batch = _gather(now, preprocessing.size)
+                batch = _gather([(item, future.result) for item, future in now], preprocessing.size)
                 ahead += [(item, pool.submit(prepare, item)) for item in islice(source, len(now))]
                 yield batch
         finally:
@@ -178,13 +183,13 @@ def batches(
 
 
 def _gather(
-    now: Sequence[tuple[Item, Future[tuple[npt.NDArray[np.uint8], tuple[int, int]]]]], size: tuple[int, int]
+    now: Sequence[tuple[Item, Callable[[], tuple[npt.NDArray[np.uint8], tuple[int, int]]]]], size: tuple[int, int]
 ) -> Batch[Item]:
     batch: Batch[Item] = Batch(np.empty((0, 3, *size), np.uint8), [], [])
     pixels = []
-    for item, future in now:
+    for item, read in now:
         try:
-            rgb, shape = future.result()
+            rgb, shape = read()
         except BadImage as error:
             batch.failures.append((item, error))
             continue
