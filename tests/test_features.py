@@ -83,7 +83,7 @@ def test_nearest_neighbours_are_exact(seed, queries, entries, count):
     b = rng.normal(100, 1, size=(entries, 6)).astype(np.float32)
     distances, indices = nearest(torch.from_numpy(q), torch.from_numpy(b), count)
     table = np.linalg.norm(q[:, None].astype(float) - b[None], axis=2)
-    rounding = 4 * np.finfo(np.float32).eps * float(np.square(b.astype(float)).sum(1).max())  # of the squares' difference
+    rounding = 4 * np.finfo(np.float32).eps * float(np.square(b.astype(float)).sum(1).max())
     best = np.square(np.sort(table, axis=1)[:, :count])
     np.testing.assert_allclose(np.square(distances.numpy().astype(float)), best, rtol=1e-5, atol=rounding)
     np.testing.assert_allclose(np.take_along_axis(table, indices.numpy(), 1), distances.numpy(), rtol=1e-5)
