@@ -308,7 +308,7 @@ def update(model: str, images: str | None, rollback: bool, skip_bad: bool, quiet
     folder = model_folder(model)
     if rollback == (images is not None):
         raise OptionError("kizu update takes either a folder of good images or --rollback")
-    from kizu import load
+    from kizu.detectors.detector import load
 
     if rollback:
         if not (folder / "previous" / "model.json").exists():
