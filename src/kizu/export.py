@@ -1,7 +1,6 @@
 """A trained model as one graph for onnxruntime or OpenVINO: written only where it says what torch says."""
 
 import json
-import math
 import os
 import shutil
 import statistics
@@ -27,7 +26,7 @@ from kizu.detectors.detector import load as load_trained
 from kizu.errors import ModelError, OptionError, require
 from kizu.inspector import readable
 from kizu.packing import LARGE, halved, quantised
-from kizu.parity import Cases, Difference, Tolerance
+from kizu.parity import Cases, Tolerance
 from kizu.preprocess import batches
 from kizu.runtime import CASES, KEEPSAKES, Exported, digest, open_graph
 from kizu.runtime import load as load_exported
@@ -89,19 +88,21 @@ def export(
         about = copy.describe()
         about["export"] = _about(temporary, to, precision, outputs, len(photos))
         model = Exported(temporary, about, open_graph(temporary, to), {})
-        found = _difference(model, truth, progress)
-        tolerance_here = Tolerance()
+        outcome = _outcome(model, truth, progress)
+        allowed = Tolerance()
+        found = truth.difference(*outcome, model.threshold.value, allowed)
         if precision != "float32":
             _deliver(plain, Path(scratch, "plain"), to)
-            other = Exported(Path(scratch), about, open_graph(Path(scratch, "plain"), to), {})
+            other = Exported(Path(scratch, "plain"), about, open_graph(Path(scratch, "plain"), to), {})
             about["export"]["measured"] = _measured(model, other, truth, tolerance)
-            tolerance_here = _slackened(found)
-        elif not found.within(tolerance_here):
+            allowed = Tolerance(max(allowed.score, SLACK * found.score), max(allowed.map, SLACK * found.map))
+            found = truth.difference(*outcome, model.threshold.value, allowed)
+        if not found.within(allowed):
             raise ModelError(
                 f"{folder} was not written, because the exported graph does not say what torch says: "
-                f"{found.sentence(tolerance_here)}"
+                f"{found.sentence(allowed)}"
             )
-        about["export"]["parity"] |= {"compared": found.to_json(), "tolerance": asdict(tolerance_here)}
+        about["export"]["parity"] |= {"compared": found.to_json(), "tolerance": asdict(allowed)}
         model.verify()
         (temporary / "model.json").write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return load_exported(folder)
@@ -266,9 +267,10 @@ def _deliver(file: Path, folder: Path, to: Format) -> None:
 
 
 def _write_rest(detector: Detector, folder: Path, truth: Cases) -> None:
-    """What lies beside the graph: cases from the lowest to the highest score, keepsakes, thumbnails."""
+    """What lies beside the graph: cases, of the lowest and the highest score first, keepsakes, thumbnails."""
     order = truth.scores.argsort().tolist()
-    truth.take([order[place] for place in _spread(order)]).write(folder / CASES)
+    lowest, *others = (order[place] for place in _spread(order))
+    truth.take([lowest, *reversed(others)]).write(folder / CASES)
     if keepsakes := {name: tensor.contiguous() for name, tensor in detector.keepsakes().items()}:
         save_file(keepsakes, folder / KEEPSAKES)
     if detector.thumbnails:
@@ -289,21 +291,15 @@ def _about(folder: Path, to: Format, precision: Precision, outputs: list[str], p
     }
 
 
-def _difference(model: Exported, truth: Cases, progress: Progress) -> Difference:
-    """Of an exported model to torch, over all cases."""
+def _outcome(model: Exported, truth: Cases, progress: Progress) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """What an exported model says of all cases."""
     scores, maps = [], []
     for start in range(0, len(truth.images), TOGETHER):
         some_scores, some_maps = model(truth.images[start : start + TOGETHER])
         scores.append(some_scores)
         maps.append(some_maps)
         progress("Parity", min(start + TOGETHER, len(truth.images)), len(truth.images))
-    return truth.difference(np.concatenate(scores), np.concatenate(maps), model.threshold.value, Tolerance())
-
-
-def _slackened(found: Difference) -> Tolerance:
-    """How far a lower precision may be off from now on, from how far it was."""
-    score, peak = max(Tolerance.score, SLACK * found.score), max(Tolerance.map, SLACK * found.map)
-    return Tolerance(score, peak, max(Tolerance.place, math.ceil(found.place)))
+    return np.concatenate(scores), np.concatenate(maps)
 
 
 def _measured(model: Exported, other: Exported, truth: Cases, tolerance: float) -> dict[str, Any]:
@@ -323,10 +319,18 @@ def _measured(model: Exported, other: Exported, truth: Cases, tolerance: float) 
         "tolerance": tolerance,
         "stopped": int((scores > level).sum()),
         "stopped in float32": int((before > level).sum()),
+        "mean score difference": float((scores - before).mean()),
         "largest score difference": float(np.abs(scores - before).max()),
+        "bytes": _bytes(model.folder),
+        "bytes in float32": _bytes(other.folder),
         "ms an image": _milliseconds(model, truth.images),
         "ms an image in float32": _milliseconds(other, truth.images),
     }
+
+
+def _bytes(folder: Path) -> int:
+    """Of the graph in a folder."""
+    return sum(path.stat().st_size for path in folder.glob("model.*") if path.suffix != ".json")
 
 
 def _milliseconds(model: Exported, pixels: Pixels) -> float:

@@ -19,7 +19,7 @@ Float = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Tolerance:
-    """How far scores and maps may be off, as shares of themselves, or of the mean size where they are smaller."""
+    """How far scores and maps may be off, as shares of themselves, or of the usual size where they are smaller."""
 
     score: float = 1e-4
     map: float = 1e-4  # of a map's maximum
@@ -59,30 +59,33 @@ class Cases:
     scores: Float  # (N,)
     peaks: Float  # (N,) maxima of the maps
     places: npt.NDArray[np.int64]  # (N, 2) where these lie: row, column
+    usual: npt.NDArray[np.float64]  # (2,) the mean size of scores and of peaks
 
     @classmethod
     def of(cls, images: npt.NDArray[np.uint8], scores: Float, maps: Float) -> Self:
         """From scores (N,) and maps (N, 1, H, W)."""
-        return cls(images, scores, maps.max((1, 2, 3)), _places(maps))
+        peaks = maps.max((1, 2, 3))
+        usual = [max(float(np.abs(sizes).mean(dtype=np.float64)), 1e-12) for sizes in (scores, peaks)]
+        return cls(images, scores, peaks, _places(maps), np.array(usual))
 
     def take(self, numbers: Sequence[int]) -> "Cases":
         chosen = list(numbers)
-        return Cases(self.images[chosen], self.scores[chosen], self.peaks[chosen], self.places[chosen])
+        return Cases(self.images[chosen], self.scores[chosen], self.peaks[chosen], self.places[chosen], self.usual)
 
     def difference(self, scores: Float, maps: Float, threshold: float, tolerance: Tolerance) -> Difference:
         """Of the outcomes (N,) and (N, 1, H, W) of another way to run the model."""
-        scores_off = _relative(scores, self.scores)
+        sizes, heights = (np.maximum(np.abs(v), u) for v, u in zip((self.scores, self.peaks), self.usual, strict=True))
         rows, columns = self.places.T
         there = maps[np.arange(len(maps)), 0, rows, columns]
         apart = np.abs(_places(maps) - self.places).max(1)
         peaks = maps.max((1, 2, 3))
-        as_high = _relative(there, peaks) <= tolerance.map
-        near = tolerance.score * np.maximum(np.abs(self.scores), np.abs(self.scores).mean())
-        changed = ((scores > threshold) != (self.scores > threshold)) & ~(np.abs(self.scores - threshold) <= near)
+        as_high = peaks - there <= tolerance.map * heights
+        in_doubt = np.abs(self.scores - threshold) <= tolerance.score * sizes
+        changed = ((scores > threshold) != (self.scores > threshold)) & ~in_doubt
         return Difference(
             cases=len(scores),
-            score=float(scores_off.max()),
-            map=float(_relative(peaks, self.peaks).max()),
+            score=float((np.abs(scores - self.scores) / sizes).max()),
+            map=float((np.abs(peaks - self.peaks) / heights).max()),
             place=float(np.where(as_high, 0, apart).max()),
             verdicts=int(changed.sum()),
         )
@@ -98,14 +101,6 @@ class Cases:
         except (OSError, TypeError, ValueError, SafetensorError) as error:
             raise ModelError(f"{path}: the parity cases are damaged ({error})") from None
         return cases
-
-
-def _relative(values: Float, truth: Float) -> npt.NDArray[np.float64]:
-    """|values − truth| as shares of |truth|, or of its mean over all where it is smaller than that."""
-    sizes = np.abs(truth.astype(np.float64))
-    least = max(float(sizes.mean()), 1e-12)
-    off: npt.NDArray[np.float64] = np.abs(values.astype(np.float64) - truth) / np.maximum(sizes, least)
-    return off
 
 
 def _places(maps: Float) -> npt.NDArray[np.int64]:

@@ -57,6 +57,17 @@ class Exported(Inspector):
 
         return build(CONFIGS[self.method], self.about["config"])
 
+    @property
+    def tolerance(self) -> Tolerance:
+        """How far it may be off what torch said."""
+        return Tolerance(**self.export["parity"]["tolerance"])
+
+    @property
+    def promise(self) -> str:
+        """What was found when it was exported, in a sentence."""
+        found = Difference(**self.export["parity"]["compared"])
+        return f"{self.export['format']}, {self.export['precision']}: {found.sentence(self.tolerance)}."
+
     def outputs(self, pixels: npt.NDArray[np.uint8], names: Sequence[str]) -> list[npt.NDArray[Any]]:
         """Some of the graph's outputs for images (B, 3, h, w); `export["outputs"]` has the names of all."""
         parts = [self._run(pixels[start : start + TOGETHER], names) for start in range(0, len(pixels), TOGETHER)]
@@ -96,7 +107,7 @@ class Exported(Inspector):
 
         Raises `ModelError` where an outcome, a verdict or a p-value is off by more than the model's own tolerance.
         """
-        tolerance = Tolerance(**self.export["parity"]["tolerance"])
+        tolerance = self.tolerance
         cases = Cases.read(self.folder / CASES)
         cases = cases.take(range(len(cases.scores))[:most])
         scores, p_values, verdicts, maps = self.outputs(cases.images, ("score", "p_value", "verdict", "map"))
