@@ -37,3 +37,14 @@ def test_a_contour_filled_again_is_the_region_without_its_holes(seed):
         again = np.asarray(canvas)[4::8, 4::8]
         np.testing.assert_array_equal(again, whole)
         assert len(contour(region)) <= len(exact)
+
+
+@pytest.mark.parametrize("density", [0, 0.1, 0.4, 0.6, 1])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 9), (9, 1), (24, 37)])
+def test_regions_are_those_of_an_independent_labelling(shape, density):
+    values = np.random.default_rng(5).random(shape).astype(np.float32)
+    labels, count = ndimage.label(values > 1 - density, np.ones((3, 3)))
+    boxes = [(x.start, y.start, x.stop - x.start, y.stop - y.start) for y, x in ndimage.find_objects(labels)]
+    areas = ndimage.sum_labels(values > 1 - density, labels, range(1, count + 1)).astype(int).tolist()
+    found = find_regions(values, 1 - density, [])
+    assert sorted((region.box, region.area) for region in found) == sorted(zip(boxes, areas, strict=True))

@@ -3,25 +3,29 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kizu.detectors.detector import Detector, Prediction, load
+    from kizu.detectors.detector import Detector
     from kizu.detectors.efficientad import EfficientAD
     from kizu.detectors.patchcore import PatchCore
     from kizu.detectors.puad import PUAD
     from kizu.detectors.simplenet import SimpleNet
     from kizu.errors import BadImage, DataError, KizuError, MissingExtra, ModelError, OptionError
+    from kizu.inspector import Inspector, Photo, Prediction
+    from kizu.saved import load
 
-__all__ = ["PUAD", "BadImage", "DataError", "Detector", "EfficientAD", "KizuError", "MissingExtra", "ModelError"]
-__all__ += ["OptionError", "PatchCore", "Prediction", "SimpleNet", "__version__", "load"]
+__all__ = ["PUAD", "BadImage", "DataError", "Detector", "EfficientAD", "Inspector", "KizuError", "MissingExtra"]
+__all__ += ["ModelError", "OptionError", "PatchCore", "Photo", "Prediction", "SimpleNet", "__version__", "load"]
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "kizu.detectors.detector": ("Detector", "Prediction", "load"),
+    "kizu.detectors.detector": ("Detector",),
     "kizu.detectors.efficientad": ("EfficientAD",),
     "kizu.detectors.patchcore": ("PatchCore",),
     "kizu.detectors.puad": ("PUAD",),
     "kizu.detectors.simplenet": ("SimpleNet",),
     "kizu.errors": ("BadImage", "DataError", "KizuError", "MissingExtra", "ModelError", "OptionError"),
+    "kizu.inspector": ("Inspector", "Photo", "Prediction"),
+    "kizu.saved": ("load",),
 }
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kizu import __version__, commands, terminal
+from kizu import __version__, commands, delivery, terminal
 from kizu.arguments import json_option, model_folder, quiet_option
 from kizu.detectors import DETECTORS
 from kizu.errors import KizuError, OptionError, missing_extra
@@ -28,6 +28,7 @@ _OPTION_NAME = re.compile(r"^--\w[\w-]*")
 GROUPS = {
     "Learn": ("train", "distill", "update", "merge", "evaluate", "demo"),
     "Judge": ("predict", "check", "drift", "tune"),
+    "Deliver": ("export", "verify"),
     "Look": ("data", "info", "doctor"),
 }
 
@@ -308,7 +309,7 @@ def update(model: str, images: str | None, rollback: bool, skip_bad: bool, quiet
     folder = model_folder(model)
     if rollback == (images is not None):
         raise OptionError("kizu update takes either a folder of good images or --rollback")
-    from kizu import load
+    from kizu.detectors.detector import load
 
     if rollback:
         if not (folder / "previous" / "model.json").exists():
@@ -495,5 +496,5 @@ def doctor(as_json: bool) -> None:
         terminal.print_facts(findings)
 
 
-for command in (commands.check, commands.drift, commands.tune):
+for command in (commands.check, commands.drift, commands.tune, delivery.export, delivery.verify):
     cli.add_command(command)

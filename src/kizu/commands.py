@@ -13,8 +13,8 @@ from kizu.errors import DataError, OptionError
 from kizu.threshold import calibrate, percent
 
 if TYPE_CHECKING:
-    from kizu.detectors.detector import Detector
     from kizu.drift import DriftTest
+    from kizu.inspector import Inspector
     from kizu.stress import Outcome
     from kizu.tuning import Costs, Point
 
@@ -40,7 +40,7 @@ def check(model: str, images: tuple[str, ...], most: int, output: str | None, **
     Example:  kizu check results/project/group/run photos/more_good --output stress
     """
     from kizu import load
-    from kizu.detectors.detector import Photo
+    from kizu.inspector import Photo
     from kizu.prediction import listing
     from kizu.stress import check as run_check
 
@@ -215,7 +215,7 @@ def _outcome_row(outcome: "Outcome") -> dict[str, str]:
     }
 
 
-def _check_page(path: Path, detector: "Detector", outcomes: "Sequence[Outcome]", caveats: list[str]) -> None:
+def _check_page(path: Path, detector: "Inspector", outcomes: "Sequence[Outcome]", caveats: list[str]) -> None:
     from kizu.pages import Page, Section, write
     from kizu.run import command_line
     from kizu.stress import first_broken
@@ -262,7 +262,7 @@ def _check_page(path: Path, detector: "Detector", outcomes: "Sequence[Outcome]",
     write(path, page)
 
 
-def _drift_page(path: Path, detector: "Detector", test: "DriftTest") -> None:
+def _drift_page(path: Path, detector: "Inspector", test: "DriftTest") -> None:
     from kizu.pages import Page, Section, chart, write
     from kizu.run import command_line
 
@@ -312,7 +312,7 @@ def _drift_page(path: Path, detector: "Detector", test: "DriftTest") -> None:
 
 
 def _show_trade(
-    detector: "Detector",
+    detector: "Inspector",
     curve: "Sequence[Point]",
     chosen: "Point",
     now: "Point",

@@ -37,6 +37,12 @@ class EnsembleGraph(nn.Module):
     def _members(self) -> list[Any]:
         return list(self.members)
 
+    def tell(self, images: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """As `forward`, and what the first member tells."""
+        first, *others = self._members()
+        scores, maps, told = first.tell(images)
+        return *self.combine([(scores, maps), *(member(images) for member in others)]), told
+
     def learn_stats(self, rated: Sequence[tuple[Tensor, Tensor]]) -> None:
         """From each member's scores (M,) and patch scores (M, h, w) of good images."""
         for number, (scores, grids) in enumerate(rated):

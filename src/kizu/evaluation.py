@@ -17,7 +17,7 @@ from kizu.errors import BadImage, DataError
 from kizu.saturation import Region, Saturations, read_regions
 
 if TYPE_CHECKING:
-    from kizu.detectors.detector import Detector, Prediction
+    from kizu.inspector import Inspector, Prediction
 
 __all__ = ["Beside", "CategoryResult", "Judged", "Picture", "Unlike", "evaluate", "measure"]
 
@@ -117,7 +117,7 @@ class CategoryResult:
 
 
 def evaluate(
-    detector: "Detector",
+    detector: "Inspector",
     samples: Sequence[Sample],
     *,
     category: str,
@@ -299,7 +299,7 @@ def _picture(sample: Sample, prediction: "Prediction", root: Path, why: str) -> 
     return Picture(sample.name(root), why, shown, heat, overlay, beside)
 
 
-def _unlike(detector: "Detector") -> list[Unlike]:
+def _unlike(detector: "Inspector") -> list[Unlike]:
     """The training images for a second look, the worst first, those shown with a picture."""
     found: list[Unlike] = []
     for suspect in sorted(detector.training.get("suspects", ()), key=lambda one: -float(one["score"])):

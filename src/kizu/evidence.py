@@ -10,7 +10,7 @@ import numpy.typing as npt
 from kizu import image as images
 
 if TYPE_CHECKING:
-    from kizu.detectors.detector import Prediction
+    from kizu.inspector import Prediction
 
 __all__ = ["Evidence", "Lookalike", "evidence", "side_by_side"]
 

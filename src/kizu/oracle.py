@@ -15,7 +15,8 @@ from kizu.errors import BadImage, DataError
 from kizu.evaluation import CategoryResult, measure
 
 if TYPE_CHECKING:
-    from kizu.detectors.detector import Detector, Prediction
+    from kizu.detectors.detector import Detector
+    from kizu.inspector import Prediction
 
 __all__ = ["Oracle"]
 

@@ -12,9 +12,10 @@ from kizu import files
 from kizu import image as images
 from kizu.errors import BadImage, DataError
 from kizu.evidence import Lookalike, side_by_side
+from kizu.inspector import Photo
 
 if TYPE_CHECKING:
-    from kizu.detectors.detector import Detector
+    from kizu.inspector import Inspector
     from kizu.regions import MarkedRegion
 
 __all__ = ["Row", "judge", "listing", "profile", "write_csv"]
@@ -64,7 +65,7 @@ def listing(arguments: Iterable[str]) -> list[Path]:
 
 
 def judge(
-    detector: "Detector",
+    detector: "Inspector",
     paths: Sequence[Path],
     overlays: Path | None = None,
     progress: Callable[[str, int, int], None] | None = None,
@@ -75,8 +76,6 @@ def judge(
 
     In the folder `why`, for each photograph that is stopped or marked, what is marked beside the nearest good patches.
     """
-    from kizu.detectors.detector import Photo
-
     photos = [Photo(path) for path in paths]
     targets = _overlay_names(paths, overlays) if overlays else {}
     beside = _overlay_names(paths, why) if why else {}
@@ -109,13 +108,9 @@ def judge(
     return [rows[path] for path in paths]
 
 
-def profile(detector: "Detector", paths: Sequence[Path], most: int = 20) -> dict[str, float]:
+def profile(detector: "Inspector", paths: Sequence[Path], most: int = 20) -> dict[str, float]:
     """Milliseconds an image, one image at a time, of decoding, of each part of the graph, and of the rest."""
-    import torch
-
-    from kizu.detectors.detector import Photo
-
-    assert detector.graph is not None
+    graph: Any = getattr(detector, "graph", None)  # an exported model's has no parts that could be told apart
     spent: dict[str, float] = {"decode": 0.0}
     started: dict[str, float] = {}
 
@@ -126,7 +121,7 @@ def profile(detector: "Detector", paths: Sequence[Path], most: int = 20) -> dict
         return lambda *_: spent.__setitem__(name, spent.get(name, 0.0) + time.perf_counter() - started[name])
 
     hooks = []
-    for name, part in detector.graph.named_children():
+    for name, part in graph.named_children() if graph else ():
         hooks += [part.register_forward_pre_hook(before(name)), part.register_forward_hook(after(name))]
     images_read = 0
     whole = 0.0
@@ -136,8 +131,6 @@ def profile(detector: "Detector", paths: Sequence[Path], most: int = 20) -> dict
         pixels = detector.preprocessing(rgb).transpose(2, 0, 1)[None]
         decoded = time.perf_counter()
         detector(pixels.copy())
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
         if images_read == 0:
             spent = {"decode": 0.0}
         else:
@@ -146,7 +139,7 @@ def profile(detector: "Detector", paths: Sequence[Path], most: int = 20) -> dict
         images_read += 1
     for hook in hooks:
         hook.remove()
-    spent["search and score"] = whole - sum(spent.values())
+    spent["search and score" if graph else "graph"] = whole - sum(spent.values())
     return {name: 1000 * seconds / (images_read - 1) for name, seconds in spent.items()}
 
 

@@ -5,14 +5,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from scipy import ndimage
 
 from kizu.threshold import p_value
 
 __all__ = ["MarkedRegion", "contour", "find_regions"]
 
 TOLERANCE = 1.0  # pixels that a contour may be off the region's border
-EIGHT = np.ones((3, 3), dtype=int)
 STEPS = ((1, 0), (0, 1), (-1, 0), (0, -1))  # east, south, west, north: (x, y)
 
 Mask = npt.NDArray[np.bool_]
@@ -35,9 +33,9 @@ def find_regions(values: npt.NDArray[np.float32], level: float, good_peaks: Sequ
 
     `good_peaks` are the largest map values of good images, for the p-values.
     """
-    labels, _ = ndimage.label(values > level, structure=EIGHT)
+    labels, boxes = _labelled(values > level)
     regions = []
-    for number, (rows, columns) in enumerate(ndimage.find_objects(labels), 1):
+    for number, (rows, columns) in enumerate(boxes, 1):
         region = labels[rows, columns] == number
         inside = np.where(region, values[rows, columns], -np.inf)
         y, x = np.unravel_index(inside.argmax(), inside.shape)
@@ -53,6 +51,44 @@ def find_regions(values: npt.NDArray[np.float32], level: float, good_peaks: Sequ
             )
         )
     return sorted(regions, key=lambda region: -region.peak)
+
+
+def _labelled(mask: Mask) -> tuple[npt.NDArray[np.int_], list[tuple[slice, slice]]]:
+    """Which region each pixel (H, W) belongs to, from 1, 0 outside; and each region's rows and columns.
+
+    Runs of pixels in a row are joined with those that they touch in the next row.
+    """
+    edges = np.diff(np.pad(mask, ((0, 0), (1, 1))).astype(np.int8), axis=1)
+    (rows, starts), ends = (edges == 1).nonzero(), (edges == -1).nonzero()[1]  # ends are one behind the last pixel
+    stride = mask.shape[1] + 2  # more than any end, so that rows do not mix
+    first = np.searchsorted(rows * stride + ends, (rows + 1) * stride + starts)
+    behind = np.searchsorted(rows * stride + starts, (rows + 1) * stride + ends, side="right")
+    counts = np.maximum(behind - first, 0)
+    above = np.repeat(np.arange(len(rows)), counts)
+    below = np.arange(len(above)) + np.repeat(first - (counts.cumsum() - counts), counts)
+    names, regions = np.unique(_joined(len(rows), above, below), return_inverse=True)
+    labels = np.zeros(mask.shape, int)
+    labels[mask] = np.repeat(regions + 1, ends - starts)
+    tops, lefts = np.full(len(names), mask.shape[0]), np.full(len(names), mask.shape[1])
+    bottoms, rights = np.zeros(len(names), int), np.zeros(len(names), int)
+    np.minimum.at(tops, regions, rows)
+    np.minimum.at(lefts, regions, starts)
+    np.maximum.at(bottoms, regions, rows + 1)
+    np.maximum.at(rights, regions, ends)
+    sides = zip(tops.tolist(), bottoms.tolist(), lefts.tolist(), rights.tolist(), strict=True)
+    return labels, [(slice(top, bottom), slice(left, right)) for top, bottom, left, right in sides]
+
+
+def _joined(count: int, one: npt.NDArray[np.int_], other: npt.NDArray[np.int_]) -> npt.NDArray[np.int_]:
+    """The lowest number (count,) that each of `count` things is connected with, by pairs of things (N,)."""
+    names = np.arange(count)
+    while (names[one] != names[other]).any():
+        lowest = np.minimum(names[one], names[other])
+        for ends in (one, other):
+            np.minimum.at(names, names[ends], lowest)
+        while (names[names] != names).any():
+            names = names[names]
+    return names
 
 
 def contour(region: Mask, tolerance: float = TOLERANCE) -> list[tuple[int, int]]:

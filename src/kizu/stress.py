@@ -15,7 +15,7 @@ from kizu.errors import BadImage
 from kizu.threshold import CONFIDENCE, interval, upper
 
 if TYPE_CHECKING:
-    from kizu.detectors.detector import Detector
+    from kizu.inspector import Inspector
     from kizu.preprocess import Readable
 
 __all__ = ["STRESSES", "Outcome", "Stress", "check", "first_broken"]
@@ -83,7 +83,7 @@ class _Changed:
 
 
 def check(
-    detector: "Detector",
+    detector: "Inspector",
     items: "Sequence[Readable]",
     stresses: "Sequence[Stress] | None" = None,
     progress: Callable[[str, int, int], None] | None = None,

@@ -10,7 +10,7 @@ from kizu.errors import DataError
 from kizu.threshold import Threshold, interval, percent
 
 if TYPE_CHECKING:
-    from kizu.detectors.detector import Detector
+    from kizu.inspector import Inspector
 
 __all__ = ["Costs", "Point", "best", "points", "tune"]
 
@@ -74,7 +74,7 @@ def best(curve: Sequence[Point]) -> Point:
     return cheapest[len(cheapest) // 2]
 
 
-def tune(detector: "Detector", point: Point) -> None:
+def tune(detector: "Inspector", point: Point) -> None:
     """Set the detector's threshold, marked as tuned on labels in every statement from now on."""
     behind = detector.calibration_scores
     above = sum(score > point.threshold for score in behind)

@@ -1,18 +1,17 @@
-"""What every detector is: learned from good images, one graph, a threshold; saved as a folder."""
+"""What every detector is: an inspector that learns from good images, as one graph; saved as a folder."""
 
 import json
 import math
 import os
 import shutil
 import time
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -21,96 +20,23 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from kizu import dataset, files
+from kizu import dataset, files, saved
 from kizu import image as images
 from kizu.augmentation import Augmentation
 from kizu.backbone import weights_hash
 from kizu.config import CONFIGS, Config, build
 from kizu.detectors import detector_class
 from kizu.errors import BadImage, DataError, ModelError, OptionError
-from kizu.evidence import Evidence, Lookalike, evidence
+from kizu.inspector import BATCH, Inspector, Photo, Prediction, name_of, readable
 from kizu.memory import budget, release
-from kizu.preprocess import Preprocessing, Readable, Stack, batches, digests
-from kizu.regions import MarkedRegion, find_regions
+from kizu.preprocess import Preprocessing, Readable, Stack, batches
 from kizu.suspects import suspects
-from kizu.threshold import Threshold, calibrate, p_value, refuse
+from kizu.threshold import calibrate, refuse
 
 __all__ = ["Detector", "Learned", "Photo", "Prediction", "gpu_device", "load", "name_of"]
 
-FORMAT = 2
-THUMBNAILS = "thumbnails.safetensors"
-BATCH = 8
 LEARNED = {"cpu": 4, "cuda": 32}  # images at a time: on a CPU more are no faster and take more memory
 Progress = Callable[[str, int, int], None]  # stage, done, total
-Item = TypeVar("Item", bound=Readable)
-
-
-@dataclass(frozen=True)
-class Photo:
-    """A photograph from anywhere: a file's path, encoded bytes, an array or a PIL image."""
-
-    source: images.Source
-
-    def read(self, at_least: tuple[int, int] | None = None) -> tuple[npt.NDArray[np.uint8], tuple[int, int]]:
-        return images.read_at_least(self.source, at_least)
-
-    @property
-    def name(self) -> str:
-        return images.name_of(self.source)
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """What a detector says of one photograph. Unpacks to (score, anomaly map)."""
-
-    score: float
-    threshold: float
-    input_map: images.Float  # (h, w), of the network's input
-    shape: tuple[int, int]  # of the photograph
-    item: Readable
-    detector: "Detector"
-    parts: dict[str, Any] = field(default_factory=dict)  # what the score is made of, where a method says more
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter((self.score, self.anomaly_map))
-
-    @property
-    def is_anomalous(self) -> bool:
-        """Whether to stop the part."""
-        return self.score > self.threshold
-
-    @property
-    def p_value(self) -> float:
-        """How often a good part looks at least so unusual, at most. Stopped is what lies at or below the rate."""
-        return p_value(self.score, self.detector.calibration_scores)
-
-    @cached_property
-    def anomaly_map(self) -> images.Float:
-        """(H, W) float32 over the photograph: how anomalous each pixel's surroundings are."""
-        return self.detector.preprocessing.restore(self.input_map, self.shape)
-
-    @property
-    def marked(self) -> npt.NDArray[np.bool_]:
-        """(H, W): the pixels above the level that good images reach as rarely as the threshold is passed."""
-        return self.anomaly_map > self.detector.map_level
-
-    @cached_property
-    def regions(self) -> list[MarkedRegion]:
-        """What is marked, region by region, the most anomalous first."""
-        level = self.detector.map_level
-        return find_regions(self.anomaly_map, level, self.detector.map_peaks) if self.input_map.max() > level else []
-
-    def why(self) -> list[Evidence]:
-        """For the most anomalous places, the good patches from training that look most like them.
-
-        Empty for methods that remember no patches. Raises `BadImage` when the photograph cannot be read any more.
-        """
-        return evidence(self)
-
-    def overlay(self) -> npt.NDArray[np.uint8]:
-        """The photograph, its map glowing over it, contours and numbered boxes where it is marked. (H, W, 3) uint8."""
-        glow = images.overlay(self.item.read()[0], self.anomaly_map, *self.detector.scale, self.detector.map_level)
-        return images.framed(glow, [region.box for region in self.regions])
 
 
 @dataclass
@@ -126,39 +52,25 @@ class Learned:
     judged: list[int] = field(default_factory=list)  # which of the held-out images, or else photos, the scores are of
 
 
-class Detector(ABC):
+class Detector(Inspector):
     """Base of all methods. A method gives `learn` and `restore_graph`; everything else is common.
 
     After `fit` or `load`, `graph` is the whole detector: uint8 images (B, 3, H, W) in, scores (B,) and anomaly maps
     (B, 1, H, W) out.
     """
 
-    method: ClassVar[str]
     learns_in_rounds: ClassVar[bool] = False
 
     def __init__(self, config: Config | None = None, **settings: Any) -> None:
         """From a config, or from its fields as keyword arguments. Raises `OptionError` for a wrong one."""
         kind = CONFIGS[self.method]
         self.config: Any = config if config is not None else build(kind, settings)
-        self.preprocessing = Preprocessing(self.config.size, self.config.resize)
+        super().__init__(Preprocessing(self.config.size, self.config.resize), self.config.false_alarms)
         self.augmentation = Augmentation.of(self.config)
         self.graph: nn.Module | None = None
-        self.threshold = Threshold(float("inf"), self.config.false_alarms, 0)
-        self.calibration_scores: list[float] = []
-        self.map_peaks: list[float] = []
-        self.map_level = float("inf")
-        self.scale = (0.0, 1.0)
-        self.training: dict[str, Any] = {}
-        self.facts: dict[str, Any] = {}
-        self.remarks: list[str] = []  # on the settings, for the user
-        self.curves: dict[str, list[float]] = {}  # of training, a value a round
         self.checkpoint: Path | None = None
         self.after_round: Callable[[nn.Module, int], None] = lambda graph, number: None
-        self.thumbnails: list[bytes] = []  # of the training images, encoded, if they are kept
-        self.good_items: list[Readable | None] = []  # the training images, as long as their files are at hand
-        self.seconds: dict[str, float] = {}
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.workers = 2  # threads that read photographs
 
     @abstractmethod
     def learn(self, photos: Stack, held_out: Stack, memory: int, progress: Progress) -> Learned:
@@ -224,28 +136,6 @@ class Detector(ABC):
                 some = photos.batch(start, start + BATCH).transpose(0, 2, 3, 1)
                 self.thumbnails += [images.encode(picture, "JPEG", quality=85) for picture in some]
 
-    def picture(self, number: int) -> npt.NDArray[np.uint8] | None:
-        """A training image as the network sees it, from the model's thumbnails or its own file; None if neither is."""
-        if number < len(self.thumbnails):
-            return images.resize(images.read(self.thumbnails[number]), self.config.size)
-        item = self.good_items[number] if number < len(self.good_items) else None
-        try:
-            return None if item is None else self.preprocessing(item.read(self.preprocessing.enough)[0])
-        except BadImage:
-            return None
-
-    def nearest_good(self, seen: npt.NDArray[np.uint8], place: tuple[float, float]) -> Lookalike | None:
-        """The training patch nearest to a place (x, y) of a photograph as the network sees it (h, w, 3).
-
-        None for methods that remember no patches.
-        """
-        return None
-
-    def knows(self, items: Iterable[Readable]) -> int:
-        """How many of these photographs it has learned from."""
-        learned = set(self.training["digests"])
-        return sum(d in learned for batch in batches(items, self.preprocessing) for d in digests(batch.pixels))
-
     def calibrates_with(self, photos: int, held_out: int) -> int:
         """How many good images set the level: those held out, or else all, where none is lost by judging it as new."""
         return held_out or photos
@@ -267,37 +157,21 @@ class Detector(ABC):
         self.scale = (learned.map_median, 3 * top - 2 * learned.map_median)  # the level lies at a third
         return self
 
-    def predict(self, image: images.Source | Readable) -> Prediction:
-        """Judge one photograph. Raises `BadImage` when it cannot be read."""
-        for _, outcome in self.judge([_readable(image)], batch_size=1):
-            if isinstance(outcome, BadImage):
-                raise outcome
-            return outcome
-        raise AssertionError("one image gives one outcome")
-
-    def judge(
-        self, items: Iterable[Item], *, batch_size: int = BATCH, workers: int | None = None
-    ) -> Iterator[tuple[Item, Prediction | BadImage]]:
-        """Judge many, in threads ahead of the network; what cannot be read comes with its error."""
-        for batch in batches(items, self.preprocessing, batch_size=batch_size, workers=workers or self.workers):
-            yield from batch.failures
-            if not batch.items:
-                continue
-            judged = zip(batch.items, batch.shapes, *self.explained(batch.pixels), strict=True)
-            for item, shape, score, anomaly_map, parts in judged:
-                yield item, Prediction(float(score), self.threshold.value, anomaly_map[0], shape, item, self, parts)
-
     def __call__(self, pixels: npt.NDArray[np.uint8]) -> tuple[images.Float, images.Float]:
-        """The graph on a batch: (B, 3, h, w) uint8 → scores (B,), maps (B, 1, h, w)."""
         if self.graph is None:
             raise ModelError("This detector has learned nothing yet: call fit first, or kizu.load a saved model.")
         with torch.inference_mode():
             scores, maps = self.graph(torch.from_numpy(pixels).to(self.device))
         return scores.numpy(force=True), maps.numpy(force=True)
 
-    def explained(self, pixels: npt.NDArray[np.uint8]) -> tuple[images.Float, images.Float, list[dict[str, Any]]]:
-        """As a call, and what each image's score is made of: nothing to say, unless a method has more."""
-        return *self(pixels), [{} for _ in pixels]
+    def tell(self, images: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """The graph on a batch (B, 3, h, w), and by name whatever else an exported graph shall give of each image."""
+        assert self.graph is not None
+        return *self.graph(images), {}
+
+    def keepsakes(self) -> dict[str, Tensor]:
+        """What an exported model needs beside its graph to say more than scores and maps."""
+        return {}
 
     def save(self, folder: str | os.PathLike[str], *, keep_previous: bool = False) -> Path:
         """Write the model as a folder of model.safetensors and model.json, whole or not at all.
@@ -316,12 +190,10 @@ class Detector(ABC):
             text = json.dumps(self.describe(), indent=1, ensure_ascii=False)
             (temporary / "model.json").write_text(text + "\n", encoding="utf-8")
             if self.thumbnails:
-                tensors = (torch.frombuffer(bytearray(picture), dtype=torch.uint8) for picture in self.thumbnails)
-                encoded = {f"{number:06}": tensor for number, tensor in enumerate(tensors)}
-                save_file(encoded, temporary / THUMBNAILS)
+                saved.write_thumbnails(temporary, self.thumbnails)
             if keep_previous and (folder / "model.json").exists():
                 (temporary / "previous").mkdir()
-                for name in ("model.safetensors", "model.json", THUMBNAILS):
+                for name in ("model.safetensors", "model.json", saved.THUMBNAILS):
                     if (folder / name).exists():
                         shutil.copy2(folder / name, temporary / "previous" / name)
         return folder
@@ -330,7 +202,7 @@ class Detector(ABC):
         """Everything about the model but its tensors, as plain values: what model.json holds."""
         assert self.graph is not None
         return {
-            "format": FORMAT,
+            "format": saved.FORMAT,
             "method": self.method,
             "config": self.config.model_dump(mode="json"),
             "backbone": self.pretrained(),
@@ -355,14 +227,6 @@ class Detector(ABC):
         """The network inside that was trained on other photographs: its name and the hash of its weights."""
         assert self.graph is not None
         return {"name": self.config.backbone, "weights": weights_hash(self.graph)}
-
-    def restore_levels(self, about: dict[str, Any]) -> None:
-        """Take levels and facts as `describe` gave them."""
-        level = about["threshold"]
-        self.threshold = Threshold(_finite(level["value"]), level["rate"], level["count"], level["tuned"])
-        self.calibration_scores, self.map_peaks = about["calibration_scores"], about["map"]["peaks"]
-        self.map_level, self.scale = _finite(about["map"]["level"]), tuple(about["map"]["scale"])
-        self.facts, self.training = about["facts"], about["training"]
 
     def stream(
         self, photos: Stack, stage: str, progress: Progress, *, only: Sequence[int] | None = None, copies: int = 0
@@ -430,19 +294,18 @@ def gpu_device(number: int) -> torch.device:
 def load(folder: str | os.PathLike[str]) -> Detector:
     """Read a model that `save` wrote. Nothing in it is executed. Raises `ModelError` when it is none, or damaged."""
     folder = Path(folder)
+    about = saved.description(folder)
+    if "export" in about:
+        raise ModelError(
+            f"{folder} is an exported model, which cannot be changed: use the one that it was exported from"
+        )
     try:
-        about = json.loads((folder / "model.json").read_text(encoding="utf-8"))
         packed = load_file(folder / "model.safetensors")
-        tensors = {key: tensor.clone() for key, tensor in packed.items()}  # aligned: the last bit depends on it
-        encoded = load_file(folder / THUMBNAILS) if (folder / THUMBNAILS).exists() else {}
-    except FileNotFoundError as error:
-        raise ModelError(f"{folder} is not a kizu model: {Path(error.filename or 'a file').name} is missing") from None
+    except FileNotFoundError:
+        raise ModelError(f"{folder} is not a kizu model: model.safetensors is missing") from None
     except (OSError, ValueError, SafetensorError) as error:
         raise ModelError(f"{folder}: the model is damaged ({error})") from None
-    if not isinstance(about, dict):
-        raise ModelError(f"{folder}: the model is damaged (model.json holds no object)")
-    if about.get("format") != FORMAT:
-        raise ModelError(f"{folder}: written by another version of kizu (format {about.get('format')}, not {FORMAT})")
+    tensors = {key: tensor.clone() for key, tensor in packed.items()}  # aligned: the last bit depends on it
     try:
         kind = detector_class(about["method"])
         detector = kind(build(CONFIGS[about["method"]], about["config"]))
@@ -450,14 +313,10 @@ def load(folder: str | os.PathLike[str]) -> Detector:
         graph.load_state_dict(tensors, assign=True)
         detector.graph = graph.eval().requires_grad_(False).to(detector.device)
         detector.restore_levels(about)
-        detector.thumbnails = [encoded[key].numpy().tobytes() for key in sorted(encoded)]
     except (KeyError, TypeError, RuntimeError) as error:
         raise ModelError(f"{folder}: the model is damaged ({error})") from None
+    detector.thumbnails = saved.thumbnails(folder)
     return detector
-
-
-def _finite(level: float | None) -> float:
-    return math.inf if level is None else level
 
 
 def _items(good: str | os.PathLike[str] | Iterable[Any]) -> list[Readable]:
@@ -467,16 +326,7 @@ def _items(good: str | os.PathLike[str] | Iterable[Any]) -> list[Readable]:
         if len(found.categories) > 1:
             raise DataError(f"{good} holds {len(found.categories)} categories; fit one: {', '.join(found.categories)}")
         return list(found.select(split="train"))
-    return [_readable(item) for item in good]
-
-
-def _readable(image: Any) -> Readable:
-    """Samples and photos as they are; paths, arrays, bytes and PIL images as photos."""
-    return image if isinstance(image, dataset.Sample | Photo) else Photo(image)
-
-
-def name_of(item: Readable) -> str:
-    return item.path.name if isinstance(item, dataset.Sample) else getattr(item, "name", "image")
+    return [readable(item) for item in good]
 
 
 def _is_file(item: Readable) -> bool:
