@@ -86,7 +86,7 @@ async def spend(request: Request, limits: Limits) -> None:
                 size += len(chunk)
                 if size > LEFTOVER * limits.bytes:
                     return
-    except (TimeoutError, ClientDisconnect):
+    except (TimeoutError, ClientDisconnect, RuntimeError):  # the last one: all was read before
         return
 
 
