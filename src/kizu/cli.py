@@ -496,5 +496,5 @@ def doctor(as_json: bool) -> None:
         terminal.print_facts(findings)
 
 
-for command in (commands.check, commands.drift, commands.tune, services.serve):
+for command in (commands.check, commands.drift, commands.tune, services.serve, services.watch):
     cli.add_command(command)

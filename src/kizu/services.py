@@ -1,15 +1,20 @@
 """Commands that stay: serve, watch."""
 
 import os
+import signal
+import threading
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from kizu.arguments import quiet_option
+from kizu.arguments import model_folder, quiet_option
 from kizu.errors import OptionError
 
-__all__ = ["serve"]
+if TYPE_CHECKING:
+    from kizu.sinks import Sink
+
+__all__ = ["serve", "watch"]
 
 
 @click.command()
@@ -65,3 +70,91 @@ def serve(models: tuple[str, ...], host: str, port: int, api_key: str | None, qu
     if not quiet:
         click.echo(f"{', '.join(service.models)} at {shown} (Ctrl-C stops)")
     run(application(service, key=api_key), service, bound)
+
+
+@click.command()
+@click.argument("folder", required=False)
+@click.option("--model", required=True, help="A model's folder, or a run's.")
+@click.option("--camera", metavar="SOURCE", help="A camera's number or address, or a video file, instead of FOLDER.")
+@click.option("--every", type=click.FloatRange(0), default=1.0, show_default=True, help="Seconds between two frames.")
+@click.option(
+    "--output", default="verdicts.jsonl", show_default=True, metavar="FILE", help="JSON lines; also the memory."
+)
+@click.option("--csv", "csv_file", metavar="FILE", help="The verdicts as a table too.")
+@click.option("--webhook", metavar="URL", help="POST each verdict there.")
+@click.option("--mqtt", metavar="URL", help="Publish each verdict: mqtt://user:password@host:1883/topic.")
+@click.option("--notify", type=click.Choice(["all", "stop"]), default="all", show_default=True, help="What goes there.")
+@click.option("--move-bad", metavar="DIR", help="Put what is stopped there.")
+@click.option("--settle", type=click.FloatRange(0), default=0.5, show_default=True, help="Seconds a file must rest.")
+@click.option(
+    "--patience", type=click.FloatRange(0), default=10.0, show_default=True, help="For one that is not whole."
+)
+@click.option("--interval", type=click.FloatRange(0.01), default=0.25, show_default=True, help="Seconds between looks.")
+@click.option("--once", is_flag=True, help="Judge what is there, and end.")
+@quiet_option
+def watch(folder: str | None, model: str, camera: str | None, quiet: bool, **options: Any) -> None:
+    """Judge photographs as they arrive in a folder, or a camera's frames.
+
+    Files that are still being written are waited for. Each is judged once, also when the command is killed and started
+    again with the same --output; deliveries that a kill or a broken line held up are made up for.
+
+    \b
+    Example:  kizu watch incoming --model results/project/group/run --csv today.csv --move-bad aside
+    """
+    if (folder is None) == (camera is None):
+        raise OptionError("kizu watch takes either a folder or --camera SOURCE")
+    if folder is not None and not Path(folder).is_dir():
+        raise OptionError(f"{folder} is not a folder")
+    from kizu import load
+    from kizu.arrivals import Arrivals
+    from kizu.ledger import Ledger
+    from kizu.watch import Watch, from_folder
+
+    home = model_folder(model)
+    ledger = Ledger(Path(options["output"]))
+    aside = Path(options["move_bad"]) if options["move_bad"] else None
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    working = Watch(
+        load(home),
+        ledger,
+        name=home.resolve().name,
+        sinks=_sinks(ledger.path, options),
+        aside=aside,
+        said=(lambda row: None) if quiet else _say,
+        warn=lambda sentence: click.echo(f"kizu: {sentence}", err=True),
+    )
+    try:
+        if folder is None:
+            from kizu.camera import frames
+
+            assert camera is not None
+            source = frames(camera, options["every"], ledger.knows, ledger.count + 1)
+        else:
+            working.catch_up(Path(folder))
+            patience = {"settle": options["settle"], "patience": options["patience"]}
+            arrivals = Arrivals(Path(folder), ledger.knows, leave_out=[aside] if aside else [], **patience)
+            source = from_folder(arrivals, options["interval"], options["once"], stop)
+        working.run(source, stop)
+    finally:
+        working.close(30.0 if options["once"] else 5.0)
+
+
+def _sinks(ledger: Path, options: dict[str, Any]) -> "list[Sink]":
+    from kizu.sinks import Broker, Table, Webhook
+
+    only = "stop" if options["notify"] == "stop" else None
+    sinks: list[Sink] = []
+    if options["csv_file"]:
+        sinks.append(Table(Path(options["csv_file"])))
+    if options["webhook"]:
+        sinks.append(Webhook(options["webhook"], ledger, only))
+    if options["mqtt"]:
+        sinks.append(Broker(options["mqtt"], ledger, only))
+    return sinks
+
+
+def _say(row: dict[str, Any]) -> None:
+    score = "" if row["score"] is None else f"{row['score']:.6g}"
+    click.echo(f"{row['verdict']:5}  {score:9}  {row['image']}  {row['error']}".rstrip())
