@@ -40,7 +40,7 @@ def _file(cv2: Any, path: Path, every: float, known: Callable[[Identity], bool])
         step = max(1, round(rate * every))
         number = 0
         while video.grab():
-            identity = f"{path.name}#{number:06}", state.st_size, state.st_mtime_ns
+            identity = f"{path.name}-{number:06}", state.st_size, state.st_mtime_ns
             if number % step == 0 and not known(identity):
                 read, frame = video.retrieve()
                 if read:
@@ -71,7 +71,7 @@ def _camera(cv2: Any, source: str, every: float, first: int) -> Iterator[list[Ar
             due = time.monotonic() + every
             read, frame = video.retrieve()
             if read:
-                yield [Arrival((f"{name}#{number:06}", 0, time.time_ns()), Photo(_rgb(frame)))]
+                yield [Arrival((f"{name}-{number:06}", 0, time.time_ns()), Photo(_rgb(frame)))]
                 number += 1
     finally:
         video.release()

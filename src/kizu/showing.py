@@ -76,7 +76,7 @@ def promise(model: Inspector, value: float) -> Promise:
         return Promise(threshold=value, expected=None, bound=None, statement=statement, map_level=None)
     expected = p_value(math.nextafter(value, math.inf), good)
     there = Threshold(value, expected, len(good))
-    level = calibrate(model.map_peaks, expected).value
+    level = calibrate(model.map_peaks, min(expected, len(good) / (len(good) + 1))).value
     if value > max(good) > 0:
         level *= value / max(good)
     if value == model.threshold.value:
