@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import uvicorn
-from fastapi import APIRouter, FastAPI, Query, Request, Response
+from fastapi import APIRouter, Depends, FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
@@ -87,7 +87,8 @@ def application(service: Service, *, key: str | None = None) -> Gate:
         lifespan=life,
         docs_url=None,
         redoc_url=None,
-        responses=_refusals(),
+        responses=_refusals(422),
+        dependencies=[Depends(_only_known)],
     )
     for routes in (_verdicts(service), _models(service), _kept(service), _house(service), _page()):
         app.include_router(routes)
@@ -155,17 +156,17 @@ def _models(service: Service) -> APIRouter:
         """The models on duty."""
         return [about(name, served.loaded) for name, served in service.models.items()]
 
-    @routes.get("/{name}", responses=_refusals(404, 422))
+    @routes.get("/{name}", responses=_refusals(404))
     async def model(name: str) -> Model:
         """One of them."""
         return about(name, service.pick(name).loaded)
 
-    @routes.get("/{name}/promise", responses=_refusals(404, 422))
+    @routes.get("/{name}/promise", responses=_refusals(404))
     async def promised(name: str, threshold: Annotated[float, Query(ge=-1e30, le=1e30)]) -> Promise:
         """What another threshold would promise about false alarms, by the good images behind the level."""
         return promise(service.pick(name).loaded.model, threshold)
 
-    @routes.post("/{name}/reload", responses=_refusals(404, 409, 422))
+    @routes.post("/{name}/reload", responses=_refusals(404, 409))
     async def reload(name: str) -> Model:
         """Read the model's folder again. Requests go on meanwhile; where it cannot be read, the old model stays."""
         return about(name, await service.reload(service.pick(name)))
@@ -185,23 +186,23 @@ def _kept(service: Service) -> APIRouter:
     def kept(entry: Entry) -> Kept:
         return Kept.model_validate(vars(entry))
 
-    @routes.get("", responses=_refusals(422))
+    @routes.get("")
     def verdicts(limit: Annotated[int, Query(ge=1, le=1000)] = 50, before: Number | None = None) -> list[Kept]:
         """The last verdicts, as far as they are kept, the latest first."""
         return [] if service.journal is None else [kept(entry) for entry in service.journal.last(limit, before)]
 
-    @routes.get("/{id}", responses=_refusals(404, 422))
+    @routes.get("/{id}", responses=_refusals(404))
     def verdict(id: int) -> Kept:
         """One of them."""
         return kept(found(id, lambda number: service.journal and service.journal.entry(number)))
 
-    @routes.get("/{id}/photograph", responses=_refusals(404, 422) | _file("application/octet-stream"))
+    @routes.get("/{id}/photograph", responses=_refusals(404) | _file("application/octet-stream"))
     def photograph(id: int) -> Response:
         """The photograph as it was sent."""
         content = found(id, lambda number: service.journal and service.journal.photograph(number))
         return Response(content, media_type="application/octet-stream")
 
-    @routes.get("/{id}/thumbnail", responses=_refusals(404, 422) | _file("image/jpeg"))
+    @routes.get("/{id}/thumbnail", responses=_refusals(404) | _file("image/jpeg"))
     def thumbnail(id: int) -> Response:
         """A small picture of it."""
         content = found(id, lambda number: service.journal and service.journal.thumbnail(number))
@@ -243,6 +244,14 @@ def _page() -> APIRouter:
         return Response(contents[name], headers=headers, media_type=KINDS[Path(name).suffix])
 
     return routes
+
+
+async def _only_known(request: Request) -> None:
+    """An option that does not exist is refused: it is a mistake, or was meant for another version."""
+    known = {field.alias for field in request.scope["route"].dependant.query_params}
+    for name in request.query_params:
+        if name not in known:
+            raise Refusal(422, f"There is no option {name}; there are: {', '.join(sorted(known)) or 'none'}")
 
 
 def _file(kind: str) -> dict[int | str, dict[str, Any]]:
