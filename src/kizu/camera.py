@@ -22,20 +22,24 @@ def frames(source: str, every: float, known: Callable[[Identity], bool], first: 
     give, an empty list comes. Raises `OptionError` where the source cannot be opened.
     """
     cv2 = require("cv2")
-    if not source.isdigit() and "://" not in source:
-        yield from _file(cv2, Path(source), every, known)
-    else:
-        yield from _camera(cv2, source, every, first)
-
-
-def _file(cv2: Any, path: Path, every: float, known: Callable[[Identity], bool]) -> Iterator[list[Arrival]]:
+    if source.isdigit() or "://" in source:
+        address = int(source) if source.isdigit() else source
+        video = cv2.VideoCapture(address)
+        if not video.isOpened():
+            raise OptionError(f"--camera {source}: there is no camera that OpenCV can open")
+        return _camera(cv2, video, address, every, first)
+    path = Path(source)
     if not path.is_file():
         raise OptionError(f"--camera {path}: there is no such file (a camera is a number or an address)")
-    state = path.stat()
     video = cv2.VideoCapture(str(path))
+    if not video.isOpened():
+        raise OptionError(f"--camera {path}: OpenCV cannot read it as a video")
+    return _file(cv2, video, path, every, known)
+
+
+def _file(cv2: Any, video: Any, path: Path, every: float, known: Callable[[Identity], bool]) -> Iterator[list[Arrival]]:
+    state = path.stat()
     try:
-        if not video.isOpened():
-            raise OptionError(f"--camera {path}: OpenCV cannot read it as a video")
         rate = video.get(cv2.CAP_PROP_FPS) or 25.0
         step = max(1, round(rate * every))
         number = 0
@@ -50,12 +54,8 @@ def _file(cv2: Any, path: Path, every: float, known: Callable[[Identity], bool])
         video.release()
 
 
-def _camera(cv2: Any, source: str, every: float, first: int) -> Iterator[list[Arrival]]:
-    address = int(source) if source.isdigit() else source
-    video = cv2.VideoCapture(address)
-    if not video.isOpened():
-        raise OptionError(f"--camera {source}: there is no camera that OpenCV can open")
-    name = f"camera-{source}" if source.isdigit() else "camera"
+def _camera(cv2: Any, video: Any, address: int | str, every: float, first: int) -> Iterator[list[Arrival]]:
+    name = f"camera-{address}" if isinstance(address, int) else "camera"
     number, due = first, time.monotonic()
     try:
         while True:

@@ -116,27 +116,26 @@ def watch(folder: str | None, model: str, camera: str | None, quiet: bool, **opt
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
+    if folder is None:
+        from kizu.camera import frames
+
+        assert camera is not None
+        source = frames(camera, options["every"], ledger.knows, ledger.count + 1)
+    else:
+        patience = {"settle": options["settle"], "patience": options["patience"]}
+        arrivals = Arrivals(Path(folder), ledger.knows, leave_out=[aside] if aside else [], **patience)
+        source = from_folder(arrivals, options["interval"], options["once"], stop)
     working = Watch(
-        load(home),
         ledger,
-        name=home.resolve().name,
         sinks=_sinks(ledger.path, options),
         aside=aside,
         said=(lambda row: None) if quiet else _say,
         warn=lambda sentence: click.echo(f"kizu: {sentence}", err=True),
     )
     try:
-        if folder is None:
-            from kizu.camera import frames
-
-            assert camera is not None
-            source = frames(camera, options["every"], ledger.knows, ledger.count + 1)
-        else:
+        if folder is not None:
             working.catch_up(Path(folder))
-            patience = {"settle": options["settle"], "patience": options["patience"]}
-            arrivals = Arrivals(Path(folder), ledger.knows, leave_out=[aside] if aside else [], **patience)
-            source = from_folder(arrivals, options["interval"], options["once"], stop)
-        working.run(source, stop)
+        working.run(load(home), home.resolve().name, source, stop)
     finally:
         working.close(30.0 if options["once"] else 5.0)
 

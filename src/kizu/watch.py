@@ -14,7 +14,7 @@ from kizu.errors import BadImage
 from kizu.inspector import Inspector
 from kizu.ledger import Ledger, rows
 from kizu.sinks import Courier, Sink
-from kizu.verdicts import verdict_of
+from kizu.verdicts import Verdict, verdict_of
 
 __all__ = ["Watch", "from_folder"]
 
@@ -30,41 +30,37 @@ class Watch:
 
     def __init__(
         self,
-        model: Inspector,
         ledger: Ledger,
         *,
-        name: str = "",
         sinks: Sequence[Sink] = (),
         aside: Path | None = None,
         said: Callable[[Row], None] = lambda row: None,
         warn: Callable[[str], None] = lambda sentence: None,
     ) -> None:
         """`aside` is a folder for what is stopped; `said` hears each row, `warn` what goes wrong on the way."""
-        self._model = model
         self._ledger = ledger
-        self._name = name
         self._aside = aside
         self._said = said
         self._warn = warn
         self._couriers = [Courier(ledger.path, sink, warn) for sink in sinks]
 
-    def run(self, source: Iterator[list[Arrival]], stop: threading.Event) -> None:
-        """Until the source ends or `stop` is set."""
+    def run(self, model: Inspector, name: str, source: Iterator[list[Arrival]], stop: threading.Event) -> None:
+        """Judge by a model, called `name` in the rows, until the source ends or `stop` is set."""
         for some in source:
             if some:
-                self.judge(some)
+                self._judge(model, name, some)
             if stop.is_set():
                 return
 
-    def judge(self, some: Sequence[Arrival]) -> None:
+    def _judge(self, model: Inspector, name: str, some: Sequence[Arrival]) -> None:
         """Judge a few and write them down. What cannot be read and is not final is left for later."""
         asked = {id(arrival.photo): arrival for arrival in some}
         judged: dict[int, Row] = {}
-        for photo, outcome in self._model.judge([arrival.photo for arrival in some], batch_size=len(some)):
+        for photo, outcome in model.judge([arrival.photo for arrival in some], batch_size=len(some)):
             arrival = asked[id(photo)]
             if isinstance(outcome, BadImage) and not arrival.final:
                 continue
-            judged[id(photo)] = self._row(arrival, outcome)
+            judged[id(photo)] = _row(arrival, verdict_of(arrival.identity[0], outcome, model), name)
             if self._aside is not None and arrival.path is None and judged[id(photo)]["verdict"] == "stop":
                 images.write(self._aside / f"{arrival.identity[0]}.png", photo.read()[0])
         written = [arrival for arrival in some if id(arrival.photo) in judged]
@@ -86,12 +82,6 @@ class Watch:
         if not all(arrived):
             self._warn("Not everything was delivered; the next run goes on with it")
         self._ledger.close()
-
-    def _row(self, arrival: Arrival, outcome: Any) -> Row:
-        name, size, modified = arrival.identity
-        said = verdict_of(name, outcome, self._model).model_dump(mode="json")
-        when = datetime.now(UTC).isoformat(timespec="milliseconds")
-        return {"time": when, **said, "model": self._name, "bytes": size, "modified": modified, **arrival.facts}
 
     def _move(self, path: Path | None, row: Row) -> None:
         """Put a stopped part's file aside, if it is still the one that was judged."""
@@ -127,6 +117,13 @@ def from_folder(arrivals: Arrivals, interval: float, once: bool, stop: threading
             if once and not arrivals.settling:
                 return
             stop.wait(interval)
+
+
+def _row(arrival: Arrival, verdict: Verdict, model: str) -> Row:
+    _, size, modified = arrival.identity
+    when = datetime.now(UTC).isoformat(timespec="milliseconds")
+    about = {"model": model, "bytes": size, "modified": modified}
+    return {"time": when, **verdict.model_dump(mode="json"), **about, **arrival.facts}
 
 
 def _state(path: Path) -> tuple[int, int]:

@@ -32,12 +32,15 @@ async function start() {
   }
 }
 
+const ready = start();
+
 // ---- photographs in
 
 async function judge(files) {
   const pictures = [...files].filter((file) => file.type.startsWith("image/") || IMAGE.test(file.name));
   if (pictures.length === 0) return say("There is no photograph among these files.");
   leaveCamera();
+  await ready;
   let shown = false;
   for (const [number, file] of pictures.entries()) {
     if (pictures.length > 1) history.busy(`Judging ${number + 1} of ${pictures.length} …`);
@@ -143,8 +146,8 @@ function listRegions(result) {
   const badges = result.regions.map(({ box: [left, top, width] }, number) => {
     const badge = document.createElement("li");
     badge.textContent = number + 1;
-    badge.style.left = `${(100 * (left + width)) / result.width}%`;
-    badge.style.top = `${(100 * top) / result.height}%`;
+    badge.style.left = `min(${(100 * (left + width)) / result.width}%, 100% - 2rem)`;
+    badge.style.top = `max(${(100 * top) / result.height}%, 1rem)`;
     return badge;
   });
   $("badges").replaceChildren(...badges);
@@ -299,4 +302,4 @@ addEventListener("keydown", (event) => {
 });
 addEventListener("keyup", (event) => event.key === "h" && bare(false));
 
-start().catch((error) => say(error.message));
+ready.catch((error) => say(error.message));
