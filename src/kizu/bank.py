@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from kizu import coreset
-from kizu.neighbours import Cells, arrange, nearest
+from kizu.neighbours import Cells, arrange, nearest, traced
 from kizu.quantised import QuantisedCells
 
 __all__ = ["Bank", "Hits"]
@@ -89,15 +89,19 @@ class Bank(nn.Module):
 
     def search(self, queries: Tensor, count: int, own: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Distances and entries (N, count) nearest to queries (N, D), none from the queries' own images (N,)."""
+        if _is_exported():
+            return traced(queries, self.entries, self.half_norms, count)
         sorted_here = len(self.centres) > 0 and queries.device.type == "cpu"
-        if count == 1 and (sorted_here or self.quantise) and not _is_exported():
+        if count == 1 and (sorted_here or self.quantise):
             distances, entries = self.index().nearest(queries, own)
             return distances[:, None], entries[:, None]
         return nearest(queries, self.entries, count, half_norms=self.half_norms, images=_both(own, self.images))
 
     def around(self, entries: Tensor, count: int, own: Tensor | None = None) -> Tensor:
         """Indices (B, count) of what is nearest to entries of this bank (B, D): themselves first."""
-        if len(self.centres) and entries.device.type == "cpu" and not self.quantise and not _is_exported():
+        if _is_exported():
+            return traced(entries, self.entries, self.half_norms, count)[1]
+        if len(self.centres) and entries.device.type == "cpu" and not self.quantise:
             index = self.index()
             assert isinstance(index, Cells)
             return index.several(entries, min(count, len(self.entries)), own)[1]

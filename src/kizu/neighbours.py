@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor
 
-__all__ = ["Cells", "arrange", "nearest"]
+__all__ = ["Cells", "arrange", "nearest", "traced"]
 
 ROWS = 512  # queries at a time, and
+ENTRIES = 4096  # of the bank at a time, where an exported graph compares everything
 CELLS = 2**23  # numbers in the table of ranks at most: 32 MB, written again and again
 SAMPLE = 64  # entries a cell that place its centre
 ROUNDS = 4
@@ -47,6 +48,24 @@ def nearest(
     distances = (queries[:, None] - bank[indices]).square().sum(2).sqrt()  # (N, count)
     if images is not None:
         distances = distances.masked_fill(images[1][indices] == images[0][:, None], torch.inf)
+    return distances, indices
+
+
+def traced(queries: Tensor, bank: Tensor, half_norms: Tensor, count: int = 1) -> tuple[Tensor, Tensor]:
+    """As `nearest`, in operations that can be exported for any number of queries; the bank in parts of equal size."""
+    count, parts = min(count, len(bank)), -(-len(bank) // ENTRIES)
+    size = -(-len(bank) // parts)
+    ranks, places = [], []
+    for start in range(0, len(bank), size):
+        table = torch.addmm(half_norms[start : start + size], queries, -bank[start : start + size].T)
+        best = table.topk(min(count, table.shape[1]), largest=False)
+        ranks.append(best.values)
+        places.append(best.indices + start)
+    indices = places[0]
+    if len(places) > 1:
+        best = torch.cat(ranks, 1).topk(count, largest=False)
+        indices = torch.cat(places, 1).gather(1, best.indices)
+    distances = (queries[:, None] - bank[indices]).square().sum(2).sqrt()  # (N, count)
     return distances, indices
 
 

@@ -87,6 +87,19 @@ class PatchCoreGraph(nn.Module):
         """The last of these alone."""
         return self.backbone.with_wholes(images, kind)[1]
 
+    def tell(self, images: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """As `forward`, and for each bank the entry nearest to each patch (B, h, w), and how unusually far it is."""
+        layers = self.embed(images)
+        hits = [self.search(bank, as_rows(layer)) for bank, layer in zip(self.memory, layers, strict=True)]
+        scores, grid = self.judge(hits, [layer.shape for layer in layers])
+        told = {}
+        for number, (bank, hit, layer) in enumerate(zip(self.memory, hits, layers, strict=True)):
+            entries, grid_shape = hit.entries[:, 0], (layer.shape[0], *layer.shape[2:])
+            usual = bank.usual(self.config.local_scale)[entries]
+            told[f"entry {number}"] = entries.view(grid_shape)
+            told[f"distance {number}"] = (hit.distances[:, 0] / usual).view(grid_shape)
+        return scores, self.upsample(grid), told
+
     def rate(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 3, H, W) → scores (B,) and patch scores (B, h, w)."""
         return self.rate_layers(self.embed(images))
@@ -206,6 +219,12 @@ class EnsembleGraph(nn.Module):
 
     def _members(self) -> list[PatchCoreGraph]:
         return [member for member in self.members if isinstance(member, PatchCoreGraph)]
+
+    def tell(self, images: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """As `forward`, and what the first member tells."""
+        first, *others = self._members()
+        scores, maps, told = first.tell(images)
+        return *self.combine([(scores, maps), *(member(images) for member in others)]), told
 
     def learn_stats(self, rated: Sequence[tuple[Tensor, Tensor]]) -> None:
         """From each member's scores (M,) and patch scores (M, h, w) of good images."""
@@ -330,9 +349,24 @@ class PatchCore(Detector):
         enough = max(CALIBRATED, images_needed(self.config.false_alarms))
         return range(0, images, 1 if at_hand else max(1, images // enough))
 
-    def nearest_good(self, seen: npt.NDArray[np.uint8], place: tuple[float, float]) -> Lookalike | None:
+    def tell(self, images: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        assert isinstance(self.graph, PatchCoreGraph | EnsembleGraph)
+        return self.graph.tell(images)
+
+    def keepsakes(self) -> dict[str, Tensor]:
+        kept: dict[str, Tensor] = {}
+        for number, bank in enumerate(self._first().memory):
+            kept |= {f"images {number}": bank.images, f"places {number}": bank.places}
+        return kept
+
+    def _first(self) -> PatchCoreGraph:
+        """The only member, or an ensemble's first."""
         graph = self.graph.members[0] if isinstance(self.graph, EnsembleGraph) else self.graph
         assert isinstance(graph, PatchCoreGraph)
+        return graph
+
+    def nearest_good(self, seen: npt.NDArray[np.uint8], place: tuple[float, float]) -> Lookalike | None:
+        graph = self._first()
         with torch.inference_mode():
             pixels = torch.from_numpy(seen.transpose(2, 0, 1)[None].copy()).to(self.device)
             distance, number, (x, y) = graph.nearest(pixels, (place[0] / seen.shape[1], place[1] / seen.shape[0]))

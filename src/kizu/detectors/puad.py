@@ -22,6 +22,7 @@ from kizu.errors import ModelError
 from kizu.gaussian import ROUNDING, Gaussian, cross_fitted
 from kizu.preprocess import Stack
 from kizu.threshold import calibrate
+from kizu.wholes import Wholes
 
 __all__ = ["PUAD", "PUADGraph"]
 
@@ -29,7 +30,6 @@ FOLDS = 10
 VALIDATED = 0.15  # share of the good images that --exact standardises by, where the base keeps none (reference: 0.15)
 REMEMBERED = 1000  # good images that others are compared with
 WHISPER = 0.1  # weight of a logical score that good images reach too: adds 0.5 % to the deviation of their sums
-NEAREST, FEATURES = 3, 3  # good images, and features of a group, that a prediction names
 
 
 class PUADGraph(nn.Module):
@@ -194,45 +194,27 @@ class PUAD(Detector):
             )
 
     def explained(self, pixels: npt.NDArray[np.uint8]) -> tuple[images.Float, images.Float, list[dict[str, Any]]]:
-        """Scores, maps, and of each image: `structural` and `logical` score, in deviations of good images; which `kind`
-        adds more; the `nearest` good images; and the `groups` of features that its whole deviates in.
-        """
-        if not isinstance(self.graph, PUADGraph):
+        """Scores, maps, and of each image what `Wholes.explain` says."""
+        if self.graph is None:
             raise ModelError("This detector has learned nothing yet: call fit first, or kizu.load a saved model.")
         with torch.inference_mode():
-            scores, maps, parts, whitened = self.graph.explained(torch.from_numpy(pixels).to(self.device))
-            logical = self.graph.contributions(parts).diff(dim=1)[:, 0] > 0
-            said = [
-                {
-                    "kind": "logical" if mostly else "structural",
-                    "structural": float(part[0]),
-                    "logical": float(part[1]),
-                    "nearest": self._nearest(whole),
-                    "groups": self._groups(whole),
-                }
-                for mostly, part, whole in zip(logical.tolist(), parts, whitened, strict=True)
-            ]
+            scores, maps, told = self.tell(torch.from_numpy(pixels).to(self.device))
+        said = self.wholes().explain(*(told[name].numpy(force=True) for name in ("parts", "contributions", "whitened")))
         return scores.numpy(force=True), maps.numpy(force=True), said
 
-    def _nearest(self, whole: Tensor) -> list[dict[str, Any]]:
-        """The good images that a whitened feature (D,) is nearest to."""
+    def tell(self, images: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         assert isinstance(self.graph, PUADGraph)
-        distances = (self.graph.good - whole.float()).norm(dim=1)
-        found = distances.topk(min(NEAREST, len(distances)), largest=False)
-        numbers = self.graph.numbers[found.indices].tolist()
-        names = self.training["names"]
-        return [{"image": names[n], "distance": d} for n, d in zip(numbers, found.values.tolist(), strict=True)]
+        scores, maps, parts, whitened = self.graph.explained(images)
+        told = {"parts": parts, "contributions": self.graph.contributions(parts), "whitened": whitened}
+        return scores, maps, told
 
-    def _groups(self, whole: Tensor) -> list[dict[str, Any]]:
-        """Each group's share of a squared distance, the largest first, with its most deviating features."""
+    def keepsakes(self) -> dict[str, Tensor]:
         assert isinstance(self.graph, PUADGraph)
-        total = float(whole.square().sum())
-        groups = []
-        for name, part in zip(self.facts["groups"], whole.split(self.graph.sizes.tolist()), strict=True):
-            most = part.abs().topk(min(FEATURES, len(part))).indices.tolist()
-            share = float(part.square().sum()) / total if total else 0.0
-            groups.append({"group": name, "share": share, "features": {str(n): float(part[n]) for n in most}})
-        return sorted(groups, key=lambda group: -group["share"])
+        return {"good": self.graph.good, "numbers": self.graph.numbers, "sizes": self.graph.sizes}
+
+    def wholes(self) -> Wholes:
+        kept = {name: tensor.numpy(force=True) for name, tensor in self.keepsakes().items()}
+        return Wholes(**kept, groups=list(self.facts["groups"]), names=self.training["names"])
 
     def pretrained(self) -> dict[str, str]:
         assert isinstance(self.graph, PUADGraph)
