@@ -15,6 +15,7 @@ from kizu.microbatch import Upload
 __all__ = ["Limits", "Refusal", "check", "read_uploads", "refusal_of", "spend"]
 
 FORM = "multipart/form-data"
+BINARY = ("application/octet-stream", "application/x-www-form-urlencoded")  # the latter is what curl says of any bytes
 LEFTOVER = 4  # times the limit of bytes: so much is read and thrown away, so that a refusal reaches its client
 
 
@@ -42,8 +43,8 @@ async def read_uploads(request: Request, limits: Limits) -> list[Upload]:
 
     Raises `Refusal`: 408 too slow, 413 too large or too many, 415 neither photograph nor multipart, 422 none in it.
     """
-    kind = request.headers.get("content-type", "application/octet-stream").partition(";")[0].strip().lower()
-    if kind != FORM and kind != "application/octet-stream" and not kind.startswith("image/"):
+    kind = request.headers.get("content-type", BINARY[0]).partition(";")[0].strip().lower()
+    if kind != FORM and kind not in BINARY and not kind.startswith("image/"):
         await spend(request, limits)
         raise Refusal(415, f"The body is {kind or 'of no type'}: send a photograph as image/… or as {FORM}")
     try:
