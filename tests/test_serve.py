@@ -18,6 +18,7 @@ from PIL import Image
 
 import kizu
 from kizu.serve import application
+from kizu.served import folders_by_name
 from kizu.service import Service
 from kizu.uploads import Limits
 from services import encoded, serving, small_model
@@ -276,6 +277,19 @@ def test_reloaded_and_stopped_under_load_it_answers_every_request_it_accepted(fo
         (which,) = [k for k, scores in known.items() if math.isclose(scores[number], score, rel_tol=1e-5)]
         seen.add((answer["version"], which))
     assert len(seen) == 2 and len({version for version, _ in seen}) == 2
+
+
+def test_several_models_each_answer_for_themselves(folder, tmp_path):
+    other = small_model(tmp_path / "other" / "disc", first=300)
+    with pytest.raises(kizu.OptionError, match="Two models are called disc"):
+        folders_by_name([str(folder), str(other)])
+    models = folders_by_name([str(folder), f"second={other}"])
+    with client(tmp_path / "store", models=models) as web:
+        assert [one["name"] for one in web.get("/v1/models").json()] == ["disc", "second"]
+        assert web.post("/v1/predict", content=BAD, headers=RAW).status_code == 422
+        for name, place in models.items():
+            answer = web.post(f"/v1/predict?model={name}", content=BAD, headers=RAW).json()
+            assert answer["results"][0]["score"] == pytest.approx(kizu.load(place).predict(BAD).score, rel=1e-6)
 
 
 def test_a_model_that_cannot_be_read_leaves_the_old_one_on_duty(folder, tmp_path):

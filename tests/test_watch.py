@@ -244,6 +244,7 @@ def test_what_watch_is_told_wrongly_it_says(folder, tmp_path):
     for arguments, sentence in [
         ([], "either a folder or --camera"),
         (["nowhere"], "is not a folder"),
+        ([".", "--move-bad", "../" + tmp_path.name], "is the folder that is watched"),
         ([".", "--output", "foreign.jsonl"], "is no verdict of kizu watch"),
         ([".", "--webhook", "file:///etc/passwd"], "starts with http"),
         (["--camera", "none.avi"], "there is no such file"),

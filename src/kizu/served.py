@@ -1,6 +1,7 @@
 """A model on duty: loaded, judging, replaced by its successor while it works."""
 
 import hashlib
+import re
 import threading
 import time
 from collections.abc import Iterable
@@ -83,10 +84,13 @@ def folders_by_name(arguments: Iterable[str]) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for argument in arguments:
         name, equals, path = argument.partition("=")
-        folder = Path(path if equals else argument)
-        inside = [] if equals else sorted(file.parent for file in folder.glob("models/*/model.json"))
-        for one in inside if len(inside) > 1 else [model_folder(str(folder))]:
-            called = name if equals else one.resolve().name
+        if not equals or Path(argument).exists():
+            name, path = "", argument
+        if name and not re.fullmatch(r"[\w.-]+", name):
+            raise OptionError(f"{argument}: a name is made of letters, digits, points, dashes and underscores")
+        inside = [] if name else sorted(file.parent for file in Path(path).glob("models/*/model.json"))
+        for one in inside if len(inside) > 1 else [model_folder(path)]:
+            called = name or one.resolve().name
             if called in found:
                 raise OptionError(f"Two models are called {called}: name one of them, as in other={one}")
             found[called] = one

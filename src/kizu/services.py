@@ -105,6 +105,9 @@ def watch(folder: str | None, model: str, camera: str | None, quiet: bool, **opt
         raise OptionError("kizu watch takes either a folder or --camera SOURCE")
     if folder is not None and not Path(folder).is_dir():
         raise OptionError(f"{folder} is not a folder")
+    aside = Path(options["move_bad"]) if options["move_bad"] else None
+    if folder is not None and aside is not None and aside.resolve() == Path(folder).resolve():
+        raise OptionError(f"--move-bad {aside} is the folder that is watched: give another")
     from kizu import load
     from kizu.arrivals import Arrivals
     from kizu.ledger import Ledger
@@ -112,7 +115,6 @@ def watch(folder: str | None, model: str, camera: str | None, quiet: bool, **opt
 
     home = model_folder(model)
     ledger = Ledger(Path(options["output"]))
-    aside = Path(options["move_bad"]) if options["move_bad"] else None
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())

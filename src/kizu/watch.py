@@ -1,5 +1,6 @@
 """Verdicts on photographs as they arrive, each judged once and written down once, whatever happens in between."""
 
+import filecmp
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -91,7 +92,9 @@ class Watch:
             if _state(path) != (row["bytes"], row["modified"]):
                 return
             target = self._aside / row["image"]
-            if target.exists() and _state(target) == _state(path):  # copied, when a kill came
+            if target.exists() and path.samefile(target):
+                return
+            if target.exists() and filecmp.cmp(path, target, shallow=False):  # copied, when a kill came
                 path.unlink()
                 return
             target = _free(target)
