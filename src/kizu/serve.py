@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 import uvicorn
 from fastapi import APIRouter, Depends, FastAPI, Query, Request, Response
+from fastapi import Path as PathParameter
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
@@ -40,6 +41,7 @@ BODY = {
                 "type": "object",
                 "properties": {"image": {"type": "array", "items": PHOTOGRAPH, "minItems": 1}},
                 "required": ["image"],
+                "additionalProperties": False,
             }
         },
         "image/png": {"schema": PHOTOGRAPH},
@@ -60,7 +62,9 @@ REFUSALS = {
     503: "it took too long",
 }
 
-Number = Annotated[int, Query(ge=1, le=2**53)]
+LAST = 2**53  # the largest whole number that JavaScript knows
+Number = Annotated[int, Query(ge=1, le=LAST)]
+Place = Annotated[int, PathParameter(ge=1, le=LAST)]
 ModelName = Annotated[str | None, Query(description="The model's name; it may be left out where one is served.")]
 
 
@@ -192,18 +196,18 @@ def _kept(service: Service) -> APIRouter:
         return [] if service.journal is None else [kept(entry) for entry in service.journal.last(limit, before)]
 
     @routes.get("/{id}", responses=_refusals(404))
-    def verdict(id: int) -> Kept:
+    def verdict(id: Place) -> Kept:
         """One of them."""
         return kept(found(id, lambda number: service.journal and service.journal.entry(number)))
 
     @routes.get("/{id}/photograph", responses=_refusals(404) | _file("application/octet-stream"))
-    def photograph(id: int) -> Response:
+    def photograph(id: Place) -> Response:
         """The photograph as it was sent."""
         content = found(id, lambda number: service.journal and service.journal.photograph(number))
         return Response(content, media_type="application/octet-stream")
 
     @routes.get("/{id}/thumbnail", responses=_refusals(404) | _file("image/jpeg"))
-    def thumbnail(id: int) -> Response:
+    def thumbnail(id: Place) -> Response:
         """A small picture of it."""
         content = found(id, lambda number: service.journal and service.journal.thumbnail(number))
         return Response(content, media_type="image/jpeg")
