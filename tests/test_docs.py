@@ -3,8 +3,11 @@
 import csv
 import re
 import shlex
+import signal
+import socket
 import subprocess
 import sys
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -35,7 +38,32 @@ def workshop(tmp_path):
     return tmp_path
 
 
-LONG = {"verdicts.md", "metrics.md", "efficientad.md"}  # commands that are for `make test-all`
+LONG = {"verdicts.md", "metrics.md", "efficientad.md", "serving.md", "watching.md"}  # for `make test-all`
+SERVED = "127.0.0.1:8000"
+
+
+@pytest.fixture
+def port():
+    """One that is free, in the place of the documents' 8000."""
+    with socket.create_server(("127.0.0.1", 0)) as bound:
+        return bound.getsockname()[1]
+
+
+@contextmanager
+def staying(command, workshop):
+    """A command that goes on until it is told to stop, from its first line of output on."""
+    with (workshop / "log").open("w+") as log:
+        process = subprocess.Popen(command, cwd=workshop, stdout=subprocess.PIPE, stderr=log, text=True)
+        try:
+            assert process.stdout.readline(), (workshop / "log").read_text()
+            yield
+            process.send_signal(signal.SIGTERM)
+            process.communicate(timeout=60)
+            assert process.returncode == 0
+        finally:
+            process.kill()
+            process.wait()
+            process.stdout.close()
 
 
 @pytest.mark.parametrize(
@@ -46,16 +74,42 @@ LONG = {"verdicts.md", "metrics.md", "efficientad.md"}  # commands that are for 
         if snippets(page, "console")
     ],
 )
-def test_commands_run(page, workshop):
-    for block in snippets(page, "console"):
-        for line in block.splitlines():
-            assert line.startswith("$ kizu "), line
-            command = [Path(sys.executable).with_name("kizu"), *shlex.split(line)[2:]]
-            done = subprocess.run(command, cwd=workshop, capture_output=True, text=True)
-            assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
+def test_commands_run(page, workshop, port):
+    """In order; a server that is started runs to the page's end, and the page's Python talks to it."""
+    served = "$ kizu serve" in page.read_text()
+    with ExitStack() as servers:
+        for language, block in re.findall(
+            r"^```(console|python)\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL
+        ):
+            block = block.replace(SERVED, f"127.0.0.1:{port}")
+            if language == "python" and served:
+                run([sys.executable, "-c", block], workshop)
+            for line in block.splitlines() if language == "console" else ():
+                assert re.match(r"\$ (kizu|curl) ", line), line
+                program, *arguments = shlex.split(line)[1:]
+                if program == "curl":
+                    run(["curl", "--fail", "--silent", "--show-error", *arguments], workshop)
+                    continue
+                command = [Path(sys.executable).with_name("kizu"), *arguments]
+                if arguments[0] == "serve":
+                    servers.enter_context(staying([*command, "--port", str(port)], workshop))
+                elif arguments[0] == "watch" and "--once" not in arguments:
+                    with staying(command, workshop):
+                        pass
+                else:
+                    run(command, workshop)
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if snippets(page, "python")], ids=lambda page: page.name)
+def run(command, workshop):
+    done = subprocess.run(command, cwd=workshop, capture_output=True, text=True)
+    assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
+
+
+@pytest.mark.parametrize(
+    "page",
+    [page for page in PAGES if snippets(page, "python") and "$ kizu serve" not in page.read_text()],
+    ids=lambda page: page.name,
+)
 def test_python_runs(page, workshop):
     for block in snippets(page, "python"):
         done = subprocess.run([sys.executable, "-c", block], cwd=workshop, capture_output=True, text=True)

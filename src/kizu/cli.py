@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kizu import __version__, commands, delivery, terminal
+from kizu import __version__, commands, delivery, services, terminal
 from kizu.arguments import json_option, model_folder, quiet_option
 from kizu.detectors import DETECTORS
 from kizu.errors import KizuError, OptionError, missing_extra
@@ -29,6 +29,7 @@ GROUPS = {
     "Learn": ("train", "distill", "update", "merge", "evaluate", "demo"),
     "Judge": ("predict", "check", "drift", "tune"),
     "Deliver": ("export", "verify"),
+    "Stay": ("serve", "watch"),
     "Look": ("data", "info", "doctor"),
 }
 
@@ -497,4 +498,6 @@ def doctor(as_json: bool) -> None:
 
 
 for command in (commands.check, commands.drift, commands.tune, delivery.export, delivery.verify):
+    cli.add_command(command)
+for command in (services.serve, services.watch):
     cli.add_command(command)

@@ -58,6 +58,9 @@ EXTRAS = {
     "faiss": ("faiss",),
     "export": ("onnx", "onnxscript"),
     "openvino": ("openvino",),
+    "serve": ("fastapi", "starlette", "uvicorn", "python_multipart"),
+    "mqtt": ("paho",),
+    "camera": ("cv2",),
 }
 
 

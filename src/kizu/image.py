@@ -26,6 +26,7 @@ __all__ += [
     "resize_map",
     "scan",
     "size_of",
+    "suffix_of",
     "write",
     "write_map",
 ]
@@ -36,6 +37,8 @@ Float = npt.NDArray[np.float32]
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".dib", ".tif", ".tiff", ".webp", ".gif"}
 SUFFIXES |= {".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".avif", ".tga"}
+_ENDINGS = {"PNG": ".png", "JPEG": ".jpg", "MPO": ".jpg", "BMP": ".bmp", "DIB": ".dib", "TIFF": ".tif", "WEBP": ".webp"}
+_ENDINGS |= {"GIF": ".gif", "PPM": ".ppm", "JPEG2000": ".jp2", "AVIF": ".avif", "TGA": ".tga"}
 MIN_SIDE = 8
 EXIF_ORIENTATION = 0x0112  # 5 to 8: turned by a quarter
 MAX_PIXELS = 89_478_485  # Pillow's own limit against decompression bombs: about 9,459 × 9,459
@@ -96,6 +99,12 @@ def size_of(source: Source) -> tuple[int, int]:
         return int(source.shape[0]), int(source.shape[1])
     with _open(source, name_of(source)) as image:
         return image.height, image.width
+
+
+def suffix_of(source: Source) -> str | None:
+    """How the name of a file with this content ends; None for a format that is not among `SUFFIXES`."""
+    with _open(source, name_of(source)) as image:
+        return _ENDINGS.get(image.format or "")
 
 
 def name_of(source: Source) -> str:
@@ -182,8 +191,8 @@ def outline(region: npt.NDArray[np.bool_], width: int = 1) -> npt.NDArray[np.boo
     return region & ~core[1:-1, 1:-1]
 
 
-def encode(rgb: npt.NDArray[np.uint8], format: str = "PNG", **options: Any) -> bytes:
-    """Image bytes in a format that Pillow writes."""
+def encode(rgb: npt.NDArray[np.uint8] | npt.NDArray[np.uint16], format: str = "PNG", **options: Any) -> bytes:
+    """Image bytes in a format that Pillow writes, of (H, W, 3) uint8, or of (H, W) in 8 or 16 bits."""
     buffer = io.BytesIO()
     Image.fromarray(rgb).save(buffer, format=format, **options)
     return buffer.getvalue()

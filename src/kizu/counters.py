@@ -1,0 +1,92 @@
+"""What a server has done, counted, in Prometheus' text format."""
+
+import threading
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+
+__all__ = ["CONTENT_TYPE", "Counters", "Sample"]
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+SIZES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
+
+# name → type, help, and of histograms the upper ends of the buckets
+KNOWN: dict[str, tuple[str, str, tuple[float, ...]]] = {
+    "kizu_requests_total": ("counter", "Requests answered.", ()),
+    "kizu_request_seconds": ("histogram", "Time from a request to its answer.", SECONDS),
+    "kizu_verdicts_total": ("counter", "Photographs judged.", ()),
+    "kizu_feedback_total": ("counter", "Photographs that people marked good or bad.", ()),
+    "kizu_reloads_total": ("counter", "Models read again.", ()),
+    "kizu_batch_size": ("histogram", "Photographs that went through a model at once.", SIZES),
+    "kizu_queue_length": ("gauge", "Photographs that wait.", ()),
+    "kizu_model_loaded_seconds": ("gauge", "When the model was read, in seconds since 1970.", ()),
+    "kizu_memory_bytes": ("gauge", "Resident memory of the server.", ()),
+}
+
+Labels = tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The value of a gauge when it was asked for."""
+
+    name: str
+    value: float
+    labels: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class _Histogram:
+    counts: list[int]
+    total: float = 0.0
+
+
+class Counters:
+    """Counters and histograms that threads may add to."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._counts: dict[tuple[str, Labels], float] = {}
+        self._histograms: dict[tuple[str, Labels], _Histogram] = {}
+
+    def add(self, name: str, **labels: str) -> None:
+        """One more."""
+        key = name, tuple(labels.items())
+        with self._lock:
+            self._counts[key] = self._counts.get(key, 0) + 1
+
+    def observe(self, name: str, value: float, **labels: str) -> None:
+        """One more of this size."""
+        ends = KNOWN[name][2]
+        with self._lock:
+            found = self._histograms.setdefault((name, tuple(labels.items())), _Histogram([0] * (len(ends) + 1)))
+            found.counts[bisect_left(ends, value)] += 1
+            found.total += value
+
+    def text(self, gauges: Iterable[Sample]) -> str:
+        """All of it."""
+        with self._lock:
+            lines = {name: [f"# HELP {name} {about[1]}", f"# TYPE {name} {about[0]}"] for name, about in KNOWN.items()}
+            for (name, labels), count in self._counts.items():
+                lines[name].append(f"{name}{_braced(labels)} {count:.17g}")
+            for (name, labels), found in self._histograms.items():
+                lines[name] += _buckets(name, labels, found)
+        for gauge in gauges:
+            lines[gauge.name].append(f"{gauge.name}{_braced(tuple(gauge.labels.items()))} {gauge.value:.17g}")
+        return "\n".join(line for some in lines.values() for line in some) + "\n"
+
+
+def _buckets(name: str, labels: Labels, found: _Histogram) -> list[str]:
+    ends: Sequence[str] = [f"{end:g}" for end in KNOWN[name][2]] + ["+Inf"]
+    counts = list(accumulate(found.counts))
+    lines = [f"{name}_bucket{_braced((*labels, ('le', end)))} {n}" for end, n in zip(ends, counts, strict=True)]
+    return [*lines, f"{name}_sum{_braced(labels)} {found.total:.9g}", f"{name}_count{_braced(labels)} {counts[-1]}"]
+
+
+def _braced(labels: Labels) -> str:
+    def quoted(value: str) -> str:
+        return value.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+
+    return "{" + ",".join(f'{name}="{quoted(value)}"' for name, value in labels) + "}" if labels else ""

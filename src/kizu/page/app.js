@@ -1,0 +1,305 @@
+// The inspection page: photographs in, verdicts to look at, to question and to correct.
+
+import { blob, json, post } from "/page/api.js";
+import { History } from "/page/history.js";
+import { Scale } from "/page/scale.js";
+import { Viewer, bytes, decodeMap } from "/page/viewer.js";
+
+const $ = (id) => document.getElementById(id);
+const IMAGE = /\.(png|jpe?g|jpe|jfif|bmp|dib|tiff?|webp|gif|p[pgbn]m|jp2|j2k|avif|tga)$/i;
+
+let models = [];
+let current = null; // the entry on show
+let promised = null; // what the threshold on show promises
+const viewer = new Viewer($("canvas"), $("frame"));
+const scale = new Scale($("plot"), $("threshold"), (value) => follow(value));
+const history = new History($("strip"), $("tally"), (entry) => open(entry));
+
+const model = () => models.find((one) => one.name === $("model").value) ?? models[0];
+const digits = (value) => (value === null ? "–" : Number(value).toPrecision(4));
+const rarely = (p) => (p >= 0.5 ? "Most good parts look" : `At most 1 in ${Math.floor(1 / p + 1e-9).toLocaleString("en-GB")} good parts looks`);
+
+async function start() {
+  models = await json("/v1/models");
+  $("model").replaceChildren(...models.map((one) => new Option(one.name)));
+  $("model-choice").hidden = models.length < 2;
+  $("model-name").textContent = models.length < 2 ? models[0].name : "";
+  $("empty-promise").textContent = model().statement;
+  if (!("webkitdirectory" in $("folder"))) $("folder-choice").hidden = true;
+  if (!navigator.mediaDevices) $("camera").hidden = true;
+  for (const kept of (await json("/v1/verdicts?limit=60")).reverse()) {
+    history.add({ id: kept.id, model: kept.model, name: kept.verdict.image, verdict: kept.verdict, feedback: kept.feedback });
+  }
+}
+
+const ready = start();
+
+// ---- photographs in
+
+async function judge(files) {
+  const pictures = [...files].filter((file) => file.type.startsWith("image/") || IMAGE.test(file.name));
+  if (pictures.length === 0) return say("There is no photograph among these files.");
+  leaveCamera();
+  await ready;
+  let shown = false;
+  for (const [number, file] of pictures.entries()) {
+    if (pictures.length > 1) history.busy(`Judging ${number + 1} of ${pictures.length} …`);
+    const entry = { file, model: model().name, name: file.webkitRelativePath || file.name };
+    try {
+      await look(entry, true);
+      history.add(entry);
+      if (!shown || pictures.length === 1) await open(entry);
+      shown = true;
+    } catch (error) {
+      say(error.message);
+    }
+  }
+  history.busy("");
+}
+
+/** Fill an entry with the server's answer. */
+async function look(entry, keep) {
+  const photograph = entry.file ?? (await blob(`/v1/verdicts/${entry.id}/photograph`));
+  const wishes = new URLSearchParams({ model: entry.model, map: "png", why: true, keep, name: entry.name.slice(-200) });
+  if (!(await picture(photograph))) wishes.set("view", true);
+  const answer = await post(`/v1/predict?${wishes}`, photograph);
+  const [result] = answer.results;
+  const seen = result.view ? new Blob([bytes(result.view)], { type: "image/jpeg" }) : photograph;
+  Object.assign(entry, { photograph, result, seen, verdict: entry.verdict ?? result, id: entry.id ?? result.id });
+}
+
+const picture = (file) => createImageBitmap(file, { imageOrientation: "from-image" }).catch(() => null);
+
+// ---- one photograph on show
+
+async function open(entry) {
+  current = entry;
+  history.select(entry);
+  if (!entry.result) {
+    try {
+      await look(entry, false);
+    } catch (error) {
+      return say(error.message);
+    }
+    if (current !== entry) return;
+  }
+  const about = models.find((one) => one.name === entry.model) ?? model();
+  const { result } = entry;
+  const [seen, map] = await Promise.all([picture(entry.seen), decodeMap(result.map)]);
+  history.picture(entry, seen);
+  document.querySelector("main").dataset.state = "open";
+  $("name").textContent = entry.name;
+  viewer.show(seen, result, map, about.scale);
+  scale.show(about.good_scores, result.score, about.threshold);
+  listRegions(result);
+  listPairs(result);
+  showMark(entry.feedback, "");
+  follow(about.threshold ?? scale.value);
+}
+
+/** Verdict, outline and statement for a threshold, which may be another than the model's. */
+async function follow(threshold) {
+  const entry = current;
+  const { result } = entry;
+  const about = models.find((one) => one.name === entry.model) ?? model();
+  const moved = threshold !== about.threshold;
+  $("reset").hidden = !moved || about.threshold === null;
+  scale.draw();
+  const stop = result.score > threshold;
+  $("verdict").textContent = stop ? "Stop" : "Pass";
+  $("finding").dataset.verdict = stop ? "stop" : "pass";
+  $("because").textContent =
+    `It scores ${digits(result.score)}, ${stop ? "above" : "not above"} the threshold of ${digits(threshold)}. ` +
+    `${rarely(result.p_value)} so unusual.`;
+  $("threshold").setAttribute("aria-valuetext", `${digits(threshold)}: ${stop ? "stop" : "pass"}`);
+  promised = moved
+    ? await json(`/v1/models/${encodeURIComponent(about.name)}/promise?threshold=${threshold}`)
+    : { threshold, statement: about.statement, map_level: about.map_level };
+  if (current !== entry || (moved && scale.value !== threshold)) return;
+  $("statement").textContent = promised.statement + (moved ? " Moved on this page only: kizu tune sets it in the model." : "");
+  viewer.set({ level: promised.map_level ?? Infinity, region: null });
+  for (const [number, region] of result.regions.entries()) {
+    const below = region.peak <= (promised.map_level ?? Infinity);
+    $("regions").children[number].classList.toggle("below", below);
+    $("badges").children[number].hidden = below;
+  }
+}
+
+function listRegions(result) {
+  $("marked").hidden = result.regions.length === 0;
+  const rows = result.regions.map((region, number) => {
+    const row = document.createElement("button");
+    row.type = "button";
+    row.title = `The map reaches ${digits(region.peak)} here`;
+    row.append(
+      span("number", number + 1),
+      span("what", `${region.box[2]} × ${region.box[3]} pixels`),
+      span("quiet", region.p_value >= 0.5 ? "as in most good parts" : `as in 1 of ${Math.floor(1 / region.p_value + 1e-9)} good parts`),
+    );
+    const point = (on) => () => viewer.set({ region: on ? region : null });
+    for (const [event, on] of [["pointerenter", 1], ["focus", 1], ["pointerleave", 0], ["blur", 0]]) row.addEventListener(event, point(on));
+    const item = document.createElement("li");
+    item.append(row);
+    return item;
+  });
+  $("regions").replaceChildren(...rows);
+  const badges = result.regions.map(({ box: [left, top, width] }, number) => {
+    const badge = document.createElement("li");
+    badge.textContent = number + 1;
+    badge.style.left = `min(${(100 * (left + width)) / result.width}%, 100% - 2rem)`;
+    badge.style.top = `max(${(100 * top) / result.height}%, 1rem)`;
+    return badge;
+  });
+  $("badges").replaceChildren(...badges);
+}
+
+function listPairs(result) {
+  const pairs = result.pairs.filter((pair) => pair.there);
+  $("beside").hidden = pairs.length === 0;
+  $("pairs").replaceChildren(
+    ...pairs.map((pair) => {
+      const figure = document.createElement("figure");
+      const what = pair.region ? `region ${pair.region}` : "the most unusual place";
+      const words = document.createElement("figcaption");
+      words.append(
+        `Left, ${what}; right, the most similar place in any good photograph it learned from, `,
+        span("file", pair.image),
+        `. They differ ${pair.distance.toFixed(1)} times as much as good parts usually do there.`,
+      );
+      figure.append(image(pair.here, what), image(pair.there, `the nearest good place, in ${pair.image}`), words);
+      return figure;
+    }),
+  );
+}
+
+// ---- good or bad
+
+async function mark(label) {
+  const entry = current;
+  if (!entry?.photograph) return;
+  const about = new URLSearchParams({ label, model: entry.model, name: entry.name.slice(-200) });
+  if (entry.id) about.set("id", entry.id);
+  try {
+    const kept = await post(`/v1/feedback?${about}`, entry.photograph);
+    entry.feedback = label;
+    history.mark(entry);
+    const alarm = label === "good" && $("finding").dataset.verdict === "stop";
+    const miss = label === "bad" && $("finding").dataset.verdict === "pass";
+    const what = alarm ? "A false alarm, noted." : miss ? "A missed defect, noted." : "Noted.";
+    if (current === entry) showMark(label, `${what} ${kept.good} good and ${kept.bad} defective collected so far, for kizu update and kizu tune.`);
+  } catch (error) {
+    say(error.message);
+  }
+}
+
+function showMark(label, thanks) {
+  for (const id of ["good", "bad"]) $(id).setAttribute("aria-pressed", String(id === label));
+  $("thanks").textContent = thanks;
+}
+
+// ---- camera
+
+async function openCamera() {
+  try {
+    const stream = await navigator.mediaDevices.getUserMedia({ video: { facingMode: "environment", width: { ideal: 1920 } } });
+    $("video").srcObject = stream;
+    await $("video").play();
+    $("viewfinder").hidden = false;
+    document.querySelector("main").dataset.state = "camera";
+  } catch (error) {
+    say(`The camera cannot be used: ${error.message}`);
+  }
+}
+
+function leaveCamera() {
+  if ($("viewfinder").hidden) return;
+  for (const track of $("video").srcObject.getTracks()) track.stop();
+  $("viewfinder").hidden = true;
+  document.querySelector("main").dataset.state = current ? "open" : "empty";
+}
+
+async function shoot() {
+  const video = $("video");
+  const canvas = new OffscreenCanvas(video.videoWidth, video.videoHeight);
+  canvas.getContext("2d").drawImage(video, 0, 0);
+  const taken = await canvas.convertToBlob({ type: "image/png" });
+  await judge([new File([taken], `camera ${new Date().toLocaleTimeString("en-GB")}.png`, { type: "image/png" })]);
+}
+
+// ---- small things
+
+function span(kind, text) {
+  const made = document.createElement("span");
+  made.className = kind;
+  made.textContent = text;
+  return made;
+}
+
+function image(text, alternative) {
+  const made = new Image();
+  made.src = `data:image/jpeg;base64,${text}`;
+  made.alt = alternative;
+  return made;
+}
+
+let silence = 0;
+function say(sentence) {
+  $("toast").textContent = sentence;
+  $("toast").hidden = false;
+  clearTimeout(silence);
+  silence = setTimeout(() => ($("toast").hidden = true), 8000);
+}
+
+const bare = (on) => viewer.set({ bare: on });
+
+for (const id of ["files", "folder"]) {
+  $(id).addEventListener("change", async (event) => {
+    const files = [...event.target.files];
+    event.target.value = "";
+    await judge(files);
+  });
+}
+$("camera").addEventListener("click", openCamera);
+$("leave").addEventListener("click", leaveCamera);
+$("shoot").addEventListener("click", shoot);
+$("good").addEventListener("click", () => mark("good"));
+$("bad").addEventListener("click", () => mark("bad"));
+$("toast").addEventListener("click", () => ($("toast").hidden = true));
+$("outlines").addEventListener("change", (event) => viewer.set({ outlines: event.target.checked }));
+$("opacity").addEventListener("input", (event) => {
+  $("opacity-value").textContent = `${event.target.value} %`;
+  viewer.set({ opacity: event.target.valueAsNumber / 100 });
+});
+$("reset").addEventListener("click", () => {
+  const about = models.find((one) => one.name === current.model);
+  scale.set(about.threshold);
+  follow(about.threshold);
+});
+$("model").addEventListener("change", () => ($("empty-promise").textContent = model().statement));
+$("canvas").addEventListener("pointerdown", () => bare(true));
+for (const event of ["pointerup", "pointerleave"]) $("canvas").addEventListener(event, () => bare(false));
+
+for (const event of ["dragover", "dragleave", "drop"]) {
+  addEventListener(event, (dragged) => {
+    dragged.preventDefault();
+    document.body.classList.toggle("over", event === "dragover");
+    if (event === "drop") judge(dragged.dataTransfer.files);
+  });
+}
+addEventListener("paste", (event) => event.clipboardData.files.length && judge(event.clipboardData.files));
+addEventListener("keydown", (event) => {
+  if (event.ctrlKey || event.metaKey || event.altKey || event.target.matches("input, select")) return;
+  const keys = {
+    ArrowLeft: () => history.step(-1),
+    ArrowRight: () => history.step(1),
+    g: () => mark("good"),
+    b: () => mark("bad"),
+    h: () => bare(true),
+    o: () => $("files").click(),
+    Escape: leaveCamera,
+  };
+  keys[event.key]?.();
+});
+addEventListener("keyup", (event) => event.key === "h" && bare(false));
+
+ready.catch((error) => say(error.message));

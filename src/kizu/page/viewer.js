@@ -1,0 +1,143 @@
+// The photograph, its heat map and the outline of what is marked, on a canvas.
+
+const STOPS = [[8, 6, 28], [66, 18, 104], [150, 36, 104], [222, 76, 54], [250, 158, 20], [252, 250, 180]];
+const OUTLINE = "#ff4060";
+
+/** Colour of a share 0 … 1 of the scale. */
+function heat(share) {
+  const at = Math.min(Math.max(share, 0), 1) * (STOPS.length - 1);
+  const low = Math.min(Math.floor(at), STOPS.length - 2);
+  return STOPS[low].map((value, channel) => value + (STOPS[low + 1][channel] - value) * (at - low));
+}
+
+export function bytes(text) {
+  return Uint8Array.from(atob(text), (character) => character.charCodeAt(0));
+}
+
+/** The values of a map that came as PNG: {values, width, height}. */
+export async function decodeMap(map) {
+  const file = new Blob([bytes(map.data)], { type: "image/png" });
+  const picture = await createImageBitmap(file, { colorSpaceConversion: "none" });
+  const canvas = new OffscreenCanvas(map.width, map.height);
+  const context = canvas.getContext("2d", { willReadFrequently: true });
+  context.drawImage(picture, 0, 0);
+  const pixels = context.getImageData(0, 0, map.width, map.height).data;
+  const values = new Float32Array(map.width * map.height);
+  for (let i = 0; i < values.length; i++) values[i] = map.low + ((map.high - map.low) * pixels[4 * i]) / 255;
+  return { values, width: map.width, height: map.height };
+}
+
+/** The heat map as a picture whose opacity grows with the value. */
+function glow({ values, width, height }, [low, high]) {
+  const canvas = new OffscreenCanvas(width, height);
+  const context = canvas.getContext("2d");
+  const picture = context.createImageData(width, height);
+  const palette = Array.from({ length: 256 }, (_, shade) => heat(shade / 255));
+  for (let i = 0; i < values.length; i++) {
+    const share = Math.min(Math.max((values[i] - low) / (high - low), 0), 1);
+    picture.data.set(palette[Math.round(255 * share)], 4 * i);
+    picture.data[4 * i + 3] = 255 * share;
+  }
+  context.putImageData(picture, 0, 0);
+  return canvas;
+}
+
+/** Where a map passes a level, as line pieces in units of its width and height (marching squares). */
+function contour({ values, width, height }, level) {
+  const path = new Path2D();
+  const crossing = (a, b) => (level - a) / (b - a);
+  const above = (x, y) => (x < 0 || y < 0 || x >= width || y >= height ? -Infinity : values[y * width + x]);
+  const point = (x, y) => [(x + 0.5) / width, (y + 0.5) / height];
+  for (let y = -1; y < height; y++) {
+    for (let x = -1; x < width; x++) {
+      const corners = [above(x, y), above(x + 1, y), above(x + 1, y + 1), above(x, y + 1)];
+      const inside = corners.map((value) => value > level);
+      if (inside.every(Boolean) || !inside.some(Boolean)) continue;
+      const places = [[x, y], [x + 1, y], [x + 1, y + 1], [x, y + 1]];
+      const crossings = [];
+      for (let side = 0; side < 4; side++) {
+        const next = (side + 1) % 4;
+        if (inside[side] === inside[next]) continue;
+        const share = [corners[side], corners[next]].some((v) => v === -Infinity) ? 0.5 : crossing(corners[side], corners[next]);
+        const [from, to] = [places[side], places[next]];
+        crossings.push(point(from[0] + (to[0] - from[0]) * share, from[1] + (to[1] - from[1]) * share));
+      }
+      for (let i = 0; i + 1 < crossings.length; i += 2) {
+        path.moveTo(...crossings[i]);
+        path.lineTo(...crossings[i + 1]);
+      }
+    }
+  }
+  return path;
+}
+
+export class Viewer {
+  constructor(canvas, frame) {
+    this.canvas = canvas;
+    this.frame = frame;
+    this.look = { opacity: 0.6, outlines: true, bare: false, level: Infinity, region: null };
+    new ResizeObserver(() => this.draw()).observe(frame.parentElement);
+  }
+
+  /** Show a photograph (an ImageBitmap or picture element), its map and the colour scale. */
+  show(photograph, size, map, scale) {
+    this.photograph = photograph;
+    this.size = size;
+    this.map = map;
+    this.heat = map && glow(map, scale);
+    this.outline = null;
+    this.draw();
+  }
+
+  set(look) {
+    if ("level" in look && look.level !== this.look.level) this.outline = null;
+    Object.assign(this.look, look);
+    this.draw();
+  }
+
+  draw() {
+    if (!this.photograph || this.frame.parentElement.clientWidth === 0) return;
+    const { width, height } = this.size;
+    const room = this.frame.parentElement;
+    const tallest = Math.max(260, window.innerHeight * (window.innerWidth < 880 ? 0.6 : 0.78));
+    const factor = Math.min(room.clientWidth / width, tallest / height);
+    const [wide, tall] = [Math.round(width * factor), Math.round(height * factor)];
+    this.frame.style.width = `${wide}px`;
+    this.frame.style.height = `${tall}px`;
+    const density = window.devicePixelRatio || 1;
+    Object.assign(this.canvas, { width: wide * density, height: tall * density });
+    const context = this.canvas.getContext("2d");
+    context.imageSmoothingQuality = "high";
+    context.drawImage(this.photograph, 0, 0, this.canvas.width, this.canvas.height);
+    if (!this.map || this.look.bare) return;
+    context.globalAlpha = this.look.opacity;
+    context.drawImage(this.heat, 0, 0, this.canvas.width, this.canvas.height);
+    context.globalAlpha = 1;
+    if (this.look.outlines) this.drawOutline(context, density);
+    if (this.look.region) this.drawRegion(context, density * factor, density);
+  }
+
+  drawOutline(context, density) {
+    if (!Number.isFinite(this.look.level)) return;
+    this.outline ??= contour(this.map, this.look.level);
+    const path = new Path2D();
+    path.addPath(this.outline, new DOMMatrix().scale(this.canvas.width, this.canvas.height));
+    context.lineCap = "round";
+    for (const [colour, width] of [["rgb(255 255 255 / 0.7)", 4], [OUTLINE, 2]]) {
+      context.strokeStyle = colour;
+      context.lineWidth = width * density;
+      context.stroke(path);
+    }
+  }
+
+  drawRegion(context, factor, density) {
+    context.beginPath();
+    for (const [x, y] of this.look.region.contour) context.lineTo(x * factor, y * factor);
+    context.closePath();
+    context.fillStyle = "rgb(255 255 255 / 0.35)";
+    context.fill();
+    context.strokeStyle = "#fff";
+    context.lineWidth = 3 * density;
+    context.stroke();
+  }
+}

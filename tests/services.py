@@ -1,0 +1,42 @@
+"""A small model, and real `kizu serve` processes around it."""
+
+import subprocess
+import sys
+from contextlib import contextmanager
+from io import BytesIO
+from pathlib import Path
+
+from PIL import Image
+
+import kizu
+from test_detectors import part
+
+KIZU = Path(sys.executable).with_name("kizu")
+
+
+def small_model(folder, first=0):
+    """A PatchCore with thumbnails, fitted on twelve parts."""
+    good = [part(first + seed) for seed in range(12)]
+    return kizu.PatchCore(size=64, coreset=0.2, thumbnails=True).fit(good).save(folder)
+
+
+def encoded(picture, format="PNG"):
+    buffer = BytesIO()
+    Image.fromarray(picture).save(buffer, format)
+    return buffer.getvalue()
+
+
+@contextmanager
+def serving(*arguments, log):
+    """A server at any free port: the process and its address. It is killed at the end if it still runs."""
+    command = [KIZU, "serve", *map(str, arguments), "--port", "0"]
+    with log.open("w") as errors:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=log.parent)
+    try:
+        line = process.stdout.readline()
+        assert " at http://" in line, line + log.read_text()
+        yield process, line.split(" at ")[1].split()[0]
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
