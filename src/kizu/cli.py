@@ -17,6 +17,7 @@ from kizu.arguments import json_option, model_folder, quiet_option
 from kizu.detectors import DETECTORS
 from kizu.errors import KizuError, OptionError, missing_extra
 from kizu.options import PASSED_ON, config_option, run_options
+from kizu.reference.commands import import_models, reference
 
 if TYPE_CHECKING:
     from kizu.dataset import Dataset
@@ -29,6 +30,7 @@ GROUPS = {
     "Learn": ("train", "distill", "update", "merge", "evaluate", "demo"),
     "Judge": ("predict", "check", "drift", "tune"),
     "Look": ("data", "info", "doctor"),
+    "Coming from the originals": ("reference", "import"),
 }
 
 
@@ -495,5 +497,5 @@ def doctor(as_json: bool) -> None:
         terminal.print_facts(findings)
 
 
-for command in (commands.check, commands.drift, commands.tune):
+for command in (commands.check, commands.drift, commands.tune, reference, import_models):
     cli.add_command(command)

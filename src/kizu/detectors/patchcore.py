@@ -47,7 +47,13 @@ class PatchCoreGraph(nn.Module):
         self.backbone = network
         taps = [slice(None)] if config.fusion == "stack" else [slice(n, n + 1) for n in range(len(network.layers))]
         self.taps = taps  # the layers of each bank
-        self.patches = PatchFeatures(config.patchsize, config.pretrain_embed_dimension, config.target_embed_dimension)
+        self.patches = PatchFeatures(
+            config.patchsize,
+            config.pretrain_embed_dimension,
+            config.target_embed_dimension,
+            config.patchstride,
+            config.patchsize_aggregate,
+        )
         self.banks = nn.ModuleList()
 
     def complete(self, banks: Sequence[Bank], grids: Sequence[tuple[int, int]]) -> None:
@@ -145,7 +151,7 @@ class PatchCoreGraph(nn.Module):
     def patch_scores(self, bank: Bank, hit: Hits, as_if_new: bool) -> Tensor:
         """(N,): distances as they are, or in units of what is usual around the entries, or in the whole bank."""
         if self.config.fusion == "stack" and not self.config.local_scale:
-            return hit.distances.mean(1)
+            return (hit.distances.square() if self.config.squared else hit.distances).mean(1)
         usual = bank.usual(self.config.local_scale, hit if as_if_new else None)
         return (hit.distances / usual[hit.entries]).mean(1)
 
@@ -331,6 +337,8 @@ class PatchCore(Detector):
         return range(0, images, 1 if at_hand else max(1, images // enough))
 
     def nearest_good(self, seen: npt.NDArray[np.uint8], place: tuple[float, float]) -> Lookalike | None:
+        if not self.training["names"]:  # of a model that another program made
+            return None
         graph = self.graph.members[0] if isinstance(self.graph, EnsembleGraph) else self.graph
         assert isinstance(graph, PatchCoreGraph)
         with torch.inference_mode():
