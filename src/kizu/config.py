@@ -329,8 +329,8 @@ class EfficientADConfig(Config):
         0.15,
         ge=0,
         le=0.5,
-        description="Share of the good images kept for the maps' scale and the threshold. 0: none, where others are held "
-        "out.",
+        description="Share of the good images kept for the maps' scale and the threshold. 0: none, where others are "
+        "held out.",
     )
     precision: Literal["single", "mixed"] = Field(
         "single", description="mixed: train the convolutions in bfloat16, for processors and GPUs that are quick at it."

@@ -56,7 +56,7 @@ UNKNOWN = ("alexnet", "bninception", "mc3_resnet50")  # timm has no such network
 
 
 def in_timm(name: str) -> str:
-    """timm's name for a published one; any other name is returned as it is. Raises `OptionError` where timm has none."""
+    """timm's name for a published one; any other is returned as it is. Raises `OptionError` where timm has none."""
     if name in UNKNOWN:
         raise OptionError(f"-b {name}: timm has no such network; kizu knows {', '.join(TIMM)} and all of timm's names")
     return TIMM.get(name, name)

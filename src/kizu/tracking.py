@@ -1,7 +1,7 @@
 """A finished run, told to Weights & Biases or MLflow, beside TensorBoard.
 
-Both follow their own environment variables. WANDB_MODE=offline keeps a run on this machine, in ./wandb; MLflow writes to
-./mlruns unless MLFLOW_TRACKING_URI names a server.
+Both follow their own environment variables. WANDB_MODE=offline keeps a run on this machine, in ./wandb; MLflow writes
+to ./mlruns unless MLFLOW_TRACKING_URI names a server.
 """
 
 import logging

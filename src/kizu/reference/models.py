@@ -21,7 +21,7 @@ from kizu.config import EfficientADConfig, PatchCoreConfig, SimpleNetConfig, bui
 from kizu.detectors.detector import Detector
 from kizu.detectors.efficientad import EfficientAD, EfficientADGraph
 from kizu.detectors.patchcore import EnsembleGraph, PatchCore, PatchCoreGraph
-from kizu.detectors.puad import PUAD, PUADGraph
+from kizu.detectors.puad import PUAD
 from kizu.detectors.simplenet import SimpleNet
 from kizu.errors import ModelError, OptionError
 from kizu.neighbours import nearest
@@ -55,10 +55,12 @@ def read_reference(
 ) -> Detector:
     """A detector from a model's folder, whichever of the three layouts it has.
 
-    The files say neither what photographs were scaled to before the centre was cut out (`resize`; by default what the
-    published recipes take for the `size`), nor, of the published SimpleNet, the backbone and its layers (`settings`, of
-    our config). They hold no backbone: its weights come from timm's hub or from the file `weights`; of several, separated
-    by commas. There is no threshold in them: nothing is stopped until `calibration.set_levels` has set one.
+    The files do not say what photographs were scaled to before the centre was cut out (`resize`; by default what the
+    published recipes take for the `size`), and those of the published SimpleNet do not name the backbone and its layers
+    (`settings`, of our config). They hold no backbone: its weights come from timm's hub or from the file `weights`; of
+    several, separated by commas. There is no threshold in them: nothing is stopped until `calibration.set_levels` has
+    set one.
+
     Raises `ModelError` for files that are missing, damaged, do not fit together, or would run code.
     """
     folder = Path(folder)
@@ -97,10 +99,10 @@ def write_reference(
 ) -> Path:
     """Write a detector as its published code does; returns the folder of the model.
 
-    PatchCore's and SimpleNet's files lie in `folder` itself, EfficientAD's in the tree below it, under the names of data
-    set and category; of a PUAD over EfficientAD, which the published code fits anew each time, this one. PatchCore's
-    published code squares its distances. Raises `ModelError`, with the options that would make it possible, for a
-    detector that computes what the published code cannot.
+    PatchCore's and SimpleNet's files lie in `folder` itself, EfficientAD's in the tree below it, under the names of
+    data set and category. A PUAD is fitted anew each time in the published code: of one over EfficientAD, its base is
+    written. The published PatchCore squares its distances. Raises `ModelError`, with the options that would make it
+    possible, for a detector that computes what the published code cannot.
     """
     if detector.graph is None:
         raise ModelError("There is nothing to write: call fit first.")
@@ -142,7 +144,10 @@ def _read_patchcore(folder: Path, size: int | None, resize: int | None, weights:
         "weights": weights,
         "size": side,
         "resize": resize or resized(side),
-        **{"fusion": "stack", "local_scale": False, "top": 0.0, "squared": True},
+        "fusion": "stack",
+        "local_scale": False,
+        "top": 0.0,
+        "squared": True,
     }
     detector = PatchCore(build(PatchCoreConfig, settings))
     graphs = [
@@ -257,8 +262,8 @@ def _published_parameters(graph: PatchCoreGraph) -> dict[str, Any]:
         channels = {layer.shape[1] for layer in maps}
         if len(channels) > 1:
             raise ModelError(
-                f"The published PatchCore pools all layers to as many channels, and these have {sorted(channels)}: train "
-                "with --pretrain-embed-dimension and --target-embed-dimension"
+                f"The published PatchCore pools all layers to as many channels, and these have {sorted(channels)}: "
+                "train with --pretrain-embed-dimension and --target-embed-dimension"
             )
         dimensions = channels.pop(), graph.memory[0].entries.shape[1]
     return {

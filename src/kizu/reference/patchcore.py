@@ -207,8 +207,8 @@ def _config(
     for option in MEANS:
         if network[option] != "mean" and not original:
             raise OptionError(
-                f"--{option} {network[option]}: nothing teaches such weights, and the published code takes the mean all "
-                "the same; leave it out, or add --as-original"
+                f"--{option} {network[option]}: nothing teaches such weights, and the published code takes the mean "
+                "all the same; leave it out, or add --as-original"
             )
     everything = choice["name"] == "identity" or choice["percentage"] == 1
     settings = {
@@ -222,7 +222,9 @@ def _config(
         "top": 1.0 if network["patchscore"] == "mean" and not original else 0.0,
         "sampler": "identity" if everything else choice["name"],
         "coreset": 1.0 if everything else choice["percentage"],
-        **{"fusion": "stack", "local_scale": False, "squared": True},
+        "fusion": "stack",
+        "local_scale": False,
+        "squared": True,
         "size": data["imagesize"],
         "resize": data["resize"],
         "augment": data["augment"] and not original,
