@@ -29,7 +29,15 @@ from kizu.pickles import read_plain, write_plain
 from kizu.published import CHECKPOINT
 from kizu.reference import flatindex
 
-__all__ = ["found_models", "network_state", "read_reference", "resized", "write_efficientad", "write_reference"]
+__all__ = [
+    "check_patchcore",
+    "found_models",
+    "network_state",
+    "read_reference",
+    "resized",
+    "write_efficientad",
+    "write_reference",
+]
 __all__ += ["write_tensors"]
 
 INDEX, PARAMETERS = "nnscorer_search_index.faiss", "patchcore_params.pkl"
@@ -223,20 +231,7 @@ def _between(entries: Tensor) -> float:
 
 
 def _write_patchcore(detector: PatchCore, folder: Path) -> Path:
-    config: PatchCoreConfig = detector.config
-    if (
-        config.fusion != "stack"
-        or config.local_scale
-        or config.top
-        or config.reweight > 1
-        or config.patchsize_aggregate
-    ):
-        raise ModelError(
-            "The published PatchCore has one bank of plain distances and its worst patch: train with --fusion stack "
-            "--no-local-scale --top 0, without --reweight and --patchsize-aggregate"
-        )
-    if config.size[0] != config.size[1]:
-        raise ModelError(f"The published PatchCore takes square inputs only, not {config.size[0]}x{config.size[1]}")
+    check_patchcore(detector.config)
     kept = {path.name for path in folder.iterdir()} if folder.exists() else set()
     if any(not name.endswith((INDEX, PARAMETERS)) for name in kept):
         raise ModelError(f"{folder} exists and holds other things: choose another folder")
@@ -251,6 +246,18 @@ def _write_patchcore(detector: PatchCore, folder: Path) -> Path:
             write_plain(temporary / f"{prefix}{PARAMETERS}", _published_parameters(member))
             flatindex.write(temporary / f"{prefix}{INDEX}", bank.entries[order].numpy(force=True))
     return folder
+
+
+def check_patchcore(config: PatchCoreConfig) -> None:
+    """Raise `ModelError` for settings that the published code has no files for."""
+    plain = config.fusion == "stack" and not (config.local_scale or config.top or config.patchsize_aggregate)
+    if not plain or config.reweight > 1:
+        raise ModelError(
+            "The published PatchCore has one bank of plain distances and scores the worst patch: its files need "
+            "--fusion stack --no-local-scale --top 0, and neither --reweight nor --patchsize-aggregate (-pa)"
+        )
+    if config.size[0] != config.size[1]:
+        raise ModelError(f"The published PatchCore takes square inputs only, not {config.size[0]}x{config.size[1]}")
 
 
 def _published_parameters(graph: PatchCoreGraph) -> dict[str, Any]:

@@ -109,6 +109,8 @@ def finish(parts: Parts, **main: Any) -> None:
 
     network, choice, data = groups(parts, ("patch_core", "sampler", "dataset"))
     config = _config(main, network, choice, data)
+    if main["save_patchcore_model"]:
+        models.check_patchcore(config)
     tracking.check(["wandb"] if main["log_online"] else [])
     found = data_set(data["name"], data["data_path"], data["subdatasets"])
     folder = free_folder(Path(main["results_path"]) / main["log_project"] / main["log_group"])
