@@ -337,13 +337,13 @@ class PatchCore(Detector):
         return range(0, images, 1 if at_hand else max(1, images // enough))
 
     def nearest_good(self, seen: npt.NDArray[np.uint8], place: tuple[float, float]) -> Lookalike | None:
-        if not self.training["names"]:  # of a model that another program made
-            return None
         graph = self.graph.members[0] if isinstance(self.graph, EnsembleGraph) else self.graph
         assert isinstance(graph, PatchCoreGraph)
         with torch.inference_mode():
             pixels = torch.from_numpy(seen.transpose(2, 0, 1)[None].copy()).to(self.device)
             distance, number, (x, y) = graph.nearest(pixels, (place[0] / seen.shape[1], place[1] / seen.shape[0]))
+        if number < 0:  # of an image that another program learned from
+            return None
         return Lookalike(self.training["names"][number], number, (x, y), distance)
 
     def update(

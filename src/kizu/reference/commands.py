@@ -101,4 +101,8 @@ def import_models(path: str, output: str, good: str | None, quiet: bool, **optio
         if not quiet:
             seen = "×".join(map(str, detector.config.size))
             cut = f" of photographs scaled to {detector.config.resize}" if detector.config.resize else ""
-            click.echo(f"{target}: {detector.method}, {seen}{cut}. {detector.threshold.statement}")
+            level = detector.threshold
+            promise = (
+                level.statement if level.count else "No threshold: --good sets one; until then nothing is stopped."
+            )
+            click.echo(f"{target}: {detector.method}, {seen}{cut}. {promise}")

@@ -86,7 +86,9 @@ def read_reference(
         own = {key: value for key, value in given.items() if value is not None}
         if "resize" not in own and "size" in own:
             own["resize"] = resized(own["size"])
-        return SimpleNet(build(SimpleNetConfig, own)).load_from_path(folder)
+        detector = SimpleNet(build(SimpleNetConfig, own)).load_from_path(folder)
+        detector.training = detector.training or _unknown()
+        return detector
     if (folder / "student.pt").exists():
         return _read_efficientad(folder, folder.parents[1] / "teacher" / "teacher.pt")
     raise ModelError(
@@ -156,6 +158,8 @@ def _read_patchcore(folder: Path, size: int | None, resize: int | None, weights:
         "local_scale": False,
         "top": 0.0,
         "squared": True,
+        "sampler": "identity",
+        "coreset": 1.0,
     }
     detector = PatchCore(build(PatchCoreConfig, settings))
     graphs = [
@@ -169,7 +173,7 @@ def _read_patchcore(folder: Path, size: int | None, resize: int | None, weights:
         graph.score_stats.copy_(torch.tensor([[0.0, unit] for unit in units]))
         graph.map_stats.copy_(graph.score_stats)
     detector.graph = graph.eval().requires_grad_(False).to(detector.device)
-    detector.training = {"images": 0, "hash": "", "names": [], "digests": [], "suspects": []}
+    detector.training = _unknown()
     detector.facts = {"bank": [len(g.memory[0].entries) for g in graphs], "read from": str(folder)}
     detector.scale = (0.0, 2.0 if len(graphs) > 1 else 2 * units[0])
     return detector
@@ -306,7 +310,7 @@ def _read_efficientad(folder: Path, teacher_file: Path) -> EfficientAD:
     except (KeyError, RuntimeError) as error:
         raise ModelError(f"{folder}: its files do not fit together ({str(error)[:300]})") from None
     detector.graph = graph.eval().requires_grad_(False).to(detector.device)
-    detector.training = {"images": 0, "hash": "", "names": [], "digests": [], "suspects": []}
+    detector.training = _unknown()
     detector.facts = {"teacher": {"file": teacher_file.name}, "read from": str(folder)}
     return detector
 
@@ -315,6 +319,11 @@ def _fitting(student: Any, graph: EfficientADGraph, folder: Path) -> Any:
     if student.size != graph.teacher.size or student.dimension != 2 * graph.teacher.dimension:
         raise ModelError(f"{folder / 'student.pt'}: this student is not of the teacher's size")
     return student
+
+
+def _unknown() -> dict[str, Any]:
+    """What is known of the images that another program learned from."""
+    return {"images": 0, "hash": "", "names": [], "digests": [], "suspects": []}
 
 
 def _tensors(folder: Path, name: str) -> dict[str, Tensor]:

@@ -24,8 +24,8 @@ from kizu.reference.shared import (
 
 if TYPE_CHECKING:
     from kizu.config import PatchCoreConfig
-    from kizu.dataset import Dataset, Sample
-    from kizu.detectors.detector import Detector
+    from kizu.dataset import Sample
+    from kizu.detectors.detector import Detector, Progress
     from kizu.reference.scoring import Row
 
 __all__ = ["evaluate", "run"]
@@ -127,7 +127,8 @@ def finish(parts: Parts, **main: Any) -> None:
             if main["save_patchcore_model"]:
                 models.write_reference(detector, folder / "models" / name)
             pictures = folder / "segmentation_images" / name if main["save_segmentation_images"] else None
-            rows.append(_evaluated(detector, found, category, name, main["as_original"], pictures))
+            test = found.select(category, "test")
+            rows.append(_evaluated(detector, test, name, main["as_original"], pictures, progress(name)))
         _write_results(folder, rows)
         if main["log_online"]:
             _tell(main, config, rows, folder)
@@ -184,7 +185,7 @@ def finish_evaluation(parts: Parts, **main: Any) -> None:
     folder = Path(main["results_path"])
     _set_threads(loader["faiss_num_workers"])
     rows = []
-    with terminal.messages(False, warnings_only=True):
+    with terminal.progress(False) as progress, terminal.messages(False, warnings_only=True):
         on = device(main["gpu"])
         for number, category in enumerate(categories):
             weights = ",".join(loader["weights"]) or None
@@ -193,7 +194,8 @@ def finish_evaluation(parts: Parts, **main: Any) -> None:
             place(detector, on, data["num_workers"], data["batch_size"])
             name = f"{data['name']}_{category}"
             pictures = folder if main["save_segmentation_images"] else None
-            rows.append(_evaluated(detector, found, category, name, main["as_original"], pictures))
+            test = found.select(category, "test")
+            rows.append(_evaluated(detector, test, name, main["as_original"], pictures, progress(name)))
         _write_results(folder, rows)
     print_rows(rows, folder)
 
@@ -245,14 +247,18 @@ def _stride(patchsize: int, overlap: float | None) -> int:
 
 
 def _evaluated(
-    detector: "Detector", found: "Dataset", category: str, name: str, original: bool, pictures: Path | None
+    detector: "Detector",
+    test: "Sequence[Sample]",
+    name: str,
+    original: bool,
+    pictures: Path | None,
+    progress: "Progress",
 ) -> "Row":
     from kizu.reference import scoring
 
-    test: list[Sample] = found.select(category, "test")
-    row = scoring.as_published(name, detector, test) if original else None
+    row = scoring.as_published(name, detector, test, progress) if original else None
     if row is None or pictures is not None:
-        judged = scoring.judge(detector, test)
+        judged = scoring.judge(detector, test, progress)
         row = row or scoring.measured(name, judged)
         if pictures is not None:
             scoring.write_segmentations(judged, pictures, each_alone=original)

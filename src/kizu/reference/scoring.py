@@ -23,6 +23,7 @@ __all__ = ["Row", "as_published", "auroc", "judge", "measured", "results_csv", "
 
 log = logging.getLogger("kizu")
 Judged = list[tuple[Sample, Prediction]]
+Progress = Callable[[str, int, int], None]
 Floats = npt.NDArray[np.float32]
 Bools = npt.NDArray[np.bool_]
 
@@ -42,7 +43,7 @@ class Row:
 
 
 def judge(
-    detector: Detector, samples: Sequence[Sample], progress: Callable[[str, int, int], None] | None = None
+    detector: Detector, samples: Sequence[Sample], progress: Progress = lambda stage, done, total: None
 ) -> Judged:
     """What a detector says of test images, in their order; those that cannot be read are named in the log."""
     found: Judged = []
@@ -51,8 +52,7 @@ def judge(
             log.warning("left out: %s", outcome)
         else:
             found.append((sample, outcome))
-        if progress:
-            progress("Evaluating", number, len(samples))
+        progress("Evaluating", number, len(samples))
     return sorted(found, key=lambda pair: str(pair[0].path))
 
 
@@ -66,7 +66,14 @@ def measured(name: str, judged: Judged) -> Row:
     return Row(name, values["image_auroc"], values["pixel_auroc"], among_defective)
 
 
-def as_published(name: str, detector: Detector, samples: Sequence[Sample], *, pro: bool = False) -> Row:
+def as_published(
+    name: str,
+    detector: Detector,
+    samples: Sequence[Sample],
+    progress: Progress = lambda stage, done, total: None,
+    *,
+    pro: bool = False,
+) -> Row:
     """The published arithmetic: over the centre that was cut out, with masks scaled bilinearly and cut off below 1.
 
     Scores and maps of each member of an ensemble are put between 0 and 1 by the smallest and largest of the test set,
@@ -79,7 +86,7 @@ def as_published(name: str, detector: Detector, samples: Sequence[Sample], *, pr
     judged: Judged = []
     for member in members:
         detector.graph = member
-        judged = judge(detector, samples)
+        judged = judge(detector, samples, progress)
         scores.append(_from_0_to_1(np.array([outcome.score for _, outcome in judged], np.float32)))
         maps.append(_from_0_to_1(np.stack([outcome.input_map for _, outcome in judged])))
     detector.graph = graph

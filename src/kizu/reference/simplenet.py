@@ -165,9 +165,9 @@ def finish(parts: Sequence[tuple[str, dict[str, Any]]], **main: Any) -> None:
                 training, held_out = parted(found, category, data["train_val_split"])
                 _fit(detector, training, held_out, test, main["as_original"], progress(name))
                 detector.save_to_path(model)
-            row = scoring.as_published(name, detector, test, pro=True) if main["as_original"] else None
+            row = scoring.as_published(name, detector, test, progress(name), pro=True) if main["as_original"] else None
             if row is None or main["save_segmentation_images"]:
-                judged = scoring.judge(detector, test)
+                judged = scoring.judge(detector, test, progress(name))
                 row = row or scoring.measured(name, judged)
                 if main["save_segmentation_images"]:
                     pictures = folder / "segmentation_images" / name
