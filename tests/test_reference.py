@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 import kizu
 from kizu.backbone import Backbone
 from kizu.cli import cli
+from kizu.names import in_timm
 from kizu.pdn import PDN
 from kizu.pickles import read_plain
 from kizu.reference.models import network_state
@@ -34,20 +35,19 @@ def line(*arguments):
     return done.output
 
 
-def shell(script, folder, **variables):
-    """A script as a README has it, with the programs' names replaced."""
-    kizu_here = f'{sys.executable} -c "from kizu.cli import main; main()" reference'
-    for program, command in (
-        ("python bin/run_patchcore.py", "patchcore"),
-        ("python bin/load_and_evaluate_patchcore.py", "patchcore-evaluate"),
-        ("python3 main.py", "simplenet"),
-    ):
-        script = script.replace(program, f"{kizu_here} {command}")
-    environment = {**os.environ, "WANDB_MODE": "offline", "WANDB_SILENT": "true", **variables}
-    done = subprocess.run(["bash", "-ec", script], cwd=folder, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
-    return done.stdout
+PROGRAMS = {
+    "python bin/run_patchcore.py": "patchcore",
+    "python bin/load_and_evaluate_patchcore.py": "patchcore-evaluate",
+    "python3 main.py": "simplenet",
+}
+
+
+def pasted(script):
+    """The words behind the program's name in a README's script, after the shell has had its way with them."""
+    for program, command in PROGRAMS.items():
+        script = script.replace(program, f"printf '%s\\0' reference {command}")
+    done = subprocess.run(["bash", "-ec", script], capture_output=True, text=True, check=True)
+    return done.stdout.split("\0")[:-1]
 
 
 def tree(folder):
@@ -78,7 +78,7 @@ def mvtec(real_data, tmp_path_factory):
 def trained(mvtec, tmp_path_factory):
     """PatchCore's README, its first script."""
     folder = tmp_path_factory.mktemp("patchcore")
-    shell(
+    words = pasted(
         f"""
 datapath={mvtec} datasets=('bottle' 'pill')
 dataset_flags=($(for dataset in "${{datasets[@]}}"; do echo '-d '$dataset; done))
@@ -88,9 +88,12 @@ python bin/run_patchcore.py --gpu 0 --seed 0 --save_patchcore_model \\
 patch_core -b efficientnet_lite2 -le blocks.2 -le blocks.4 --faiss_on_gpu \\
 --pretrain_embed_dimension 1024  --target_embed_dimension 1024 --anomaly_scorer_num_nn 1 --patchsize 3 \\
 sampler -p 0.1 approx_greedy_coreset dataset --resize 128 --imagesize 112 "${{dataset_flags[@]}}" mvtec $datapath
-""",
-        folder,
+"""
     )
+    program = [sys.executable, "-c", "from kizu.cli import main; main()"]
+    environment = {**os.environ, "WANDB_MODE": "offline"}
+    done = subprocess.run([*program, *words], cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stdout + done.stderr
     return folder / "results" / "MVTecAD_Results" / "IM224_WR50_L2-3_P01_D1024-1024_PS-3_AN-1_S0"
 
 
@@ -113,8 +116,9 @@ def test_patchcores_readme_makes_the_tree_that_it_draws(trained):
     assert list((trained.parents[2] / "wandb").glob("offline-run-*/*.wandb"))  # --log_online, kept on this machine
 
 
-def test_patchcores_evaluation_gives_the_same_results(trained, mvtec):
-    shell(
+def test_patchcores_evaluation_gives_the_same_results(trained, mvtec, monkeypatch):
+    monkeypatch.chdir(trained.parents[2])
+    words = pasted(
         f"""
 datapath={mvtec}
 loadpath={trained.parent}
@@ -128,9 +132,9 @@ model_flags=($(for dataset in "${{datasets[@]}}"; do echo '-p '$loadpath'/'$mode
 python bin/load_and_evaluate_patchcore.py --gpu 0 --seed 0 $savefolder \\
 patch_core_loader "${{model_flags[@]}}" --faiss_on_gpu \\
 dataset --resize 128 --imagesize 112 "${{dataset_flags[@]}}" mvtec $datapath
-""",
-        trained.parents[2],
+"""
     )
+    line(*words)
     again = trained.parents[2] / "evaluated_results" / trained.name
     assert tree(again) == {"results.csv"}
     for ours, theirs in zip(table(again / "results.csv"), table(trained / "results.csv"), strict=True):
@@ -205,7 +209,36 @@ def test_published_networks_without_weights_get_the_sentence_that_helps(mvtec, t
         line("reference", "patchcore", tmp_path, "sampler", "identity")
 
 
-def test_simplenets_run_sh_makes_the_tree_that_the_supplement_draws(mvtec, tmp_path):
+@pytest.mark.slow
+def test_the_readmes_own_networks_with_random_weights(mvtec, tmp_path):
+    """Their names, layers and shapes, as no weights are at hand: the first README's line, and the ensemble's."""
+    networks = {
+        "wideresnet50": ("layer2", "layer3"),
+        "wideresnet101": ("layer2", "layer3"),
+        "resnext101": ("layer2", "layer3"),
+        "densenet201": ("features.denseblock2", "features.denseblock3"),
+    }
+    for name, layers in networks.items():
+        state = Backbone(in_timm(name), layers).network.state_dict()
+        save_file({key: value.contiguous() for key, value in state.items()}, tmp_path / f"{name}.safetensors")
+    ensemble = tuple(networks)[1:]
+    for group, names in (("one", ("wideresnet50",)), ("three", ensemble)):
+        flags = [part for name in names for part in ("-b", name, "--weights", tmp_path / f"{name}.safetensors")]
+        for number, name in enumerate(names):
+            prefix = f"{number}." if len(names) > 1 else ""
+            flags += [part for layer in networks[name] for part in ("-le", prefix + layer)]
+        line(
+            *("reference", "patchcore", "--save_patchcore_model", "--log_group", group, tmp_path, "patch_core", *flags),
+            *("--target_embed_dimension", 384, "sampler", "-p", 0.01, "approx_greedy_coreset"),
+            *("dataset", "--resize", 72, "--imagesize", 64, "-d", "bottle", "mvtec", mvtec),
+        )
+        folder = tmp_path / "project" / group / "models" / "mvtec_bottle"
+        saved = [read_plain(path)["backbone.name"] for path in sorted(folder.glob("*.pkl"))]
+        assert saved == list(names)
+
+
+def test_simplenets_run_sh_makes_the_tree_that_the_supplement_draws(mvtec, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     script = f"""
 datapath={mvtec}
 datasets=('bottle' 'pill')
@@ -216,9 +249,9 @@ python3 main.py --gpu 4 --seed 0 --log_group simplenet_mvtec --log_project MVTec
 net -b efficientnet_lite2 -le blocks.2 -le blocks.4 --pretrain_embed_dimension 1536 \\
 --target_embed_dimension 1536 --patchsize 3 --meta_epochs 2 --embedding_size 256 --gan_epochs 1 --noise_std 0.015 \\
 --dsc_hidden 1024 --dsc_layers 2 --dsc_margin .5 --pre_proj 1 \\
-dataset --batch_size 8 --resize 128 --imagesize 112 "${{dataset_flags[@]}}" mvtec $datapath
+dataset --batch_size 8 --resize 72 --imagesize 64 "${{dataset_flags[@]}}" mvtec $datapath
 """
-    shell(script, tmp_path)
+    line(*pasted(script))
     run = tmp_path / "results" / "MVTecAD_Results" / "simplenet_mvtec" / "run"
     files = tree(run)
     curves = {name for name in files if name.startswith("tensorboard/")}
