@@ -32,7 +32,7 @@ def line(*arguments):
     done = CliRunner().invoke(cli, [str(argument) for argument in arguments])
     if done.exception is not None:
         raise done.exception
-    return done.output
+    return done.stdout
 
 
 PROGRAMS = {

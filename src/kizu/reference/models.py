@@ -59,6 +59,7 @@ def read_reference(
     size: int | None = None,
     resize: int | None = None,
     weights: str | None = None,
+    neighbours: int | None = None,
     settings: dict[str, Any] | None = None,
 ) -> Detector:
     """A detector from a model's folder, whichever of the three layouts it has.
@@ -67,13 +68,13 @@ def read_reference(
     published recipes take for the `size`), and those of the published SimpleNet do not name the backbone and its layers
     (`settings`, of our config). They hold no backbone: its weights come from timm's hub or from the file `weights`; of
     several, separated by commas. There is no threshold in them: nothing is stopped until `calibration.set_levels` has
-    set one.
+    set one. `neighbours` count instead of as many as PatchCore's files say.
 
     Raises `ModelError` for files that are missing, damaged, do not fit together, or would run code.
     """
     folder = Path(folder)
     if any(folder.glob(f"*{INDEX}")):
-        return _read_patchcore(folder, size, resize, weights)
+        return _read_patchcore(folder, size, resize, weights, neighbours)
     if (folder / CHECKPOINT).exists():
         given = {
             "top": 0.0,
@@ -139,7 +140,9 @@ def write_tensors(path: Path, content: Any) -> None:
         torch.save(content, file)
 
 
-def _read_patchcore(folder: Path, size: int | None, resize: int | None, weights: str | None) -> PatchCore:
+def _read_patchcore(
+    folder: Path, size: int | None, resize: int | None, weights: str | None, neighbours: int | None
+) -> PatchCore:
     prefixes = _prefixes(folder)
     members = [_parameters(folder / f"{prefix}{PARAMETERS}") for prefix in prefixes]
     first = {key: value for key, value in members[0].items() if key not in ("backbone", "layers")}
@@ -152,6 +155,7 @@ def _read_patchcore(folder: Path, size: int | None, resize: int | None, weights:
         "backbone": ",".join(member["backbone"] for member in members),
         "layers": tuple(layer for layers in prefixed for layer in layers),
         "weights": weights,
+        "neighbours": neighbours or first["neighbours"],
         "size": side,
         "resize": resize or resized(side),
         "fusion": "stack",

@@ -19,6 +19,7 @@ from kizu.reference.shared import (
     parted,
     place,
     print_rows,
+    say,
     weights_option,
 )
 
@@ -124,6 +125,7 @@ def finish(parts: Parts, **main: Any) -> None:
             place(detector, on, data["num_workers"], data["batch_size"])
             training, held_out = parted(found, category, data["train_val_split"])
             detector.fit(training, held_out=held_out, progress=progress(name))
+            say(detector)
             if main["save_patchcore_model"]:
                 models.write_reference(detector, folder / "models" / name)
             pictures = folder / "segmentation_images" / name if main["save_segmentation_images"] else None
@@ -190,7 +192,13 @@ def finish_evaluation(parts: Parts, **main: Any) -> None:
         for number, category in enumerate(categories):
             weights = ",".join(loader["weights"]) or None
             path = paths[number if len(paths) > 1 else 0]
-            detector = models.read_reference(path, size=data["imagesize"], resize=data["resize"], weights=weights)
+            detector = models.read_reference(
+                path,
+                size=data["imagesize"],
+                resize=data["resize"],
+                weights=weights,
+                neighbours=1 if main["as_original"] else None,
+            )
             place(detector, on, data["num_workers"], data["batch_size"])
             name = f"{data['name']}_{category}"
             pictures = folder if main["save_segmentation_images"] else None

@@ -7,7 +7,7 @@ import click
 
 from kizu.errors import DataError, OptionError
 from kizu.reference.efficientad import aurocs, number, places, validated
-from kizu.reference.shared import category_data, device, place
+from kizu.reference.shared import category_data, device, place, say
 
 __all__ = ["run"]
 
@@ -50,6 +50,7 @@ def run(dataset_path: str, model_dir_path: str, size: str, feature_extractor: st
     with terminal.progress(False) as progress, terminal.messages(False, warnings_only=True):
         training, held_out = validated(found)
         detector.fit(training, held_out=held_out, progress=progress(category))
+        say(detector)
         judged = scoring.judge(detector, found.select(split="test"), progress(category))
     structural = [(sample, outcome.parts["structural"]) for sample, outcome in judged]
     click.echo(f"efficient_ad auroc : {number(next(aurocs(structural))[1])}")

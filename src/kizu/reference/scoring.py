@@ -87,9 +87,13 @@ def as_published(
     for member in members:
         detector.graph = member
         judged = judge(detector, samples, progress)
+        if not judged:
+            break
         scores.append(_from_0_to_1(np.array([outcome.score for _, outcome in judged], np.float32)))
         maps.append(_from_0_to_1(np.stack([outcome.input_map for _, outcome in judged])))
     detector.graph = graph
+    if not judged:
+        return Row(name, None, None, None)
     together, mean_maps = np.mean(scores, axis=0), np.mean(maps, axis=0)
     masks = [_mask(sample, detector) for sample, _ in judged]
     known = [mask for mask in masks if mask is not None]

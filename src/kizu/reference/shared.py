@@ -28,7 +28,7 @@ __all__ = [
     "groups",
     "main_flags",
 ]
-__all__ += ["parted", "place", "print_rows", "weights_option"]
+__all__ += ["parted", "place", "print_rows", "say", "weights_option"]
 
 log = logging.getLogger("kizu")
 Command = Callable[..., Any]
@@ -129,6 +129,12 @@ def place(detector: "Detector", device: "torch.device", workers: int, batch_size
     detector.workers, detector.batch_size = max(1, workers), batch_size
     if detector.graph is not None:
         detector.graph.to(device)
+
+
+def say(detector: "Detector") -> None:
+    """What a fitted detector has to say of the settings, to the user."""
+    for remark in detector.remarks:
+        log.warning("%s", remark)
 
 
 def free_folder(folder: Path) -> Path:

@@ -18,11 +18,13 @@ from kizu.reference.shared import (
     data_flags,
     data_set,
     device,
+    flags,
     groups,
     main_flags,
     parted,
     place,
     print_rows,
+    say,
     weights_option,
 )
 
@@ -35,21 +37,11 @@ if TYPE_CHECKING:
 __all__ = ["run"]
 
 AS_THEY_ARE = (
-    *(
-        "pretrain_embed_dimension",
-        "target_embed_dimension",
-        "patchsize",
-        "meta_epochs",
-        "gan_epochs",
-        "aed_meta_epochs",
-    ),
-    *("dsc_layers", "dsc_margin", "dsc_lr", "mix_noise", "train_backbone", "cos_lr", "pre_proj"),
+    *("pretrain_embed_dimension", "target_embed_dimension", "patchsize", "pre_proj", "mix_noise", "train_backbone"),
+    *("meta_epochs", "gan_epochs", "aed_meta_epochs", "dsc_layers", "dsc_margin", "dsc_lr", "cos_lr"),
 )
-STRENGTHS = (
-    *("rotate_degrees", "translate", "scale", "brightness", "contrast", "saturation", "gray", "hflip", "vflip"),
-)
-ONE_OUT = 0.5  # rate of false alarms that a single good image can carry: so no more are kept from training
-TAGS = ("i-auroc", "p-auroc", "pro")  # TensorBoard's names of the columns of results.csv
+STRENGTHS = ("rotate_degrees", "translate", "scale", "brightness", "contrast", "saturation", "gray", "hflip", "vflip")
+OWN = {"models", "tensorboard", "results.csv", "segmentation_images"}  # what lies in a run's folder
 
 
 @click.group(chain=True, short_help="What follows main.py in run.sh.", subcommand_metavar="net … dataset …")
@@ -122,15 +114,7 @@ def net(**options: Any) -> tuple[str, dict[str, Any]]:
 )
 @click.option("--batch_size", type=int, default=2, show_default=True)
 @click.option("--num_workers", type=click.IntRange(0), default=2, show_default=True)
-@click.option("--rotate_degrees", type=float, default=0.0)
-@click.option("--translate", type=float, default=0.0)
-@click.option("--scale", type=float, default=0.0)
-@click.option("--brightness", type=float, default=0.0)
-@click.option("--contrast", type=float, default=0.0)
-@click.option("--saturation", type=float, default=0.0)
-@click.option("--gray", type=float, default=0.0)
-@click.option("--hflip", type=float, default=0.0)
-@click.option("--vflip", type=float, default=0.0)
+@flags(*(click.option(f"--{name}", type=float, default=0.0) for name in STRENGTHS))
 def dataset(**options: Any) -> tuple[str, dict[str, Any]]:
     """Which photographs, and how they are varied."""
     return "dataset", options
@@ -176,7 +160,7 @@ def finish(parts: Sequence[tuple[str, dict[str, Any]]], **main: Any) -> None:
             curves[name] = detector.curves
         files.write_text(folder / "results.csv", scoring.results_csv(rows))
         if not main["test"]:
-            _tensorboard(folder / "tensorboard", rows, curves)
+            _tensorboard(folder / "tensorboard", rows, curves, "pro" if main["as_original"] else "anomaly-p-auroc")
     print_rows(rows, folder)
 
 
@@ -195,7 +179,7 @@ def _config(main: dict[str, Any], network: dict[str, Any], data: dict[str, Any])
         **{key: data[key] for key in STRENGTHS},
         "backbone": names.in_timm(name),
         "layers": network["layers_to_extract_from"] or (("layer2", "layer3") if "resnet" in name else ()),
-        "weights": next(iter(network["weights"]), None),
+        "weights": next(iter(network["weights"]), "") or None,
         "dsc_hidden": network["dsc_hidden"] or 0,
         "embedding_size": None if original else network["embedding_size"],
         "proj_layer_type": 0 if original and between == 1 else between,
@@ -208,7 +192,6 @@ def _config(main: dict[str, Any], network: dict[str, Any], data: dict[str, Any])
         "size": data["imagesize"],
         "resize": data["resize"],
         "seed": main["seed"] if seed is None else seed,
-        **({"false_alarms": ONE_OUT} if original else {}),
     }
     return build(SimpleNetConfig, settings)  # type: ignore[no-any-return]
 
@@ -221,15 +204,18 @@ def _fit(
     original: bool,
     progress: Any,
 ) -> None:
-    """Learn; with the published protocol, keep the round that is the best on the test images."""
+    """Learn; with the published protocol from all images, keeping the round that is the best on the test images."""
+    from kizu.detectors.detector import Learned
     from kizu.oracle import Oracle
 
     oracle = Oracle(detector, test) if original else None
     if oracle is not None:
         detector.after_round = oracle.look
-    detector.fit(training, held_out=held_out, progress=progress)
+    detector.fit(training, held_out=held_out or (training[:1] if original else ()), progress=progress)
+    say(detector)
     if oracle is not None and oracle.state and detector.graph is not None:
         detector.graph.load_state_dict(oracle.state)
+        detector.adopt(Learned(detector.graph, [], [], 0.0, detector.facts))  # no level: it was another round's
         click.echo(
             f"--as-original: round {oracle.round} of {oracle.rounds} is kept, the best on the test images", err=True
         )
@@ -245,14 +231,15 @@ def _clear(folder: Path, overwrite: bool) -> None:
         raise OptionError(
             f"{folder} exists: choose another --run_name, --overwrite it, or measure it again with --test"
         )
-    if any(
-        path.name not in ("models", "tensorboard", "results.csv", "segmentation_images") for path in folder.iterdir()
-    ):
+    if any(path.name not in OWN for path in folder.iterdir()):
         raise DataError(f"{folder} holds other things than a run of SimpleNet: choose another --run_name")
     shutil.rmtree(folder)
 
 
-def _tensorboard(folder: Path, rows: "Sequence[Row]", curves: Mapping[str, Mapping[str, Sequence[float]]]) -> None:
+def _tensorboard(
+    folder: Path, rows: "Sequence[Row]", curves: Mapping[str, Mapping[str, Sequence[float]]], last: str
+) -> None:
+    """Curves and metrics by their published names, the `last` column by its own."""
     from torch.utils.tensorboard.writer import SummaryWriter
 
     for row in rows:
@@ -261,6 +248,6 @@ def _tensorboard(folder: Path, rows: "Sequence[Row]", curves: Mapping[str, Mappi
                 for number, value in enumerate(values, 1):
                     writer.add_scalar(name, value, number)
             found = (row.instance_auroc, row.full_pixel_auroc, row.anomaly_pixel_auroc)
-            for tag, metric in zip(TAGS, found, strict=True):
+            for tag, metric in zip(("i-auroc", "p-auroc", last), found, strict=True):
                 if metric is not None:
                     writer.add_scalar(tag, metric)
