@@ -83,7 +83,7 @@ def test_help_is_quick_and_light():
 
 def test_every_command_has_help_with_an_example():
     commands = ["train", "update", "merge", "evaluate", "predict", "data", "demo", "info", "doctor"]
-    commands += ["check", "drift", "tune"]
+    commands += ["check", "drift", "tune", "reference", "import"]
     listing = kizu("--help").stdout
     for command in commands:
         assert command in listing

@@ -2,11 +2,13 @@
 
 A checkpoint is a zip archive of one pickle and one file of numbers a storage. The pickle is read with a table of what
 it may name: containers, storage types and the functions that put a tensor together, all replaced by ones of our own.
-Whatever else it names becomes an inert `_Part`, which remembers what it was given and does nothing.
+Whatever else it names becomes an inert `_Part`, which remembers what it was given and does nothing; and a file that
+names a function of Python's own library has no good reason to, and is refused.
 """
 
 import io
 import pickle
+import sys
 import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -32,6 +34,7 @@ DTYPES = {
     "ByteStorage": torch.uint8,
     "BoolStorage": torch.bool,
 }
+HARMLESS = {"builtins.set", "builtins.object", "copyreg._reconstructor", "_codecs.encode", "functools.partial"}
 DEEPEST = 50  # modules inside modules
 
 
@@ -64,7 +67,11 @@ class _Reader(pickle.Unpickler):
         }
 
     def find_class(self, module: str, name: str) -> Any:
-        return self.known.get((module, name), _Part)
+        if (module, name) in self.known:
+            return self.known[module, name]
+        if module.split(".")[0] in sys.stdlib_module_names and f"{module}.{name}" not in HARMLESS:
+            raise ValueError(f"it would call {module}.{name}")
+        return _Part
 
     def persistent_load(self, pid: Any) -> Tensor:
         """("storage", type, key, device, count) → the numbers, one-dimensional."""
@@ -81,7 +88,7 @@ def _tensor(storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[i
 
 
 def tensors(source: Path | IO[bytes], name: str | None = None) -> dict[str, Tensor]:
-    """All tensors of a checkpoint by name, those of a whole module named as in its state_dict.
+    """All tensors of a checkpoint by name, those of a whole module named as in its state_dict, a lone one "".
 
     Raises `ModelError` for a file that torch.save did not write (since 2020), that is damaged, or holds no tensors.
     """
@@ -111,12 +118,11 @@ def _named(content: Any, prefix: str, depth: int) -> Iterator[tuple[str, Tensor]
     """Tensors in dictionaries, and in modules: parameters, buffers, then what is inside, as state_dict orders them."""
     if depth > DEEPEST:
         raise ValueError("modules too deep inside each other")
-    if isinstance(content, _Part) and isinstance(content.state, dict):
+    if isinstance(content, Tensor):
+        yield prefix.removesuffix("."), content
+    elif isinstance(content, _Part) and isinstance(content.state, dict):
         for kind in ("_parameters", "_buffers", "_modules"):
             yield from _named(content.state.get(kind), prefix, depth + 1)
     elif isinstance(content, dict):
         for key, value in content.items():
-            if isinstance(value, Tensor):
-                yield f"{prefix}{key}", value
-            else:
-                yield from _named(value, f"{prefix}{key}.", depth + 1)
+            yield from _named(value, f"{prefix}{key}.", depth + 1)

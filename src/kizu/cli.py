@@ -17,6 +17,7 @@ from kizu.arguments import json_option, model_folder, quiet_option
 from kizu.detectors import DETECTORS
 from kizu.errors import KizuError, OptionError, missing_extra
 from kizu.options import PASSED_ON, config_option, run_options
+from kizu.reference.commands import import_models, reference
 
 if TYPE_CHECKING:
     from kizu.dataset import Dataset
@@ -24,13 +25,13 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 _OPTION_NAME = re.compile(r"^--\w[\w-]*")
-
 GROUPS = {
     "Learn": ("train", "distill", "update", "merge", "evaluate", "demo"),
     "Judge": ("predict", "check", "drift", "tune"),
     "Deliver": ("export", "verify"),
     "Stay": ("serve", "watch"),
     "Look": ("data", "info", "doctor"),
+    "Coming from the originals": ("reference", "import"),
 }
 
 
@@ -265,8 +266,7 @@ def evaluate(model: str, data: str, output: str | None, save_maps: bool, **optio
         raise OptionError("--save-maps needs --output DIR, where the folder maps is written")
     start = time.time()
     found = _find(data, options)
-    results = []
-    about: dict[str, Any] = {}
+    results, about = [], dict[str, Any]()
     with terminal.progress(options["quiet"] or options["as_json"]) as progress:
         for category in found.categories:
             detector = load(model_folder(model, category))
@@ -473,11 +473,7 @@ def info(model: str, as_json: bool) -> None:
     folder = model_folder(model)
     from kizu.doctor import describe_model
 
-    about = describe_model(folder)
-    if as_json:
-        click.echo(json.dumps(about, indent=1, ensure_ascii=False))
-    else:
-        terminal.print_facts(about)
+    _say(describe_model(folder), as_json)
 
 
 @cli.command()
@@ -490,14 +486,16 @@ def doctor(as_json: bool) -> None:
     """
     from kizu.doctor import examine
 
-    findings = examine()
+    _say(examine(), as_json)
+
+
+def _say(facts: dict[str, Any], as_json: bool) -> None:
     if as_json:
-        click.echo(json.dumps(findings, indent=1, ensure_ascii=False))
+        click.echo(json.dumps(facts, indent=1, ensure_ascii=False))
     else:
-        terminal.print_facts(findings)
+        terminal.print_facts(facts)
 
 
-for command in (commands.check, commands.drift, commands.tune, delivery.export, delivery.verify):
-    cli.add_command(command)
-for command in (services.serve, services.watch):
+ELSEWHERE = (commands.check, commands.drift, commands.tune, delivery.export, delivery.verify, services.serve)
+for command in (*ELSEWHERE, services.watch, reference, import_models):
     cli.add_command(command)

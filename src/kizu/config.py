@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from kizu.errors import OptionError
+from kizu.names import without_seed
 
 __all__ = [
     "CONFIGS",
@@ -129,6 +130,7 @@ class PatchCoreConfig(BackboneConfig):
     """PatchCore (Roth et al., CVPR 2022).
 
     An ensemble has several backbones, separated by commas, with layers numbered by them: 0.layer2,0.layer3,1.layer2.
+    One with .seed-3 behind its name has its own seed.
     """
 
     patchsize: int = Field(3, ge=1, le=15, description="Side of the neighbourhood that is averaged.")
@@ -143,6 +145,10 @@ class PatchCoreConfig(BackboneConfig):
         ge=1,
         le=16384,
         description="Channels that all layers together are pooled to. Default: their sum.",
+    )
+    patchstride: int = Field(1, ge=1, le=15, description="Grid places from one patch to the next.")
+    patchsize_aggregate: Annotated[tuple[int, ...], BeforeValidator(_names)] = Field(
+        (), description="Sides of further neighbourhoods, whose averages join the first one's: 1,5."
     )
     sampler: Literal["k_center", "greedy_coreset", "approx_greedy_coreset", "random", "identity"] = Field(
         "k_center", description="How the memory bank is chosen from the training patches."
@@ -162,6 +168,7 @@ class PatchCoreConfig(BackboneConfig):
     local_scale: bool = Field(
         True, description="Measure distances in units of what is usual around a bank entry. Paper: no."
     )
+    squared: bool = Field(False, description="Square the distances, as the published code does. Paper: no.")
     top: float = Field(
         0.01,
         ge=0,
@@ -188,6 +195,10 @@ class PatchCoreConfig(BackboneConfig):
             raise ValueError("--faiss-on-gpu needs --search ivfpq; the exact search uses a GPU wherever there is one")
         if self.target_embed_dimension is not None and self.fusion != "stack":
             raise ValueError("--target-embed-dimension pools all layers together: it needs --fusion stack")
+        if any(not 1 <= size <= 15 for size in self.patchsize_aggregate):
+            raise ValueError("--patchsize-aggregate takes numbers from 1 to 15")
+        if self.squared and (self.fusion != "stack" or self.local_scale or self.reweight > 1):
+            raise ValueError("--squared is for the published scores: --fusion stack --no-local-scale, no --reweight")
         if self.reweight > 1 and (self.fusion, self.local_scale, self.top) != ("stack", False, 0):
             raise ValueError("--reweight (Eq. 7) is for the paper's scores: --fusion stack --no-local-scale --top 0")
         return self
@@ -207,21 +218,22 @@ class PatchCoreConfig(BackboneConfig):
 
     def members(self) -> "list[PatchCoreConfig]":
         """The config of each backbone of an ensemble; of a single one, itself."""
-        names = [name.strip() for name in self.backbone.split(",")]
+        names, seeds = zip(*(without_seed(name.strip()) for name in self.backbone.split(",")), strict=True)
         if len(names) == 1:
-            return [self]
-        files = [None] * len(names) if self.weights is None else self.weights.split(",")
+            return [self if seeds[0] is None else self.model_copy(update={"backbone": names[0], "seed": seeds[0]})]
+        files = [file or None for file in (self.weights or "," * (len(names) - 1)).split(",")]
         return [
             self.model_copy(
                 update={
                     "backbone": name,
                     "weights": file,
+                    "seed": self.seed if seed is None else seed,
                     "layers": tuple(
                         layer.partition(".")[2] for layer in self.layers if layer.split(".")[0] == str(number)
                     ),
                 }
             )
-            for number, (name, file) in enumerate(zip(names, files, strict=True))
+            for number, (name, file, seed) in enumerate(zip(names, files, seeds, strict=True))
         ]
 
 
@@ -307,13 +319,18 @@ class EfficientADConfig(Config):
         description="Folder of photographs of anything else, which the student learns to be silent on. "
         "Default: drawn textures; none: without.",
     )
-    border: Literal["picture", "map"] = Field(
+    border: Literal["picture", "map", "stretch"] = Field(
         "picture",
         description="picture: photographs get a frame, so that every pixel is looked at alike. map: the map's rim "
-        "stands for the outer 16 pixels. A quarter quicker, and as published.",
+        "stands for the outer 16 pixels. A quarter quicker, and as published. stretch: the map is laid over the whole "
+        "photograph, up to 16 pixels off, as PUAD's published models expect.",
     )
     validation: float = Field(
-        0.15, gt=0, le=0.5, description="Share of the good images kept for the maps' scale and the threshold."
+        0.15,
+        ge=0,
+        le=0.5,
+        description="Share of the good images kept for the maps' scale and the threshold. 0: none, where others are "
+        "held out.",
     )
     precision: Literal["single", "mixed"] = Field(
         "single", description="mixed: train the convolutions in bfloat16, for processors and GPUs that are quick at it."

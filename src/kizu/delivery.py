@@ -16,7 +16,7 @@ __all__ = ["export", "verify"]
 
 @click.command()
 @click.argument("model")
-@click.option("--to", required=True, type=click.Choice(["onnx", "openvino"]), help="What shall run it.")
+@click.option("--to", required=True, type=click.Choice(["onnx", "openvino", "reference"]), help="What shall run it.")
 @click.option("--output", metavar="FOLDER", help="Folder for the exported model. Default: beside the trained one.")
 @click.option(
     "--precision",
@@ -31,6 +31,8 @@ __all__ = ["export", "verify"]
 def export(model: str, to: Any, output: str | None, images: str | None, **options: Any) -> None:
     """Write a model as one graph that predicts without torch, and check that it says the same.
 
+    Or, with --to reference, as the files that its published code reads.
+
     The graph takes pixels and gives score, p-value, verdict and map. It is refused where it says anything else than
     torch. Photographs and what torch says of them lie inside, so that it can be verified anywhere.
 
@@ -40,6 +42,10 @@ def export(model: str, to: Any, output: str | None, images: str | None, **option
     if not 0 <= options["tolerance"] < 1:
         raise OptionError("--tolerance is a share of the verdicts: at least 0 and below 1")
     folder = model_folder(model)
+    target = Path(output) if output else _beside(folder, f"{folder.name}-{to}")
+    if to == "reference":
+        _as_published(folder, target, images, options)
+        return
     from kizu import export as exporting
     from kizu.detectors.detector import load
     from kizu.prediction import listing
@@ -48,7 +54,7 @@ def export(model: str, to: Any, output: str | None, images: str | None, **option
     with terminal.progress(options["quiet"]) as progress:
         exported = exporting.export(
             load(folder),
-            Path(output) if output else _beside(folder, f"{folder.name}-{to}"),
+            target,
             to,
             precision=options["precision"],
             photographs=photographs,
@@ -59,6 +65,19 @@ def export(model: str, to: Any, output: str | None, images: str | None, **option
         click.echo(f"{exported.folder}: {exported.promise}")
         if measured := exported.export.get("measured"):
             terminal.print_facts(measured)
+
+
+def _as_published(folder: Path, target: Path, images: str | None, options: dict[str, Any]) -> None:
+    from kizu.detectors.detector import load
+    from kizu.reference.models import write_reference
+
+    if images or options["precision"] != "float32":
+        raise OptionError("--to reference writes the tensors as they are: leave --precision and --images out")
+    if target.exists():
+        raise OptionError(f"{target} exists: choose another --output")
+    write_reference(load(folder), target)
+    if not options["quiet"]:
+        click.echo(f"{target}: as the published code of its method lays it out")
 
 
 @click.command()

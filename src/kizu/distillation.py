@@ -71,12 +71,14 @@ def distill(
     *,
     resume: bool = False,
     overwrite: bool = False,
+    statistics: tuple[Tensor, Tensor] | None = None,
     progress: Progress = lambda stage, done, total: None,
 ) -> Path:
     """Make a teacher from the photographs below a folder; returns its file, efficientad-s.safetensors or -m.
 
     Beside it: the loss over the steps as CSV, the channels' statistics (which the other size uses again), and while it
-    lasts, the training's state. Raises `OptionError` where there is a teacher already, or a training that was begun.
+    lasts, the training's state. `statistics` are the channels' mean and deviation (384,), where they are known already.
+    Raises `OptionError` where there is a teacher already, or a training that was begun.
     """
     paths = supply.photographs(images)
     target = folder / f"{config.teacher_for}-{config.size}.safetensors"
@@ -91,7 +93,7 @@ def distill(
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(config.seed)
         network = PDN(config.size).to(device)
-        source, about = _source(paths, Path(images), config, folder, device, progress)
+        source, about = _source(paths, Path(images), config, folder, statistics, device, progress)
         curve = _train(network, source, paths, config, state, about, progress)
     files.write_text(target.with_suffix(".csv"), _as_csv(curve))
     teacher.save(target, network, {**about, "loss": curve[-1][1]})
@@ -104,6 +106,7 @@ def _source(
     root: Path,
     config: DistillationConfig,
     folder: Path,
+    known: tuple[Tensor, Tensor] | None,
     device: torch.device,
     progress: Progress,
 ) -> tuple[Source, dict[str, Any]]:
@@ -120,10 +123,12 @@ def _source(
     shared = {key: value for key, value in about.items() if key not in ("size", "steps", "batch_size", "precision")}
     cache = folder / f"statistics-{_hash(repr(shared))}.safetensors"
     source = Source(network, PatchFeatures(1, None, DIMENSION), torch.zeros(DIMENSION), torch.ones(DIMENSION))
-    if cache.exists():
+    if known is not None:
+        mean, std = known
+    elif cache.exists():
         try:
-            known = load_file(cache)
-            mean, std = known["mean"], known["std"]
+            kept = load_file(cache)
+            mean, std = kept["mean"], kept["std"]
         except (OSError, SafetensorError, KeyError) as error:
             raise ModelError(f"{cache}: damaged ({error}); remove it, and it is measured again") from None
     else:

@@ -54,7 +54,9 @@ def describe_model(folder: Path) -> dict[str, Any]:
             "model": str(folder),
             "method": about["method"],
             **_exported(about.get("export")),
-            "learned from": f"{training['images']} good images (hash {training['hash']})",
+            "learned from": f"{training['images']} good images (hash {training['hash']})"
+            if training["images"]
+            else "images that another program saw",
             "backbone": f"{about['backbone']['name']} (weights {about['backbone']['weights']})",
             "input": " × ".join(map(str, config["size"])) + " pixels (height × width)",
             "threshold": f"a part is stopped when its score is above {threshold.value:.6g}",

@@ -61,6 +61,8 @@ EXTRAS = {
     "serve": ("fastapi", "starlette", "uvicorn", "python_multipart"),
     "mqtt": ("paho",),
     "camera": ("cv2",),
+    "wandb": ("wandb",),
+    "mlflow": ("mlflow",),
 }
 
 

@@ -5,6 +5,8 @@ from typing import Any, Literal, get_args, get_origin
 
 import click
 
+from kizu.tracking import SERVICES
+
 __all__ = ["PASSED_ON", "config_option", "run_options"]
 
 # to `run.train`, by the same names
@@ -19,6 +21,7 @@ PASSED_ON = (
     "oracle",
     "save_segmentation_images",
     "save_maps",
+    "track",
 )
 
 
@@ -30,6 +33,12 @@ def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option("--save-segmentation-images", is_flag=True, help="Write test photographs with their maps."),
         click.option("--save-maps", is_flag=True, help="Write the test images' anomaly maps as float TIFF."),
+        click.option(
+            "--track",
+            multiple=True,
+            type=click.Choice(SERVICES),
+            help="Tell Weights & Biases or MLflow of the run too. Repeatable.",
+        ),
         click.option("--memory", metavar="AMOUNT", help="Bound the working data. Default: half of what is free."),
         click.option(
             "--num-workers", type=click.IntRange(1, 64), default=2, show_default=True, help="Reading threads."

@@ -32,7 +32,7 @@ class Oracle:
         self.rounds = 0
         self.best: tuple[float, float] | None = None
         self.round = 0
-        self._state: dict[str, Tensor] = {}
+        self.state: dict[str, Tensor] = {}  # of that round
 
     def look(self, graph: nn.Module, number: int) -> None:
         """Judge all test images with the graph as it is after round `number`."""
@@ -45,7 +45,7 @@ class Oracle:
         found = (value, _pixel_auroc(predictions))
         if self.best is None or found > self.best:
             self.best, self.round = found, number
-            self._state = {key: tensor.clone() for key, tensor in graph.state_dict().items()}
+            self.state = {key: tensor.clone() for key, tensor in graph.state_dict().items()}
 
     def report(self, result: CategoryResult) -> None:
         """Write the best round's metrics beside those of the result; the detector stays as it is."""
@@ -53,7 +53,7 @@ class Oracle:
         if self.best is None or graph is None:
             return
         last = {key: tensor.clone() for key, tensor in graph.state_dict().items()}
-        graph.load_state_dict(self._state)
+        graph.load_state_dict(self.state)
         result.oracle = {"round": float(self.round), **measure(self._judge(graph))[0]}
         graph.load_state_dict(last)
         result.notes.append(

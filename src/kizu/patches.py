@@ -25,15 +25,20 @@ class PatchFeatures(nn.Module):
         patchsize: int,
         pretrain_embed_dimension: int | None = None,
         target_embed_dimension: int | None = None,
+        stride: int = 1,
+        more_sizes: tuple[int, ...] = (),
     ) -> None:
+        """`stride` is in places of a layer's grid; `more_sizes` are neighbourhoods whose averages are stacked too."""
         super().__init__()
         self.patchsize = patchsize
+        self.stride = stride
+        self.sizes = (patchsize, *more_sizes)
         self.pretrain_embed_dimension = pretrain_embed_dimension
         self.target_embed_dimension = target_embed_dimension
 
     def forward(self, maps: list[Tensor]) -> Tensor:
         """[(B, C_l, H_l, W_l)] → (B, D, H_0, W_0)."""
-        pooled = [self.pool(layer) for layer in maps]
+        pooled = [self.pool(layer, size) for size in self.sizes for layer in maps]
         grid = pooled[0].shape[-2:]
         aligned = [pooled[0]] + [
             F.interpolate(layer, size=grid, mode="bilinear", align_corners=False) for layer in pooled[1:]
@@ -57,17 +62,17 @@ class PatchFeatures(nn.Module):
             )
         return said
 
-    def pool(self, layer: Tensor) -> Tensor:
-        """(B, C, H, W) → (B, C or pretrain_embed_dimension, H', W'); an even patchsize shrinks the grid by one."""
-        size, padding = self.patchsize, (self.patchsize - 1) // 2
+    def pool(self, layer: Tensor, size: int) -> Tensor:
+        """(B, C, H, W) → (B, C or pretrain_embed_dimension, H', W'); an even size shrinks the grid by one."""
+        padding, stride = (size - 1) // 2, self.stride
         channels, height, width = layer.shape[1:]
         if min(height, width) + 2 * padding < size:
             raise OptionError(f"--patchsize {size} does not fit a layer of {height}×{width}: choose a smaller one")
         if self.pretrain_embed_dimension in (None, channels):
-            return F.avg_pool2d(layer, size, stride=1, padding=padding) if size > 1 else layer
-        values = F.unfold(layer, size, padding=padding)  # (B, C · p · p, H' · W')
+            return F.avg_pool2d(layer, size, stride, padding) if max(size, stride) > 1 else layer
+        values = F.unfold(layer, size, padding=padding, stride=stride)  # (B, C · p · p, H' · W')
         values = _pool_channels(values, self.pretrain_embed_dimension)
-        grid = (height + 2 * padding - size + 1, width + 2 * padding - size + 1)
+        grid = ((height + 2 * padding - size) // stride + 1, (width + 2 * padding - size) // stride + 1)
         return values.reshape(*values.shape[:2], *grid)
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from kizu import backbone, files
+from kizu import backbone, files, names
 from kizu.config import SimpleNetConfig, build
 from kizu.errors import ModelError
 from kizu.pickles import read_plain, write_plain
@@ -21,16 +21,6 @@ if TYPE_CHECKING:
 __all__ = ["CHECKPOINT", "PARAMETERS", "first_layer", "read", "write"]
 
 CHECKPOINT, PARAMETERS = "ckpt.pth", "params.pkl"
-# the published code's name of a network → timm's
-NAMES = {
-    "wideresnet50": "wide_resnet50_2.tv_in1k",
-    "ref_wideresnet50": "wide_resnet50_2.tv_in1k",
-    "wideresnet101": "wide_resnet101_2.tv_in1k",
-    "resnext101": "resnext101_32x8d.tv_in1k",
-    "resnet18": "resnet18.tv_in1k",
-    "resnet50": "resnet50.tv_in1k",
-    "resnet101": "resnet101.tv_in1k",
-}
 
 
 def write(folder: str | os.PathLike[str], graph: "SimpleNetGraph", levels: dict[str, Any]) -> Path:
@@ -57,7 +47,7 @@ def write(folder: str | os.PathLike[str], graph: "SimpleNetGraph", levels: dict[
     with files.new_folder(folder) as temporary:
         torch.save(states, temporary / CHECKPOINT)
         parameters = {
-            "backbone.name": config.backbone,
+            "backbone.name": names.published(config.backbone),
             "layers_to_extract_from": list(graph.backbone.layers),
             "input_shape": (3, *config.size),
             "pretrain_embed_dimension": config.pretrain_embed_dimension,
@@ -116,15 +106,14 @@ def _settings(states: dict[str, Any], parameters: dict[str, Any], own: SimpleNet
         "auto_noise": False,
     }
     if "backbone.name" in parameters:
-        name = parameters["backbone.name"]
-        settings["backbone"] = NAMES.get(name, name)
+        settings["backbone"] = names.in_timm(parameters["backbone.name"])
         settings["layers"] = tuple(parameters["layers_to_extract_from"])
         settings["size"] = tuple(parameters["input_shape"])[-2:]
         settings |= {
             key: parameters[key] for key in ("pretrain_embed_dimension", "target_embed_dimension", "patchsize")
         }
-    elif settings["backbone"] in NAMES:
-        settings["backbone"] = NAMES[settings["backbone"]]
+    else:
+        settings["backbone"] = names.in_timm(settings["backbone"])
     return settings
 
 

@@ -32,7 +32,7 @@ from itertools import count, islice, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kizu import files
+from kizu import files, tracking
 from kizu.config import CONFIGS, Config, build
 from kizu.dataset import Dataset, Sample
 from kizu.errors import DataError, KizuError, OptionError
@@ -128,16 +128,19 @@ def train(
     num_workers: int = 2,
     oracle: bool = False,
     save_segmentation_images: bool = False,
+    track: Sequence[tracking.Service] = (),
     progress: Callable[[str], Progress] = lambda category: lambda stage, done, total: None,
 ) -> tuple[Run, list[CategoryResult]]:
     """Fit and evaluate one detector a category, and write the results folder.
 
-    `oracle` adds, marked, the metrics of the round of training that is the best on the test images.
+    `oracle` adds, marked, the metrics of the round of training that is the best on the test images. The services in
+    `track` are told of the finished run.
     """
     from kizu.detectors import detector_class
     from kizu.detectors.detector import gpu_device
 
     kind = detector_class(method)
+    tracking.check(track)
     device = None if gpu is None else gpu_device(gpu)
     start = time.time()
     categories = _learnable(kind, config, data, oracle)
@@ -165,6 +168,7 @@ def train(
                 results.append(result)
                 log.info("%s: %s", category, _one_line(result))
             _finish(run, about, results, time.time() - start)
+            tracking.tell(track, _told(run.folder, about, results))
             log.info("finished: %s", run.folder)
     except KizuError:
         if not results and not any(run.unfinished.glob("*.checkpoint")):  # nothing to resume: the name is free again
@@ -262,6 +266,17 @@ def write_tables(folder: Path, about: dict[str, Any], results: Sequence[Category
         seconds=about["seconds"],
     )
     report.write(folder / "report.html", summary, results)
+
+
+def _told(folder: Path, about: dict[str, Any], results: Sequence[CategoryResult]) -> tracking.Told:
+    return tracking.Told(
+        folder.parent.parent.name,
+        folder.parent.name,
+        folder.name,
+        {"method": about["method"], **about["config"]},
+        {result.category: result.metrics for result in results},
+        {result.category: result.curves for result in results},
+    )
 
 
 def _eyes(method: str, config: dict[str, Any]) -> str:

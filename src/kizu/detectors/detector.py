@@ -71,6 +71,7 @@ class Detector(Inspector):
         self.checkpoint: Path | None = None
         self.after_round: Callable[[nn.Module, int], None] = lambda graph, number: None
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.batch_size: int | None = None  # photographs at a time, instead of what suits the device
 
     @abstractmethod
     def learn(self, photos: Stack, held_out: Stack, memory: int, progress: Progress) -> Learned:
@@ -237,7 +238,7 @@ class Detector(Inspector):
         """
         numbers = range(len(photos)) if only is None else only
         total = len(numbers) * (1 + copies)
-        batch = LEARNED.get(self.device.type, BATCH)
+        batch = self.batch_size or LEARNED.get(self.device.type, BATCH)
         for turn in range(1 + copies):
             for start in range(0, len(numbers), batch):
                 some = numbers[start : start + batch]

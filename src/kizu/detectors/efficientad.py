@@ -87,7 +87,8 @@ class EfficientADGraph(nn.Module):
         self.register_buffer("std", torch.ones(dimension))
         self.register_buffer("levels", torch.tensor([[0.0, 1.0], [0.0, 1.0]]))  # (student, autoencoder) × (low, high)
         self.register_buffer("surround", torch.zeros(3))  # colour of the frame, normalised
-        self.upsample = MapUpsampling(self.grid, config.size, config.smoothing, CENTRE - self.frame[0], STRIDE)
+        places = (None, None) if config.border == "stretch" else (CENTRE - self.frame[0], STRIDE)
+        self.upsample = MapUpsampling(self.grid, config.size, config.smoothing, *places)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         return self.rate(*self.views(images))
@@ -194,10 +195,10 @@ class EfficientAD(Detector):
                 trained = self._train(graph, photos, learned, origin, progress)
         graph.eval().requires_grad_(False)
         with self.timed("calibration"), torch.inference_mode():
-            self._scale(graph, photos, scaling, progress)
             numbers = range(len(held_out)) if len(held_out) else judging
+            self._scale(graph, *((photos, scaling) if scaling else (held_out, numbers)), progress)
             outcome = self._judge(graph, held_out if len(held_out) else photos, numbers, progress)
-        images = {"learned from": len(learned), "scale of the maps": len(scaling), "threshold": len(numbers)}
+        images = {"learned from": len(learned), "scale of the maps": len(scaling or numbers), "threshold": len(numbers)}
         facts = {"teacher": origin, "network": f"PDN-{network.size.upper()}", "images": images, **trained}
         return Learned(graph, *outcome, facts, judged=list(numbers))
 
@@ -287,6 +288,8 @@ class EfficientAD(Detector):
     def _scale(self, graph: EfficientADGraph, photos: Stack, numbers: Sequence[int], progress: Progress) -> None:
         """The levels of both maps from the pixels of good images."""
         errors = [graph.errors(pixels) for pixels in self._pick(photos, numbers, 16, "Scale of the maps", progress)]
+        if self.config.border == "stretch":  # the published quantiles are those of the stretched maps
+            errors = [(graph.upsample(ours), graph.upsample(theirs)) for ours, theirs in errors]
         for which, maps in enumerate(zip(*errors, strict=True)):
             values = torch.cat(maps).cpu().numpy()
             low, high = quantile(values, LOW), quantile(values, HIGH)
@@ -329,10 +332,13 @@ def parted(count: int, held_out: int, share: float, seed: int) -> tuple[list[int
     """Which of `count` images are learned from, which scale the maps, and which set the threshold.
 
     `share` of the images are kept from learning. Where others are held out for the threshold, all of these scale the
-    maps; otherwise a third of them do and the rest sets the threshold, or, of fewer than 9, all do both.
+    maps; otherwise a third of them do and the rest sets the threshold, or, of fewer than 9, all do both. With a `share`
+    of 0 the images held out for the threshold scale the maps as well.
     """
     order = np.random.default_rng([seed, count]).permutation(count).tolist()
     kept = max(1, round(share * count)) if count > 1 else 0
+    if held_out and share == 0:
+        return order, [], []
     learned, others = order[kept:], order[:kept]
     if held_out or kept < 9:
         return learned, others or learned, [] if held_out else others

@@ -48,7 +48,13 @@ class PatchCoreGraph(nn.Module):
         self.backbone = network
         taps = [slice(None)] if config.fusion == "stack" else [slice(n, n + 1) for n in range(len(network.layers))]
         self.taps = taps  # the layers of each bank
-        self.patches = PatchFeatures(config.patchsize, config.pretrain_embed_dimension, config.target_embed_dimension)
+        self.patches = PatchFeatures(
+            config.patchsize,
+            config.pretrain_embed_dimension,
+            config.target_embed_dimension,
+            config.patchstride,
+            config.patchsize_aggregate,
+        )
         self.banks = nn.ModuleList()
 
     def complete(self, banks: Sequence[Bank], grids: Sequence[tuple[int, int]]) -> None:
@@ -146,7 +152,7 @@ class PatchCoreGraph(nn.Module):
     def patch_scores(self, bank: Bank, hit: Hits, without: Hits | None) -> Tensor:
         """(N,): distances as they are, or in units of what is usual around the entries, or in the whole bank."""
         if self.config.fusion == "stack" and not self.config.local_scale:
-            return hit.distances.mean(1)
+            return (hit.distances.square() if self.config.squared else hit.distances).mean(1)
         usual = bank.usual(self.config.local_scale, without)
         return (hit.distances / usual[hit.entries]).mean(1)
 
@@ -293,6 +299,8 @@ class PatchCore(Detector):
         with torch.inference_mode():
             pixels = torch.from_numpy(seen.transpose(2, 0, 1)[None].copy()).to(self.device)
             distance, number, (x, y) = graph.nearest(pixels, (place[0] / seen.shape[1], place[1] / seen.shape[0]))
+        if number < 0:  # of an image that another program learned from
+            return None
         return Lookalike(self.training["names"][number], number, (x, y), distance)
 
     def update(

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from kizu import image as images
+from kizu.calibration import judged
 from kizu.config import PUADConfig
 from kizu.detectors import detector_class
 from kizu.detectors.detector import Detector, Learned, Progress
@@ -88,11 +89,15 @@ class PUAD(Detector):
     """Another method and a head that sees the whole image (PUAD). Settings: the fields of `PUADConfig`."""
 
     method = "puad"
+    over: Detector | None = None  # a base that has learned already: it stays as it is, and judges what is held out
 
     def learn(self, photos: Stack, held_out: Stack, memory: int, progress: Progress) -> Learned:
         base = self._base()
         base.checkpoint, base.seconds = self.checkpoint, self.seconds
-        learned = base.learn(photos, held_out, memory, progress)
+        if self.over is None:
+            learned = base.learn(photos, held_out, memory, progress)
+        else:
+            learned = judged(self.over, held_out, progress)
         self.curves, self.remarks = base.curves, [*self.remarks, *base.remarks]
         with self.timed("whole images"), torch.inference_mode():
             good, groups = self._wholes(learned.graph, photos, progress)

@@ -1,0 +1,45 @@
+"""Runs told to Weights & Biases and MLflow, without a network."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import kizu
+from kizu import run
+from kizu.tracking import Told, tell
+from test_cli import factory, table
+
+KIZU = [sys.executable, "-c", "from kizu.cli import main; main()"]
+
+
+def test_a_run_is_told_to_both_and_kept_on_this_machine(tmp_path):
+    data = factory(tmp_path / "data") / "disc"
+    command = ["train", "simplenet", str(data), "--size", "64", "--meta-epochs", "2", "--dsc-hidden", "32", "-q"]
+    environment = {**os.environ, "WANDB_MODE": "offline"}
+    environment.pop("MLFLOW_TRACKING_URI", None)
+    told = [*KIZU, *command, "--track", "wandb", "--track", "mlflow"]
+    done = subprocess.run(told, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "could not be told" not in done.stderr, done.stderr
+    finished = tmp_path / "results" / "project" / "group" / "run"
+    value = table(finished / "results.csv")[0]["image_auroc"]
+    kept = list((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert len(kept) == 1 and b"disc/image_auroc" in kept[0].read_bytes()
+    metrics = next((tmp_path / "mlruns").rglob("metrics/disc"))
+    assert float((metrics / "image_auroc").read_text().split()[1]) == pytest.approx(float(value), abs=1e-6)
+    assert len((metrics / "loss").read_text().splitlines()) == 2
+    assert (metrics.parents[1] / "params" / "meta_epochs").read_text() == "2"
+
+
+def test_a_service_that_fails_costs_no_results(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "nonsense://nowhere")
+    tell(["mlflow"], Told("project", "group", "run", {}, {"disc": {"image_auroc": 1.0, "pixel_auroc": None}}))
+    assert "mlflow could not be told of the run" in caplog.text
+
+
+def test_a_missing_service_is_said_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(kizu.KizuError, match=r"pip install 'kizu\[wandb\]'"):
+        run.train("patchcore", kizu.PatchCore().config, None, Path(tmp_path), track=["wandb"])
