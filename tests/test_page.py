@@ -112,6 +112,7 @@ def test_a_walk_from_a_dropped_photograph_to_a_false_alarm(browser, tmp_path):
     assert [text for text in complaints if not any(f"status of {code}" in text for code in refused)] == []
 
 
+@pytest.mark.slow
 def test_on_a_phone_nothing_sticks_out(browser, tmp_path):
     folder = small_model(tmp_path / "disc")
     with serving(folder, log=tmp_path / "log") as (_, url):

@@ -249,14 +249,14 @@ def test_reloaded_and_stopped_under_load_it_answers_every_request_it_accepted(fo
         clients = [threading.Thread(target=ask, args=(number, url)) for number in range(8)]
         for thread in clients:
             thread.start()
-        time.sleep(0.7)
+        time.sleep(0.5)
         kizu.load(other).save(duty)
         deadline = time.monotonic() + 20
         while len(versions) < 2 and time.monotonic() < deadline:
             versions.add(httpx.get(url + "v1/models").json()[0]["version"])
             time.sleep(0.1)
         process.send_signal(signal.SIGHUP)
-        time.sleep(0.7)
+        time.sleep(0.5)
         process.send_signal(signal.SIGTERM)
         for thread in clients:
             thread.join(30)

@@ -150,10 +150,10 @@ def test_a_file_is_judged_when_it_is_whole_and_again_when_it_is_another(folder, 
     whole, other = encoded(part(1)), encoded(part(2, spot=True))
     (incoming / "broken.png").write_bytes(whole[:700])
     (incoming / "half.png.part").write_bytes(whole)
-    options = ["in", "--output", out, "--settle", "0.1", "--patience", "2", "--interval", "0.05"]
+    options = ["in", "--output", out, "--settle", "0.1", "--patience", "1.5", "--interval", "0.05"]
     with watching(*options, model=folder, cwd=tmp_path) as process:
         (incoming / "slow.png").write_bytes(whole[:500])
-        time.sleep(1.5)  # longer than it must rest, shorter than patience
+        time.sleep(1.0)  # longer than it must rest, shorter than patience
         with (incoming / "slow.png").open("ab") as file:
             file.write(whole[500:])
         until(lambda: len(ledger(out)) == 2)
@@ -214,6 +214,7 @@ class Mosquito(threading.Thread):
                 line.sendall(b"\xd0\x00")
 
 
+@pytest.mark.slow
 def test_a_video_goes_to_a_broker_frame_by_frame_and_on_after_an_end(folder, tmp_path):
     cv2 = pytest.importorskip("cv2", reason="OpenCV is not installed (extra camera)")
     pytest.importorskip("paho.mqtt", reason="paho-mqtt is not installed (extra mqtt)")
