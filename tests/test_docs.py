@@ -35,7 +35,7 @@ def workshop(tmp_path):
     return tmp_path
 
 
-LONG = {"verdicts.md", "metrics.md", "efficientad.md"}  # commands that are for `make test-all`
+LONG = {"verdicts.md", "metrics.md", "efficientad.md", "runtime.md"}  # commands that are for `make test-all`
 
 
 @pytest.mark.parametrize(
