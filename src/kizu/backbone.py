@@ -76,7 +76,7 @@ class Backbone(nn.Module):
         the time.
         """
         at_once = torch.get_num_threads()
-        if len(images) <= at_once or images.is_cuda or torch.is_grad_enabled() or is_traced():
+        if is_traced() or images.is_cuda or torch.is_grad_enabled() or len(images) <= at_once:
             return self._maps(images)
         return [torch.cat(layer) for layer in zip(*map(self._maps, images.split(at_once)), strict=True)]
 

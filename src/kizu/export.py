@@ -28,7 +28,7 @@ from kizu.inspector import readable
 from kizu.packing import LARGE, halved, quantised
 from kizu.parity import Cases, Tolerance
 from kizu.preprocess import batches
-from kizu.runtime import CASES, KEEPSAKES, Exported, digest, open_graph
+from kizu.runtime import CASES, KEEPSAKES, Exported, digest, open_graph, seal
 from kizu.runtime import load as load_exported
 from kizu.supply import drawn, endless
 
@@ -104,6 +104,7 @@ def export(
             )
         about["export"]["parity"] |= {"compared": found.to_json(), "tolerance": asdict(allowed)}
         model.verify()
+        about["export"]["seal"] = seal(about)
         (temporary / "model.json").write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return load_exported(folder)
 

@@ -4,6 +4,7 @@ An exported model checks at load that it reproduces what the trained one said of
 """
 
 import hashlib
+import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
@@ -25,7 +26,7 @@ from kizu.preprocess import Preprocessing
 from kizu.threshold import p_value
 from kizu.wholes import Wholes
 
-__all__ = ["BACKENDS", "CASES", "KEEPSAKES", "Exported", "digest", "load", "open_graph"]
+__all__ = ["BACKENDS", "CASES", "KEEPSAKES", "Exported", "digest", "load", "open_graph", "seal"]
 
 CASES = "parity.safetensors"
 KEEPSAKES = "keepsakes.safetensors"  # what it takes to say more than score and map
@@ -139,6 +140,8 @@ def load(folder: str | os.PathLike[str], *, check: int | None = CHECKED) -> Expo
     if "export" not in about:
         raise ModelError(f"{folder} is a trained model: open it with kizu.load, or export it")
     try:
+        if about["export"]["seal"] != seal(about):
+            raise ModelError(f"{folder}: model.json was changed. Export the model again")
         for name, expected in about["export"]["files"].items():
             if digest(folder / name) != expected:
                 raise ModelError(f"{folder}: {name} is damaged or was changed. Export the model again")
@@ -150,6 +153,13 @@ def load(folder: str | os.PathLike[str], *, check: int | None = CHECKED) -> Expo
     if check != 0:
         model.verify(check)
     return model
+
+
+def seal(about: dict[str, Any]) -> str:
+    """A hash of what model.json says, but for the seal itself."""
+    export = {key: value for key, value in about["export"].items() if key != "seal"}
+    text = json.dumps(about | {"export": export}, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def digest(path: Path) -> str:
@@ -183,7 +193,10 @@ def _onnxruntime(folder: Path) -> Run:
         raise ModelError(f"{folder}: model.onnx cannot be opened ({str(error).splitlines()[0]})") from None
 
     def run(pixels: npt.NDArray[np.uint8], names: Sequence[str]) -> list[npt.NDArray[Any]]:
-        outputs: list[npt.NDArray[Any]] = session.run(list(names), {"images": pixels})
+        try:
+            outputs: list[npt.NDArray[Any]] = session.run(list(names), {"images": pixels})
+        except Exception as error:  # as above
+            raise ModelError(f"{folder}: model.onnx does not run ({str(error).splitlines()[0]})") from None
         return outputs
 
     return run

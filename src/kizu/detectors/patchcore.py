@@ -145,7 +145,8 @@ class PatchCoreGraph(nn.Module):
         most = max(1, round(self.config.top * flat.shape[1]))
         scores = flat.topk(most, dim=1).values.mean(1)
         if self.config.reweight > 1:
-            worst = flat.argmax(1) + torch.arange(len(flat), device=flat.device) * flat.shape[1]
+            images = torch.arange(flat.shape[0], device=flat.device)  # len() would fix their number in an export
+            worst = flat.argmax(1) + images * flat.shape[1]
             scores = scores * self.weight((hits if without is None else without)[0], worst)
         return scores, grid[:, 0]
 
