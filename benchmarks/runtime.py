@@ -13,6 +13,7 @@ figure is the median of a turn, and the best turn counts, since what else runs o
 "plain torch" is the exported graph run by torch as it is written: batch normalisation by itself, the default memory
 layout, every patch compared with every entry. "torch" is what kizu runs: folded, channels last, a search in cells.
 On ResNet-18, kizu's export and anomalib's have the same weights, the same number of entries and the paper's scores.
+anomalib's graph takes two images at a time and no other number, so it is timed so, and halved.
 """
 
 import argparse
