@@ -28,8 +28,7 @@ _OPTION_NAME = re.compile(r"^--\w[\w-]*")
 GROUPS = {
     "Learn": ("train", "distill", "update", "merge", "evaluate", "demo"),
     "Judge": ("predict", "check", "drift", "tune"),
-    "Deliver": ("export", "verify"),
-    "Stay": ("serve", "watch"),
+    "On the line": ("export", "verify", "serve", "watch"),
     "Look": ("data", "info", "doctor"),
     "Coming from the originals": ("reference", "import"),
 }
@@ -496,6 +495,6 @@ def _say(facts: dict[str, Any], as_json: bool) -> None:
         terminal.print_facts(facts)
 
 
-ELSEWHERE = (commands.check, commands.drift, commands.tune, delivery.export, delivery.verify, services.serve)
-for command in (*ELSEWHERE, services.watch, reference, import_models):
+MORE = (commands.check, commands.drift, commands.tune, delivery.export, delivery.verify, services.serve, services.watch)
+for command in (*MORE, reference, import_models):
     cli.add_command(command)

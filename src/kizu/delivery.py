@@ -75,9 +75,12 @@ def _as_published(folder: Path, target: Path, images: str | None, options: dict[
         raise OptionError("--to reference writes the tensors as they are: leave --precision and --images out")
     if target.exists():
         raise OptionError(f"{target} exists: choose another --output")
-    write_reference(load(folder), target)
+    detector = load(folder)
+    write_reference(detector, target)
     if not options["quiet"]:
+        (height, _), resize = detector.config.size, detector.config.resize
         click.echo(f"{target}: as the published code of its method lays it out")
+        click.echo(f"  It does not say how photographs are scaled: kizu import {target} --resize {resize or height}")
 
 
 @click.command()

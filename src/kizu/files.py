@@ -37,6 +37,8 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         yield temporary
         temporary.chmod(0o755)
+        for inside in temporary.rglob("*"):  # some writers leave theirs to their owner alone
+            inside.chmod(0o755 if inside.is_dir() else 0o644)
         if path.exists():
             old = Path(tempfile.mkdtemp(dir=path.parent, prefix="."))
             path.rename(old / path.name)

@@ -144,10 +144,7 @@ def train(
     device = None if gpu is None else gpu_device(gpu)
     start = time.time()
     categories = _learnable(kind, config, data, oracle)
-    settings = {"method": method, "config": config.model_dump(mode="json"), "data": str(data.root.resolve())}
-    about = {**settings, "categories": categories, "data_hash": fingerprint(data.samples), "oracle": oracle}
-    if data.saturations:
-        about["saturations"] = _plain(data.saturations)
+    about = _about(method, config, data, categories, oracle)
     run = open_run(parent, name, about, resume=resume, overwrite=overwrite)
     results: list[CategoryResult] = []
     try:
@@ -175,6 +172,13 @@ def train(
             shutil.rmtree(run.folder)
         raise
     return run, results
+
+
+def _about(method: str, config: Config, data: Dataset, categories: list[str], oracle: bool) -> dict[str, Any]:
+    """What a run that is resumed must have in common with the one that was started."""
+    settings = {"method": method, "config": config.model_dump(mode="json"), "data": str(data.root.resolve())}
+    about = {**settings, "categories": categories, "data_hash": fingerprint(data.samples), "oracle": oracle}
+    return about | ({"saturations": _plain(data.saturations)} if data.saturations else {})
 
 
 def _learnable(kind: "type[Detector]", config: Config, data: Dataset, oracle: bool) -> list[str]:

@@ -137,7 +137,10 @@ def watch(folder: str | None, model: str, camera: str | None, quiet: bool, **opt
     try:
         if folder is not None:
             working.catch_up(Path(folder))
+        before = ledger.count
         working.run(load(home), home.resolve().name, source, stop)
+        if options["once"] and ledger.count == before and not quiet:
+            click.echo(f"Nothing new: {before} were judged before.")
     finally:
         working.close(30.0 if options["once"] else 5.0)
 

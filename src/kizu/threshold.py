@@ -52,10 +52,10 @@ class Threshold:
             return self.tuned
         if self.count == 0:
             return "No good image was left over to set a level from, so nothing is stopped: train on more images."
-        bound = _at_most(self.bound)
+        bound, rate = _at_most(self.bound), one_in(self.rate).replace("%", "% of")
         if self.rate >= self.supported - 1e-12:
             return (
-                f"At most {one_in(self.rate)} good parts will be stopped on average, with 95 % confidence at most "
+                f"At most {rate} good parts will be stopped on average, with 95 % confidence at most "
                 f"{bound}, as long as they come about and are photographed like the {self.count} good images behind "
                 f"the level, which carry at best {one_in(self.supported)}."
             )
@@ -121,7 +121,7 @@ def interval(hits: int, total: int, confidence: float = CONFIDENCE) -> tuple[flo
 
 def one_in(rate: float) -> str:
     """0.02 → "1 in 50"."""
-    return f"1 in {round(1 / rate):,}" if 1 / rate >= 9.5 or rate == 1 / round(1 / rate) else f"{rate:.0%}"
+    return f"1 in {round(1 / rate):,}" if 1 / rate >= 9.5 or rate == 1 / round(1 / rate) else f"{100 * rate:.0f} %"
 
 
 def percent(rate: float) -> str:

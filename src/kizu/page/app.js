@@ -12,7 +12,11 @@ let models = [];
 let current = null; // the entry on show
 let promised = null; // what the threshold on show promises
 const viewer = new Viewer($("canvas"), $("frame"));
-const scale = new Scale($("plot"), $("threshold"), (value) => follow(value));
+const levels = new Map(); // thresholds that were moved, by model: they stay for the next photograph
+const scale = new Scale($("plot"), $("threshold"), (value) => {
+  levels.set(current.model, value);
+  follow(value);
+});
 const history = new History($("strip"), $("tally"), (entry) => open(entry));
 
 const model = () => models.find((one) => one.name === $("model").value) ?? models[0];
@@ -90,11 +94,12 @@ async function open(entry) {
   document.querySelector("main").dataset.state = "open";
   $("name").textContent = entry.name;
   viewer.show(seen, result, map, about.scale);
-  scale.show(about.good_scores, result.score, about.threshold);
+  const level = levels.get(about.name) ?? about.threshold;
+  scale.show(about.good_scores, result.score, level);
   listRegions(result);
   listPairs(result);
   showMark(entry.feedback, "");
-  follow(about.threshold ?? scale.value);
+  follow(level ?? scale.value);
 }
 
 /** Verdict, outline and statement for a threshold, which may be another than the model's. */
@@ -118,6 +123,8 @@ async function follow(threshold) {
   if (current !== entry || (moved && scale.value !== threshold)) return;
   $("statement").textContent = promised.statement + (moved ? " Moved on this page only: kizu tune sets it in the model." : "");
   viewer.set({ level: promised.map_level ?? Infinity, region: null });
+  if (stop && result.regions.every((region) => region.peak <= (promised.map_level ?? Infinity)))
+    $("because").textContent += " It is unusual in several places, none of which is marked alone.";
   for (const [number, region] of result.regions.entries()) {
     const below = region.peak <= (promised.map_level ?? Infinity);
     $("regions").children[number].classList.toggle("below", below);
@@ -272,6 +279,7 @@ $("opacity").addEventListener("input", (event) => {
 });
 $("reset").addEventListener("click", () => {
   const about = models.find((one) => one.name === current.model);
+  levels.delete(about.name);
   scale.set(about.threshold);
   follow(about.threshold);
 });

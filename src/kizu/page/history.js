@@ -58,7 +58,7 @@ export class History {
 
   select(entry) {
     for (const other of this.entries) other.row.toggleAttribute("aria-current", other === entry);
-    entry.row?.scrollIntoView({ block: "nearest", inline: "nearest" });
+    if (entry.row) this.strip.scrollLeft = entry.row.offsetLeft - (this.strip.clientWidth - entry.row.offsetWidth) / 2;
     this.selected = entry;
   }
 
