@@ -163,8 +163,7 @@ def stopped(models: list[Path], load: Load, after: int, clients: int, folder: Pa
         spent = time.perf_counter() - start
         ending.join()
         accepted, answered = server.stop()
-    row = summary("stopped in the middle", tally, accepted, answered, None, clients, spent)
-    return row
+    return summary("stopped in the middle", tally, accepted, answered, None, clients, spent)
 
 
 def told_apart(load: Load) -> str:

@@ -49,7 +49,7 @@ def templates() -> Any:
     """The environment of the pages' templates. Raises `MissingExtra` without jinja2."""
     jinja2 = require("jinja2")
     return jinja2.Environment(
-        loader=jinja2.PackageLoader("kizu"),
+        loader=jinja2.ChoiceLoader([jinja2.PackageLoader("kizu"), jinja2.PackageLoader("kizu", "page")]),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
