@@ -1,33 +1,12 @@
-"""What a finished detector says of good images that it did not learn from; its levels, from these alone."""
+"""Levels for a detector that is finished already, from good images that it did not learn from."""
 
-import statistics
 from collections.abc import Iterable
 from typing import Any
 
-import torch
+from kizu.detectors.detector import Detector, Progress
+from kizu.errors import DataError
 
-from kizu.detectors.detector import Detector, Learned, Progress
-from kizu.errors import DataError, ModelError
-from kizu.preprocess import Stack
-
-__all__ = ["judged", "set_levels"]
-
-
-def judged(detector: Detector, photos: Stack, progress: Progress) -> Learned:
-    """The detector's graph, and its scores and maps of all the photos."""
-    if detector.graph is None:
-        raise ModelError("This detector has learned nothing yet: call fit first, or kizu.load a saved model.")
-    scores: list[float] = []
-    peaks: list[float] = []
-    medians: list[float] = []
-    with torch.inference_mode():
-        for _, pixels in detector.stream(photos, "Threshold", progress):
-            some, maps = detector.graph(pixels)
-            scores += some.tolist()
-            peaks += maps.flatten(1).amax(1).tolist()
-            medians += maps.flatten(1).median(1).values.tolist()
-    median = statistics.median(medians) if medians else 0.0
-    return Learned(detector.graph, scores, peaks, median, detector.facts, judged=list(range(len(scores))))
+__all__ = ["set_levels"]
 
 
 def set_levels(detector: Detector, good: Iterable[Any], progress: Progress = lambda stage, done, total: None) -> None:
@@ -39,4 +18,5 @@ def set_levels(detector: Detector, good: Iterable[Any], progress: Progress = lam
     with photos:
         if not len(photos):
             raise DataError("There is no photograph of a good part to set the threshold with.")
-        detector.adopt(judged(detector, photos, progress))
+        assert detector.graph is not None
+        detector.adopt(detector.judged(detector.graph, photos, progress))

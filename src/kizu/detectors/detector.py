@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shutil
+import statistics
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -228,6 +229,33 @@ class Detector(Inspector):
         """The network inside that was trained on other photographs: its name and the hash of its weights."""
         assert self.graph is not None
         return {"name": self.config.backbone, "weights": weights_hash(self.graph)}
+
+    @torch.inference_mode()
+    def judged(
+        self,
+        graph: nn.Module,
+        photos: Stack,
+        progress: Progress,
+        *,
+        only: Sequence[int] | None = None,
+        facts: dict[str, Any] | None = None,
+        usual: float = 0.0,
+    ) -> Learned:
+        """A finished graph, and what it says of photos, or only of some, that it was not trained on.
+
+        `usual` is the typical value of a good pixel where there are no photos.
+        """
+        scores: list[float] = []
+        peaks: list[float] = []
+        medians: list[float] = []
+        for _, pixels in self.stream(photos, "Threshold", progress, only=only):
+            some, maps = graph(pixels)
+            scores += some.tolist()
+            peaks += maps.flatten(1).amax(1).tolist()
+            medians += maps.flatten(1).median(1).values.tolist()
+        median = statistics.median(medians) if medians else usual
+        numbers = list(range(len(photos)) if only is None else only)
+        return Learned(graph, scores, peaks, median, self.facts if facts is None else facts, judged=numbers)
 
     def stream(
         self, photos: Stack, stage: str, progress: Progress, *, only: Sequence[int] | None = None, copies: int = 0

@@ -8,7 +8,6 @@ in the mean colour of good ones' borders (`border`), so that the map reaches to 
 
 import logging
 import math
-import statistics
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -197,10 +196,10 @@ class EfficientAD(Detector):
         with self.timed("calibration"), torch.inference_mode():
             numbers = range(len(held_out)) if len(held_out) else judging
             self._scale(graph, *((photos, scaling) if scaling else (held_out, numbers)), progress)
-            outcome = self._judge(graph, held_out if len(held_out) else photos, numbers, progress)
         images = {"learned from": len(learned), "scale of the maps": len(scaling or numbers), "threshold": len(numbers)}
         facts = {"teacher": origin, "network": f"PDN-{network.size.upper()}", "images": images, **trained}
-        return Learned(graph, *outcome, facts, judged=list(numbers))
+        with self.timed("calibration"):
+            return self.judged(graph, held_out if len(held_out) else photos, progress, only=numbers, facts=facts)
 
     def calibrates_with(self, photos: int, held_out: int) -> int:
         return held_out or len(parted(photos, 0, self.config.validation, self.config.seed)[2])
@@ -294,20 +293,6 @@ class EfficientAD(Detector):
             values = torch.cat(maps).cpu().numpy()
             low, high = quantile(values, LOW), quantile(values, HIGH)
             graph.levels[which] = torch.tensor([low, max(high, low * (1 + 1e-6) + 1e-12)])
-
-    def _judge(
-        self, graph: EfficientADGraph, photos: Stack, numbers: Sequence[int], progress: Progress
-    ) -> tuple[list[float], list[float], float]:
-        """Scores, maps' maxima and the median of the maps' medians, of images that were not learned from."""
-        scores: list[float] = []
-        peaks: list[float] = []
-        medians: list[float] = []
-        for pixels in self._pick(photos, numbers, 16, "Threshold", progress):
-            some, maps = graph(pixels)
-            scores += some.tolist()
-            peaks += maps.flatten(1).amax(1).tolist()
-            medians += maps.flatten(1).median(1).values.tolist()
-        return scores, peaks, statistics.median(medians) if medians else 0.0
 
     def _pick(
         self, photos: Stack, numbers: Sequence[int], batch_size: int, stage: str, progress: Progress

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from kizu import image as images
-from kizu.calibration import judged
 from kizu.config import PUADConfig
 from kizu.detectors import detector_class
 from kizu.detectors.detector import Detector, Learned, Progress
@@ -97,7 +96,8 @@ class PUAD(Detector):
         if self.over is None:
             learned = base.learn(photos, held_out, memory, progress)
         else:
-            learned = judged(self.over, held_out, progress)
+            assert self.over.graph is not None
+            learned = self.over.judged(self.over.graph, held_out, progress)
         self.curves, self.remarks = base.curves, [*self.remarks, *base.remarks]
         with self.timed("whole images"), torch.inference_mode():
             good, groups = self._wholes(learned.graph, photos, progress)

@@ -9,7 +9,6 @@ import hashlib
 import json
 import math
 import os
-import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -117,9 +116,8 @@ class SimpleNet(Detector):
             "rounds": training.best["round"] if training.best else len(training.history),
         }
         with self.timed("calibration"):
-            if len(held_out):
-                return self._judged(graph, held_out, range(len(held_out)), facts, progress)
-            return self._judged(graph, photos, calibrating, facts, progress)
+            photos, only = (held_out, None) if len(held_out) else (photos, calibrating)
+            return self.judged(graph, photos, progress, only=only, facts=facts, usual=-self.config.dsc_margin)
 
     def calibrates_with(self, photos: int, held_out: int) -> int:
         return held_out or len(_divided(photos, False, self.config)[2])
@@ -167,27 +165,6 @@ class SimpleNet(Detector):
     @torch.inference_mode()
     def _rows(self, graph: SimpleNetGraph, photos: Stack, numbers: Sequence[int]) -> Tensor:
         return torch.cat([as_rows(graph.embed(self.pixels(photos, [number]))) for number in numbers])
-
-    @torch.inference_mode()
-    def _judged(
-        self,
-        graph: SimpleNetGraph,
-        photos: Stack,
-        only: Sequence[int],
-        facts: dict[str, Any],
-        progress: Progress,
-    ) -> Learned:
-        """What the finished graph says of good images that it was not trained on."""
-        scores: list[float] = []
-        peaks: list[float] = []
-        medians: list[float] = []
-        for _, pixels in self.stream(photos, "Threshold", progress, only=only):
-            rated, maps = graph(pixels)
-            scores += rated.tolist()
-            peaks += maps.flatten(1).amax(1).tolist()
-            medians += maps.flatten(1).median(1).values.tolist()
-        median = statistics.median(medians) if medians else -self.config.dsc_margin
-        return Learned(graph, scores, peaks, median, facts, judged=list(only))
 
     def save_to_path(self, folder: str | os.PathLike[str]) -> Path:
         """Write `ckpt.pth` and `params.pkl` in the published layout; the backbone's weights are not inside."""
