@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from kizu import coreset
-from kizu.neighbours import Cells, arrange, nearest, traced
+from kizu.neighbours import Cells, arrange, nearest
 from kizu.quantised import QuantisedCells
 from kizu.tracing import is_traced
 
@@ -91,7 +91,7 @@ class Bank(nn.Module):
     def search(self, queries: Tensor, count: int, own: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Distances and entries (N, count) nearest to queries (N, D), none from the queries' own images (N,)."""
         if is_traced():
-            return traced(queries, self.entries, self.half_norms, count)
+            return nearest(queries, self.entries, count, half_norms=self.half_norms)
         sorted_here = len(self.centres) > 0 and queries.device.type == "cpu"
         if count == 1 and (sorted_here or self.quantise):
             distances, entries = self.index().nearest(queries, own)
@@ -101,7 +101,7 @@ class Bank(nn.Module):
     def around(self, entries: Tensor, count: int, own: Tensor | None = None) -> Tensor:
         """Indices (B, count) of what is nearest to entries of this bank (B, D): themselves first."""
         if is_traced():
-            return traced(entries, self.entries, self.half_norms, count)[1]
+            return nearest(entries, self.entries, count, half_norms=self.half_norms)[1]
         if len(self.centres) and entries.device.type == "cpu" and not self.quantise:
             index = self.index()
             assert isinstance(index, Cells)

@@ -13,8 +13,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from kizu.errors import OptionError
+from kizu.products import padded, similarities
 
 __all__ = ["Coreset", "Summary", "select"]
 
@@ -22,7 +24,7 @@ CANDIDATES = 512
 DECAY = 0.95
 BLOCK = 2048  # rows, and
 CENTRES = 512  # centres at a time in a matrix product
-PIVOTS = 256  # picks that divide the rows into cells, or fewer where so many picks are to come that
+PIVOTS = 128  # picks that divide the rows into cells, or fewer where so many picks are to come that
 TABLE = 2**24  # numbers would not hold the distances between both
 SLACK = 1e-4  # for rounding, where distances are compared
 CHUNK = 2**17  # rows that a summary reduces at a time
@@ -125,13 +127,13 @@ class _Cover:
         self.seen = torch.full(distances.shape, len(picks), device=points.device)  # how many picks that are
         self.chosen = torch.empty(count, dtype=torch.long, device=points.device)  # positions of the picks
         self.centres = points.new_empty(count, points.shape[1])  # their features
+        self.centre_norms = points.new_empty(count)  # ‖centre‖² / 2
         self.cells = [len(points)]  # rows in each
         self.pivots = torch.zeros(1, points.shape[1], device=points.device)  # (cells, D)
         self.to_pivots = points.new_full((count, 1), -torch.inf)  # (count, cells): of picks
         self.own = torch.zeros_like(distances)  # (N,) distance to the pivot of the row's cell
         self.filled = 0
-        self._gathered = points.new_empty(BLOCK, points.shape[1])  # both written again and again: fresh memory costs
-        self._table = points.new_empty(BLOCK * CENTRES)  # more than the product
+        self._gathered = points.new_zeros(BLOCK, points.shape[1])  # written again and again: fresh memory costs
         self.pick(torch.tensor(picks, dtype=torch.long, device=points.device))
 
     def rows(self, positions: Tensor) -> Tensor:
@@ -143,6 +145,7 @@ class _Cover:
         end = self.filled + len(positions)
         self.chosen[self.filled : end] = positions
         self.centres[self.filled : end] = self.rows(positions)
+        self.centre_norms[self.filled : end] = self.half_norms[positions]
         self.distances[positions] = -1
         if len(self.cells) > 1:
             self.to_pivots[self.filled : end] = torch.cdist(self.centres[self.filled : end], self.pivots)
@@ -151,10 +154,8 @@ class _Cover:
     def divide(self, count: int) -> None:
         """Sort the rows into a cell for each of the first picks."""
         self.pivots = self.centres[:count].clone()
-        norms = self.pivots.square().sum(1) / 2
-        owner = _of_each(
-            self.points, torch.long, lambda rows: torch.addmm(norms, rows, self.pivots.T, alpha=-1).argmin(1)
-        )
+        norms = self.centre_norms[:count]
+        owner = _of_each(self.points, torch.long, lambda rows: similarities(rows, self.pivots, norms).argmax(1))
         owner = owner[self.order]
         sorting = owner.argsort(stable=True)
         place = torch.empty_like(sorting)
@@ -194,17 +195,17 @@ class _Cover:
 
     def _compare(self, positions: Tensor, picks: Tensor) -> None:
         """distances[positions] ← min(distances[positions], distance to the nearest of these picks)."""
-        half_norms = self.half_norms[positions]
         rows = self.order[positions]
-        nearest = torch.full_like(half_norms, torch.inf)
+        similar = self.half_norms.new_full(rows.shape, -torch.inf)
         for some in picks.split(CENTRES):
-            centres = self.centres.index_select(0, some)
-            norms = centres.square().sum(1) / 2
-            for block, best in zip(rows.split(BLOCK), nearest.split(BLOCK), strict=True):
-                gathered = torch.index_select(self.points, 0, block, out=self._gathered[: len(block)])
-                cells = self._table[: len(block) * len(some)].view(len(block), -1)
-                torch.minimum(best, torch.addmm(norms, gathered, centres.T, alpha=-1, out=cells).amin(1), out=best)
-        distances = (2 * (nearest + half_norms)).clamp_(min=0).sqrt_()
+            more = F.pad(some, (0, padded(len(some)) - len(some)), value=int(some[0]))
+            centres = self.centres.index_select(0, more)
+            norms = self.centre_norms[more]
+            for block, best in zip(rows.split(BLOCK), similar.split(BLOCK), strict=True):
+                torch.index_select(self.points, 0, block, out=self._gathered[: len(block)])
+                table = similarities(self._gathered[: padded(len(block))], centres, norms)[: len(block)]
+                torch.maximum(best, table.amax(1), out=best)
+        distances = (2 * (self.half_norms[positions] - similar)).clamp_(min=0).sqrt_()
         self.distances[positions] = torch.minimum(self.distances[positions], distances)
 
     def radius(self) -> float:

@@ -2,14 +2,18 @@
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-__all__ = ["Cells", "arrange", "nearest", "traced"]
+from kizu.products import padded, similarities
+from kizu.tracing import is_traced
+
+__all__ = ["Cells", "arrange", "nearest"]
 
 ROWS = 512  # queries at a time, and
-ENTRIES = 4096  # of the bank at a time, where an exported graph compares everything
-CELLS = 2**23  # numbers in the table of ranks at most: 32 MB, written again and again
+ENTRIES = 4096  # of the bank at a time, in a table that stays in the cache
 SAMPLE = 64  # entries a cell that place its centre
 ROUNDS = 4
+CELL = 32  # entries that a cell is rounded up to multiples of
 SLACK = 1e-4  # for rounding, where bounds are compared
 WORTHWHILE = 0.4  # share of the cells from which on comparing everything is faster
 
@@ -28,61 +32,43 @@ def nearest(
     the images that queries (N,) and entries (K,) are from: entries of a query's own image do not count. Where too few
     are left, the distance is infinite.
 
-    Which entries are nearest follows from  ‖b‖² / 2 − q·b,  one matrix product. Their distances are then computed by
+    Which entries are nearest follows from  q·b − ‖b‖² / 2,  one matrix product. Their distances are then computed by
     subtraction, which is exact where the product's difference of large numbers is not.
     """
     if half_norms is None:
         half_norms = bank.square().sum(1) / 2
     count = min(count, len(bank))
-    rows = max(1, min(ROWS, CELLS // len(bank)))
-    if len(queries) <= rows:
-        indices = _best(_ranks(queries, bank, half_norms, images, None), count)
+    if is_traced() or len(queries) <= ROWS:
+        indices = _best(queries, bank, half_norms, images, count)
     else:
         indices = torch.empty(len(queries), count, dtype=torch.long, device=queries.device)
-        table = queries.new_empty(rows, len(bank))
-        for start in range(0, len(queries), rows):
-            some = slice(start, start + rows)
+        for start in range(0, len(queries), ROWS):
+            some = slice(start, start + ROWS)
             those = None if images is None else (images[0][some], images[1])
-            found = indices[some]
-            found[:] = _best(_ranks(queries[some], bank, half_norms, those, table[: len(found)]), count)
+            indices[some] = _best(queries[some], bank, half_norms, those, count)
     distances = (queries[:, None] - bank[indices]).square().sum(2).sqrt()  # (N, count)
     if images is not None:
         distances = distances.masked_fill(images[1][indices] == images[0][:, None], torch.inf)
     return distances, indices
 
 
-def traced(queries: Tensor, bank: Tensor, half_norms: Tensor, count: int = 1) -> tuple[Tensor, Tensor]:
-    """As `nearest`, in operations that can be exported for any number of queries; the bank in parts of equal size."""
-    count, parts = min(count, len(bank)), -(-len(bank) // ENTRIES)
-    size = -(-len(bank) // parts)
-    ranks, places = [], []
-    for start in range(0, len(bank), size):
-        table = torch.addmm(half_norms[start : start + size], queries, -bank[start : start + size].T)
-        best = table.topk(min(count, table.shape[1]), largest=False)
-        ranks.append(best.values)
-        places.append(best.indices + start)
-    indices = places[0]
-    if len(places) > 1:
-        best = torch.cat(ranks, 1).topk(count, largest=False)
-        indices = torch.cat(places, 1).gather(1, best.indices)
-    distances = (queries[:, None] - bank[indices]).square().sum(2).sqrt()  # (N, count)
-    return distances, indices
-
-
-def _ranks(
-    queries: Tensor, bank: Tensor, half_norms: Tensor, images: tuple[Tensor, Tensor] | None, table: Tensor | None
+def _best(
+    queries: Tensor, bank: Tensor, half_norms: Tensor, images: tuple[Tensor, Tensor] | None, count: int
 ) -> Tensor:
-    """(N, K), ascending with distance; infinite where an entry does not count. Written to `table` if there is one."""
-    if table is None:
-        ranks = torch.addmm(half_norms, queries, bank.T, alpha=-1)
-    else:
-        ranks = torch.addmm(half_norms, queries, bank.T, alpha=-1, out=table)
-    return ranks if images is None else ranks.masked_fill_(images[0][:, None] == images[1], torch.inf)
-
-
-def _best(ranks: Tensor, count: int) -> Tensor:
-    """Columns (N, count) of the smallest values in each row, ascending."""
-    return ranks.argmin(1, keepdim=True) if count == 1 else ranks.topk(count, largest=False).indices
+    """Indices (N, count) of the nearest entries, in ascending distance; the bank in parts of equal size."""
+    size = -(-len(bank) // -(-len(bank) // ENTRIES))
+    values, places = [], []
+    for start in range(0, len(bank), size):
+        some = slice(start, start + size)
+        table = similarities(queries, bank[some], half_norms[some])
+        if images is not None:
+            table.masked_fill_(images[0][:, None] == images[1][some], -torch.inf)
+        best = table.max(1, keepdim=True) if count == 1 else table.topk(min(count, table.shape[1]))
+        values.append(best[0])
+        places.append(best[1] + start)
+    if len(places) == 1:
+        return places[0]
+    return torch.cat(places, 1).gather(1, torch.cat(values, 1).topk(count).indices)
 
 
 class Cells:
@@ -104,10 +90,14 @@ class Cells:
         self.centre_norms = (centres.square().sum(1) / 2).masked_fill(sizes == 0, torch.inf)  # never near
         self.ends = sizes.cumsum(0)
         self.starts = self.ends - sizes
+        wide = (sizes + CELL - 1) // CELL * CELL  # where more entries do no harm: see `products`
+        ends = (self.starts + wide).clamp(max=len(entries))
+        self.wide_starts = (ends - wide).clamp(min=0)
+        self.wide = self.wide_starts.tolist(), ends.tolist()
         self.radii = centres.new_zeros(len(centres))
-        for cell, (start, end) in enumerate(zip(self.starts.tolist(), self.ends.tolist(), strict=True)):
-            if end > start:
-                self.radii[cell] = (entries[start:end] - centres[cell]).norm(dim=1).max()
+        for cell, members in enumerate(entries.split(sizes.tolist())):
+            if len(members):
+                self.radii[cell] = (members - centres[cell]).norm(dim=1).max()
         self.between = torch.cdist(centres, centres).clamp_(min=1e-9)
 
     def nearest(self, queries: Tensor, own: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -116,14 +106,14 @@ class Cells:
         `own` (N,) are the numbers of the queries' images, whose entries do not count.
         """
         half_norms = queries.square().sum(1) / 2
-        squares = torch.addmm(self.centre_norms, queries, self.centres.T, alpha=-1)  # (N, C), soon ‖q − c‖² / 2
-        squares.add_(half_norms[:, None]).clamp_(min=0)
+        similar = similarities(queries, self.centres, self.centre_norms)  # (N, C)
+        squares = torch.sub(half_norms[:, None], similar, out=similar).clamp_(min=0)  # ‖q − c‖² / 2
         at_home, home = squares.min(1)
         who = home.argsort()
-        ranks, places = self._visit(queries, who, home, own)
-        best = torch.empty_like(half_norms).scatter_(0, who, ranks)
+        similar, places = self._visit(queries, who, home, own)
+        best = torch.empty_like(half_norms).scatter_(0, who, similar)
         place = torch.empty_like(home).scatter_(0, who, places)
-        upper = (2 * (best + half_norms)).clamp_(min=0).sqrt_().mul_(1 + SLACK).add_(SLACK)
+        upper = (2 * (half_norms - best)).clamp_(min=0).sqrt_().mul_(1 + SLACK).add_(SLACK)
         halfway = (squares - at_home[:, None]).div_(self.between[home])
         needed = halfway < upper[:, None]
         needed &= (2 * squares).sqrt_().sub_(self.radii) < upper[:, None]
@@ -131,9 +121,9 @@ class Cells:
         if float(needed.mean(dtype=torch.float32)) > WORTHWHILE:
             return self._everywhere(queries, own)
         cell, who = needed.T.nonzero().unbind(1)
-        ranks, places = self._visit(queries, who, cell, own)
-        best.scatter_reduce_(0, who, ranks, "amin")
-        nearer = ranks == best[who]
+        similar, places = self._visit(queries, who, cell, own)
+        best.scatter_reduce_(0, who, similar, "amax")
+        nearer = similar == best[who]
         place.scatter_(0, who[nearer], places[nearer])
         distances = (queries - self.entries[place]).square_().sum(1).sqrt_()
         return distances.masked_fill_(best.isinf(), torch.inf), place
@@ -166,28 +156,30 @@ class Cells:
         return distances[:, 0], places[:, 0]
 
     def _visit(self, queries: Tensor, who: Tensor, cell: Tensor, own: Tensor | None) -> tuple[Tensor, Tensor]:
-        """For queries `who` (P,), each in one cell, in ascending order of these: the best rank, and its place."""
-        ranks, places = torch.empty(len(who)), torch.empty(len(who), dtype=torch.long)
+        """For queries `who` (P,), each in one cell, in ascending order of these: the best similarity, and its place."""
+        best, places = torch.empty(len(who)), torch.empty(len(who), dtype=torch.long)
+        wanted = F.pad(who, (0, padded(ROWS)))
         counts = torch.bincount(cell, minlength=len(self.centres))
         at = 0
-        for number, start, end in zip(counts.tolist(), self.starts.tolist(), self.ends.tolist(), strict=True):
-            bank, norms = self.entries[start:end].T, self.half_norms[start:end]
-            for first in range(at, at + number, ROWS):
-                some = slice(first, min(first + ROWS, at + number))
-                table = torch.addmm(norms, queries.index_select(0, who[some]), bank, alpha=-1)
+        for number, first, last in zip(counts.tolist(), *self.wide, strict=True):
+            bank, norms = self.entries[first:last], self.half_norms[first:last]
+            for start in range(at, at + number, ROWS):
+                end = min(start + ROWS, at + number)
+                more = wanted[start : start + padded(end - start)]
+                table = similarities(queries.index_select(0, more), bank, norms)[: end - start]
                 if own is not None:
-                    table.masked_fill_(own[who[some]][:, None] == self.images[start:end], torch.inf)
-                torch.min(table, 1, out=(ranks[some], places[some]))
+                    table.masked_fill_(own[who[start:end]][:, None] == self.images[first:last], -torch.inf)
+                torch.max(table, 1, out=(best[start:end], places[start:end]))
             at += number
-        return ranks, places + torch.repeat_interleave(self.starts, counts)
+        return best, places + torch.repeat_interleave(self.wide_starts, counts)
 
 
 def arrange(entries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Sort bank entries (K, D) into √K cells: their order (K,), the cells' centres (C, D) and sizes (C,).
+    """Sort bank entries (K, D) into √K / 2 cells: their order (K,), the cells' centres (C, D) and sizes (C,).
 
     Each entry is in the cell whose centre is nearest. The centres are found by k-means on a sample.
     """
-    count = round(len(entries) ** 0.5)
+    count = max(1, round(len(entries) ** 0.5 / 2))
     chosen = torch.randperm(len(entries), generator=torch.Generator().manual_seed(0))[: SAMPLE * count]
     sample = entries[chosen.to(entries.device)]
     centres = sample[:count].clone()
@@ -202,4 +194,4 @@ def arrange(entries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _owner(rows: Tensor, centres: Tensor, half_norms: Tensor) -> Tensor:
-    return torch.addmm(half_norms, rows, centres.T, alpha=-1).argmin(1)
+    return similarities(rows, centres, half_norms).argmax(1)
