@@ -277,6 +277,9 @@ def compared(category: str, share: str, ours: dict[str, Any], theirs: dict[str, 
     for size in (1, 16):
         mine, other = 1e3 * ours[f"predict_{size}"], scaled(peer.get(f"predict_{size}"), 1e3)
         yield Row(category, share, f"predict, batch {size}", "ms / image", mine, other, quotient(other, mine))
+    mine, other = 1e3 * ours["predict_1"], scaled(peer.get("predict_engine"), 1e3)
+    note = "anomalib: Engine.predict, an image at a time" if theirs else ""
+    yield Row(category, share, "predict, as users call it", "ms / image", mine, other, quotient(other, mine), note)
     mine, other = ours["memory"], peer.get("memory")
     note = "anomalib: without its loader's processes" if theirs else ""
     yield Row(category, share, "memory above torch + timm", "MiB", mine, other, quotient(other, mine), note)

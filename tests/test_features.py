@@ -6,13 +6,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
+from timm.layers import Conv2dSame
 from torch.nn import functional as F
 
-from kizu import coreset
+from kizu import backbone, coreset
 from kizu.errors import OptionError
 from kizu.maps import MapUpsampling
 from kizu.neighbours import Cells, arrange, nearest
 from kizu.patches import PatchFeatures
+from kizu.products import padded, similarities
+from kizu.rows import Rows
 
 
 def adaptive_mean(row, bins):
@@ -55,6 +58,48 @@ def test_patch_features_are_the_references(patchsize, pretrain, target):
     np.testing.assert_allclose(ours[0].flatten(1).T.numpy(), expected, atol=1e-12)
 
 
+@pytest.mark.parametrize("kernel", [1, 2, 3, 5, 6])
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize("side", [(16, 16), (17, 20), (9, 31)])
+def test_a_convolution_pads_in_its_kernel_what_tensorflow_pads_around_the_image(kernel, stride, side):
+    torch.manual_seed(kernel)
+    convolution = Conv2dSame(4, 4, kernel, stride, groups=4).requires_grad_(False)
+    values = torch.randn(2, 4, *side)
+    torch.testing.assert_close(backbone.SamePadded(convolution)(values), convolution(values))
+
+
+@pytest.mark.parametrize(
+    "grids", [[(8, 6), (4, 3)], [(9, 9), (5, 5), (1, 1)], [(6, 6), (6, 6), (2, 4)], [(4, 4), (8, 8)]]
+)
+@pytest.mark.parametrize("target", [None, 12])
+def test_rows_kept_layer_by_layer_are_the_aligned_features(grids, target):
+    torch.manual_seed(0)
+    maps = [torch.randn(5, 6, *grid) for grid in grids]
+    patches = PatchFeatures(3, None if target is None else 6, target)
+    aligned = patches(maps).permute(0, 2, 3, 1).flatten(0, 2)
+    pooled = patches.pooled(maps)
+    rows = Rows(5, [part.shape[1:] for part in pooled])
+    rows.write(0, [part[:2] for part in pooled])
+    rows.write(2, [part[2:] for part in pooled])
+    assert (len(rows), rows.width) == aligned.shape
+    some = torch.randperm(len(rows))[:20]
+    torch.testing.assert_close(rows.take(some), aligned[some])
+    torch.testing.assert_close(rows.span(7, 31), aligned[7:31])
+    picks = [coreset.select(one, 9).indices for one in (rows, rows.span(0, len(rows)))]
+    assert torch.equal(*picks)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 300), st.integers(1, 700))
+def test_products_say_what_is_nearest_whatever_the_shapes(count, others):
+    random = torch.Generator().manual_seed(count * others)
+    rows, columns = torch.randn(count, 20, generator=random), torch.randn(others, 20, generator=random)
+    found = similarities(rows, columns, columns.square().sum(1) / 2)
+    expected = rows.double() @ columns.double().T - columns.double().square().sum(1) / 2
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
+    assert padded(count) >= count
+
+
 def test_without_dimensions_each_channel_is_averaged_over_its_neighbourhood():
     rng = np.random.default_rng(0)
     layer = rng.normal(size=(6, 9, 8))
@@ -83,10 +128,15 @@ def test_nearest_neighbours_are_exact(seed, queries, entries, count):
     b = rng.normal(100, 1, size=(entries, 6)).astype(np.float32)
     distances, indices = nearest(torch.from_numpy(q), torch.from_numpy(b), count)
     table = np.linalg.norm(q[:, None].astype(float) - b[None], axis=2)
-    rounding = 4 * np.finfo(np.float32).eps * float(np.square(b.astype(float)).sum(1).max())
+    rounding = rounding_of(b)
     best = np.square(np.sort(table, axis=1)[:, :count])
     np.testing.assert_allclose(np.square(distances.numpy().astype(float)), best, rtol=1e-5, atol=rounding)
     np.testing.assert_allclose(np.take_along_axis(table, indices.numpy(), 1), distances.numpy(), rtol=1e-5)
+
+
+def rounding_of(bank):
+    """Of squared distances, where what is nearest is found by a product of single precision."""
+    return 4 * np.finfo(np.float32).eps * float(np.square(bank.astype(float)).sum(1).max())
 
 
 def test_an_image_can_be_left_out_of_the_bank():
@@ -115,7 +165,7 @@ def test_search_by_cells_finds_what_a_comparison_with_every_entry_finds(seed, en
     table = np.linalg.norm(queries[:, None].astype(float) - bank[None], axis=2)
     if own is not None:
         table[(own[:, None] == images).numpy()] = np.inf
-    np.testing.assert_allclose(distances.numpy(), table.min(1), rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(distances.numpy() ** 2, table.min(1) ** 2, rtol=1e-4, atol=rounding_of(bank))
     at = np.take_along_axis(table, indices.numpy()[:, None], 1)[:, 0]
     np.testing.assert_allclose(at, distances.numpy(), rtol=1e-4, atol=1e-4)
     count = min(9, entries)

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from kizu.errors import ModelError, OptionError, require
 from kizu.tracing import is_traced
 
-__all__ = ["EMBEDDED", "Backbone", "blank", "create", "weights_hash"]
+__all__ = ["EMBEDDED", "Backbone", "SamePadded", "blank", "create", "weights_hash"]
 
 # kizu's name → timm's name, package that carries the weights, file in it
 EMBEDDED = {
@@ -131,11 +131,11 @@ class Backbone(nn.Module):
             setattr(parent, name, getattr(norm, "act", None) or nn.Identity())
         for parent, name, part in places:
             if isinstance(part, Conv2dSame) and part.dilation == (1, 1):
-                setattr(parent, name, _Same(part))
+                setattr(parent, name, SamePadded(part))
         self.network.to(memory_format=torch.channels_last)
 
 
-class _Same(nn.Module):
+class SamePadded(nn.Module):
     """A convolution that pads as TensorFlow does: where it is uneven, one more behind than before.
 
     Padding of its own would copy its input, which costs as much as the convolution. A row and a column of zeros before

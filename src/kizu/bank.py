@@ -31,10 +31,10 @@ class Hits(NamedTuple):
         return [Hits(*image) for image in zip(*parts, strict=True)]
 
     def moved_to(self, place: tuple[Tensor, Tensor], position: int) -> "Hits":
-        """The same in a place for many: small tensors among large ones would scatter over the memory."""
+        """The same without queries, in a place for many: small tensors among large ones scatter over the memory."""
         distances, entries = place[0][position], place[1][position]
         distances[:], entries[:] = self.distances, self.entries
-        return self._replace(distances=distances, entries=entries)
+        return self._replace(distances=distances, entries=entries, queries=None)
 
 
 class Bank(nn.Module):
@@ -61,7 +61,7 @@ class Bank(nn.Module):
     ) -> None:
         super().__init__()
         self.register_buffer("entries", entries)
-        self.register_buffer("half_norms", entries.square().sum(1) / 2)
+        self.register_buffer("half_norms", entries.norm(dim=1).square_().div_(2))
         self.register_buffer("images", images)
         self.register_buffer("places", places)
         self.register_buffer("sums", sums)

@@ -8,7 +8,7 @@ exactly the greedy picks. Then all rows are updated by one matrix product.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kizu.errors import OptionError
+from kizu.memory import release
 from kizu.products import padded, similarities
+from kizu.rows import Rows, Shape
 
 __all__ = ["Coreset", "Summary", "select"]
 
@@ -40,7 +42,7 @@ class Coreset:
 
 
 def select(
-    rows: Tensor,
+    rows: Tensor | Rows,
     count: int,
     sampler: str = "k_center",
     *,
@@ -53,7 +55,8 @@ def select(
     starts them, on a random projection to 128 dimensions. random, identity: what they say.
     Raises `OptionError` for an unknown sampler or a count that does not fit.
     """
-    total = rows.shape[0]
+    rows = rows if isinstance(rows, Rows) else Rows.of(rows)
+    total = len(rows)
     if not 0 < count <= total:
         raise OptionError(f"--coreset: {count} of {total} patches cannot be chosen")
     generator = torch.Generator().manual_seed(seed)
@@ -61,16 +64,16 @@ def select(
         return Coreset(torch.arange(total), 0.0)
     if sampler == "random":
         chosen = torch.randperm(total, generator=generator)[:count].sort().values
-        return Coreset(chosen, _radius(rows, rows[chosen.to(rows.device)]))
+        return Coreset(chosen, _radius(rows, rows.take(chosen.to(rows.device))))
     if sampler == "k_center":
         points = rows
-        first = int(_distances_to(rows, rows.mean(0)).argmax())
-        distances = _distances_to(rows, rows[first])
+        first = int(_distances_to(rows, _mean(rows)).argmax())
+        distances = _distances_to(rows, rows.span(first, first + 1))
         picks = [first]
     elif sampler == "approx_greedy_coreset":
         points = _project(rows, generator)
-        starts = torch.randperm(total, generator=generator)[: min(10, total)].to(rows.device)
-        distances = torch.cdist(points, points[starts]).mean(1)
+        starts = points.take(torch.randperm(total, generator=generator)[: min(10, total)].to(rows.device))
+        distances = _of_each(points, torch.float32, lambda block: torch.cdist(block, starts).mean(1))
         picks = []
     elif sampler == "greedy_coreset":
         points = _project(rows, generator)
@@ -82,7 +85,7 @@ def select(
 
 
 def _farthest_first(
-    points: Tensor,
+    points: Rows,
     distances: Tensor,
     picks: list[int],
     count: int,
@@ -119,26 +122,26 @@ class _Cover:
     A row is named by its position, in an order in which cells are contiguous.
     """
 
-    def __init__(self, points: Tensor, distances: Tensor, picks: list[int], count: int) -> None:
+    def __init__(self, points: Rows, distances: Tensor, picks: list[int], count: int) -> None:
         self.points = points
         self.order = torch.arange(len(points), device=points.device)  # position → row
-        self.half_norms = _of_each(points, points.dtype, lambda rows: rows.square().sum(1) / 2)
+        self.half_norms = _of_each(points, torch.float32, lambda rows: rows.square().sum(1) / 2)
         self.distances = distances  # (N,) to the nearest pick that a row knows of; -1 once it is a pick itself
         self.seen = torch.full(distances.shape, len(picks), device=points.device)  # how many picks that are
         self.chosen = torch.empty(count, dtype=torch.long, device=points.device)  # positions of the picks
-        self.centres = points.new_empty(count, points.shape[1])  # their features
-        self.centre_norms = points.new_empty(count)  # ‖centre‖² / 2
+        self.centres = distances.new_empty(count, points.width)  # their features
+        self.centre_norms = distances.new_empty(count)  # ‖centre‖² / 2
         self.cells = [len(points)]  # rows in each
-        self.pivots = torch.zeros(1, points.shape[1], device=points.device)  # (cells, D)
-        self.to_pivots = points.new_full((count, 1), -torch.inf)  # (count, cells): of picks
+        self.pivots = distances.new_zeros(1, points.width)  # (cells, D)
+        self.to_pivots = distances.new_full((count, 1), -torch.inf)  # (count, cells): of picks
         self.own = torch.zeros_like(distances)  # (N,) distance to the pivot of the row's cell
         self.filled = 0
-        self._gathered = points.new_zeros(BLOCK, points.shape[1])  # written again and again: fresh memory costs
+        self._gathered = distances.new_zeros(BLOCK, points.width)  # written again and again: fresh memory costs
         self.pick(torch.tensor(picks, dtype=torch.long, device=points.device))
 
-    def rows(self, positions: Tensor) -> Tensor:
+    def rows(self, positions: Tensor | slice) -> Tensor:
         """Features (n, D) of the rows at these positions."""
-        return self.points.index_select(0, self.order[positions])
+        return self.points.take(self.order[positions])
 
     def pick(self, positions: Tensor) -> None:
         """Make these rows the next picks."""
@@ -164,12 +167,12 @@ class _Cover:
         self.order, self.distances = self.order[sorting], self.distances[sorting]
         self.seen, self.half_norms = self.seen[sorting], self.half_norms[sorting]
         self.cells = torch.bincount(owner, minlength=count).tolist()
-        self.to_pivots = self.points.new_empty(len(self.chosen), count)
+        self.to_pivots = self.distances.new_empty(len(self.chosen), count)
         self.to_pivots[: self.filled] = torch.cdist(self.centres[: self.filled], self.pivots)
         owner = owner[sorting]
         for start in range(0, len(owner), BLOCK):
             some = slice(start, start + BLOCK)
-            self.own[some] = (self.points[self.order[some]] - self.pivots[owner[some]]).norm(dim=1)
+            self.own[some] = (self.rows(some) - self.pivots[owner[some]]).norm(dim=1)
 
     def catch_up(self, positions: Tensor) -> None:
         """Bring the distances of these rows, in ascending order, up to date with all picks."""
@@ -202,7 +205,7 @@ class _Cover:
             centres = self.centres.index_select(0, more)
             norms = self.centre_norms[more]
             for block, best in zip(rows.split(BLOCK), similar.split(BLOCK), strict=True):
-                torch.index_select(self.points, 0, block, out=self._gathered[: len(block)])
+                self.points.take(block, out=self._gathered[: len(block)])
                 table = similarities(self._gathered[: padded(len(block))], centres, norms)[: len(block)]
                 torch.maximum(best, table.amax(1), out=best)
         distances = (2 * (self.half_norms[positions] - similar)).clamp_(min=0).sqrt_()
@@ -233,32 +236,42 @@ def _among(candidates: Tensor, distances: Tensor, limit: float, most: int) -> Te
     return torch.tensor(picks, device=candidates.device)
 
 
-def _distances_to(rows: Tensor, point: Tensor) -> Tensor:
-    return _of_each(rows, rows.dtype, lambda block: (block - point).norm(dim=1))
+def _mean(rows: Rows) -> Tensor:
+    """(D,)"""
+    total = sum(rows.span(start, start + BLOCK).sum(0) for start in range(0, len(rows), BLOCK))
+    assert isinstance(total, Tensor)
+    return total / len(rows)
 
 
-def _of_each(rows: Tensor, dtype: torch.dtype, function: Callable[[Tensor], Tensor]) -> Tensor:
+def _distances_to(rows: Rows, point: Tensor) -> Tensor:
+    return _of_each(rows, torch.float32, lambda block: (block - point).norm(dim=1))
+
+
+def _of_each(rows: Rows, dtype: torch.dtype, function: Callable[[Tensor], Tensor]) -> Tensor:
     """A number (N,) of each row, block by block, into one place: small results would scatter over the memory."""
     results = torch.empty(len(rows), dtype=dtype, device=rows.device)
     for start in range(0, len(rows), BLOCK):
-        results[start : start + BLOCK] = function(rows[start : start + BLOCK])
+        results[start : start + BLOCK] = function(rows.span(start, start + BLOCK))
     return results
 
 
-def _project(rows: Tensor, generator: torch.Generator, dimension: int = 128) -> Tensor:
+def _project(rows: Rows, generator: torch.Generator, dimension: int = 128) -> Rows:
     """The reference's random linear map, U(−1/√D, 1/√D), where the rows have not 128 dimensions already."""
-    width = rows.shape[1]
+    width = rows.width
     if width == dimension:
         return rows
-    matrix = (torch.rand(width, dimension, generator=generator) * 2 - 1) / width**0.5
-    return torch.matmul(rows, matrix.to(rows.device))
+    matrix = ((torch.rand(width, dimension, generator=generator) * 2 - 1) / width**0.5).to(rows.device)
+    points = torch.empty(len(rows), dimension, device=rows.device)
+    for start in range(0, len(rows), BLOCK):
+        torch.matmul(rows.span(start, start + BLOCK), matrix, out=points[start : start + BLOCK])
+    return Rows.of(points)
 
 
-def _total_distances(points: Tensor) -> Tensor:
+def _total_distances(points: Rows) -> Tensor:
     """L2 norm of each row of the distance matrix, without the matrix: Σ_j ‖x_i − x_j‖² in closed form."""
-    centred = points - points.mean(0)
-    squares = centred.square().sum(1)
-    return (points.shape[0] * squares + squares.sum()).sqrt()
+    mean = _mean(points)
+    squares = _of_each(points, torch.float32, lambda block: (block - mean).square().sum(1))
+    return (len(points) * squares + squares.sum()).sqrt()
 
 
 class Summary:
@@ -270,63 +283,81 @@ class Summary:
     """
 
     def __init__(
-        self, total: int, dimension: int, share: float, memory: int, sampler: str, seed: int, device: torch.device
+        self,
+        images: int,
+        shapes: Sequence[Shape],
+        share: float,
+        memory: int,
+        sampler: str,
+        seed: int,
+        device: torch.device,
     ) -> None:
-        """For `total` rows of which a share is to be chosen by a sampler, in at most `memory` bytes.
+        """For images with layers of `shapes`, of whose rows a share is to be chosen, in at most `memory` bytes.
 
         Raises `OptionError` where the sampler is to keep everything and that does not fit.
         """
+        patches, dimension = shapes[0][1] * shapes[0][2], sum(channels for channels, *_ in shapes)
+        self.total, self.share, self.sampler, self.seed, self.shapes = images * patches, share, sampler, seed, shapes
+        self.is_whole = Rows.bytes(images, shapes) <= memory
         fits = memory // (4 * dimension)
-        if sampler == "identity" and total > fits:
-            raise OptionError(
-                f"--sampler identity: {total:,} patches of {dimension} numbers do not fit in --memory; choose k_center"
-            )
-        self.total, self.share, self.sampler, self.seed = total, share, sampler, seed
+        if sampler == "identity" and not self.is_whole:
+            everything = f"{self.total:,} patches of {dimension} numbers"
+            raise OptionError(f"--sampler identity: {everything} do not fit in --memory; choose k_center")
         self.most = max(1, fits // 3)  # entries of a bank that leave room to choose them
-        self.rows = torch.empty(min(total, max(fits, 2)), dimension, device=device)
+        self.rows = Rows(images, shapes, device) if self.is_whole else Rows(max(fits, 2), [(dimension, 1, 1)], device)
         self.patches = torch.empty(len(self.rows), dtype=torch.long, device=device)
-        self.is_whole = total <= fits
         least, most = (times * share for times in OVERSAMPLING)
-        self.kept = min(max(least, min(most, len(self.rows) / 2 / total)), 1.0)  # of a chunk's rows
+        self.kept = min(max(least, min(most, len(self.rows) / 2 / self.total)), 1.0)  # of a chunk's rows
         self.radius = 0.0
         self._settled = self._filled = 0
 
-    def add(self, rows: Tensor, patches: Tensor) -> None:
-        """Rows (N, D) and the patch that each is (N,)."""
+    def add(self, layers: Sequence[Tensor], patches: Tensor) -> None:
+        """Images, each layer (B, C, h, w), and the number of each of their patches (N,)."""
+        if self.is_whole:
+            self.rows.write(self._filled // self.rows.patches, layers)
+            self.patches[self._filled : self._filled + len(patches)] = patches
+            self._filled += len(patches)
+            return
+        images = Rows(len(layers[0]), self.shapes, layers[0].device)
+        images.write(0, layers)
+        rows = images.span(0, len(images))
         while len(rows):
-            if not self.is_whole and (self._filled == len(self.rows) or self._filled - self._settled >= CHUNK):
+            if self._filled == len(self.rows) or self._filled - self._settled >= CHUNK:
                 self._reduce()
-            room = len(self.rows) - self._filled
-            room = room if self.is_whole else min(room, CHUNK)
-            some, rows = rows[:room], rows[room:]
+            some = rows[: min(len(self.rows) - self._filled, CHUNK)]
             end = self._filled + len(some)
-            self.rows[self._filled : end], self.patches[self._filled : end] = some, patches[: len(some)]
-            patches = patches[len(some) :]
+            self.rows.layers[0][self._filled : end], self.patches[self._filled : end] = some, patches[: len(some)]
+            rows, patches = rows[len(some) :], patches[len(some) :]
             self._filled = end
 
     def choose(self, progress: Callable[[int, int], None] | None = None) -> tuple[Tensor, Tensor, float]:
         """The bank: entries (K, D), their patches (K,), and how far the farthest row is from an entry, at most."""
-        count = min(max(1, int(self.total * self.share)), self.most if not self.is_whole else self._filled)
-        rows, patches = self.rows[: self._filled], self.patches[: self._filled]
+        count = min(max(1, int(self.total * self.share)), self._filled if self.is_whole else self.most)
+        rows = self.rows if self.is_whole else Rows.of(self.rows.layers[0][: self._filled])
         chosen = select(rows, min(count, len(rows)), self.sampler, seed=self.seed, progress=progress)
+        release()
         indices = chosen.indices.to(rows.device)
-        return rows[indices], patches[indices], self.radius + chosen.radius
+        entries = torch.empty(len(indices), rows.width, device=rows.device)
+        for some, place in zip(indices.split(BLOCK), entries.split(BLOCK), strict=True):
+            rows.take(some, out=place)
+        return entries, self.patches[indices], self.radius + chosen.radius
 
     def _reduce(self) -> None:
         """Make room: reduce the unsettled chunk to its share, or everything to a half when that leaves too little."""
-        chunk = self.rows[self._settled : self._filled]
+        rows = self.rows.layers[0]
+        chunk = rows[self._settled : self._filled]
         count = max(1, round(len(chunk) * self.kept))
-        if self._settled + count > len(self.rows) // 2:
-            self._settled, chunk = 0, self.rows[: self._filled]
-            count = len(self.rows) // 4
+        if self._settled + count > len(rows) // 2:
+            self._settled, chunk = 0, rows[: self._filled]
+            count = len(rows) // 4
         chosen = select(chunk, count, "random" if self.sampler == "random" else "k_center", seed=self.seed)
         kept = chosen.indices.to(chunk.device).sort().values
         end = self._settled + count
-        self.rows[self._settled : end] = chunk[kept]
+        rows[self._settled : end] = chunk[kept]
         self.patches[self._settled : end] = self.patches[self._settled : self._filled][kept]
         self.radius = max(self.radius, chosen.radius) if self._settled else self.radius + chosen.radius
         self._settled = self._filled = end
 
 
-def _radius(rows: Tensor, centres: Tensor) -> float:
-    return max(float(torch.cdist(rows[i : i + BLOCK], centres).amin(1).max()) for i in range(0, len(rows), BLOCK))
+def _radius(rows: Rows, centres: Tensor) -> float:
+    return float(_of_each(rows, torch.float32, lambda block: torch.cdist(block, centres).amin(1)).max())

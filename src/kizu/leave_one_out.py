@@ -6,7 +6,7 @@ patches that it is nearest to, the farthest, as k-centre takes what is farthest.
 images' entries and the stand-ins of its own.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -54,7 +54,7 @@ class LeaveOneOut:
         scores, grids = entries.new_empty(len(among_others)), entries.new_empty(len(among_others), *self.graph.grids[0])
         for start in range(0, len(self.numbers), TOGETHER):
             some = among_others[start : start + TOGETHER]
-            for number, (hits, before) in enumerate(zip(self._nearer(start, some), some, strict=True), start):
+            for number, (hits, before) in enumerate(self._nearer(start, some), start):
                 scores[number : number + 1], grids[number : number + 1] = self.graph.as_if_new(hits, before)
             progress(len(among_others) + start + len(some), total)
         return scores, grids
@@ -76,16 +76,15 @@ class LeaveOneOut:
             found.append([hit.moved_to(self.kept[which], position) for position, hit in images])
         return [list(image) for image in zip(*found, strict=True)]
 
-    def _nearer(self, start: int, among_others: Sequence[Sequence[Hits]]) -> list[list[Hits]]:
-        """For some images, what is nearest when stand-ins take the places of their own entries."""
+    def _nearer(self, start: int, among_others: Sequence[Sequence[Hits]]) -> Iterator[tuple[list[Hits], list[Hits]]]:
+        """For some images, what is nearest when stand-ins take the places of their own entries, and without these."""
         numbers = self.numbers[start : start + TOGETHER]
         layers = self.features(numbers)
-        found = []
         for position, (number, image) in enumerate(zip(numbers, among_others, strict=True)):
             parts = [rows.view(len(numbers), -1, rows.shape[1])[position] for rows in layers]
-            three = zip(self.standing_in, parts, image, strict=True)
-            found.append([stand_ins.replaced(number, rows, hits) for stand_ins, rows, hits in three])
-        return found
+            before = [hits._replace(queries=rows) for rows, hits in zip(parts, image, strict=True)]
+            both = zip(self.standing_in, before, strict=True)
+            yield [stand_ins.replaced(number, hits) for stand_ins, hits in both], before
 
 
 class _StandIns:
@@ -98,19 +97,19 @@ class _StandIns:
 
     def learn(self, rows: Tensor, distances: Tensor, entries: Tensor) -> None:
         """From patches (N, D) and their nearest entries (N,) of other images."""
-        known = distances.isfinite()
-        rows, distances, entries = rows[known], distances[known], entries[known]
+        distances = distances.masked_fill(distances.isinf(), -torch.inf)
         self.distances.scatter_reduce_(0, entries, distances, "amax")
-        farthest_yet = distances == self.distances[entries]
+        farthest_yet = (distances == self.distances[entries]) & distances.isfinite()
         self.rows[entries[farthest_yet]] = rows[farthest_yet]
 
-    def replaced(self, number: int, rows: Tensor, hits: Hits) -> Hits:
-        """An image's hits, where they are not nearer to its patches (P, D) than the stand-ins of its own entries."""
+    def replaced(self, number: int, hits: Hits) -> Hits:
+        """An image's hits, where they are not nearer to its patches than the stand-ins of its own entries."""
+        assert hits.queries is not None
         own = ((self.bank.images == number) & self.distances.isfinite()).nonzero()[:, 0]
         if not len(own):
             return hits
         count = hits.distances.shape[1]
-        distances, which = nearest(rows, self.rows[own], count)
+        distances, which = nearest(hits.queries, self.rows[own], count)
         best = torch.cat([hits.distances, distances], 1).topk(count, dim=1, largest=False)
         entries = torch.cat([hits.entries, own[which]], 1).gather(1, best.indices)
         return hits._replace(distances=best.values, entries=entries)

@@ -4,12 +4,14 @@ import ctypes
 import os
 import re
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 from kizu.errors import OptionError
 
-__all__ = ["budget", "release"]
+__all__ = ["budget", "release", "tidy"]
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 
 
@@ -50,3 +52,25 @@ def release() -> None:
     if sys.platform == "linux":
         with suppress(OSError, AttributeError):
             ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+@contextmanager
+def tidy() -> Iterator[None]:
+    """Inside, what is large goes back to the system when it is freed, and leaves no holes between what stays (glibc).
+
+    Afterwards the C library keeps freed memory, as it soon would by itself: batch after batch needs it again.
+    """
+    _allocate(4 * 2**20, 2**17)
+    try:
+        yield
+    finally:
+        _allocate(32 * 2**20, 64 * 2**20)
+
+
+def _allocate(apart: int, kept: int) -> None:
+    """Sizes from which on memory is taken from the system apart, and up to which freed memory is kept."""
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError):
+            library = ctypes.CDLL("libc.so.6")
+            library.mallopt(M_MMAP_THRESHOLD, apart)
+            library.mallopt(M_TRIM_THRESHOLD, kept)

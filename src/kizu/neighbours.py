@@ -13,7 +13,6 @@ ROWS = 512  # queries at a time, and
 ENTRIES = 4096  # of the bank at a time, in a table that stays in the cache
 SAMPLE = 64  # entries a cell that place its centre
 ROUNDS = 4
-CELL = 32  # entries that a cell is rounded up to multiples of
 SLACK = 1e-4  # for rounding, where bounds are compared
 WORTHWHILE = 0.4  # share of the cells from which on comparing everything is faster
 
@@ -86,11 +85,11 @@ class Cells:
     def __init__(self, entries: Tensor, images: Tensor, centres: Tensor, sizes: Tensor) -> None:
         """Of bank entries (K, D) in the order of `arrange`, and the images that each is from (K,)."""
         self.entries, self.images, self.centres = entries, images, centres
-        self.half_norms = entries.square().sum(1) / 2
+        self.half_norms = entries.norm(dim=1).square_().div_(2)
         self.centre_norms = (centres.square().sum(1) / 2).masked_fill(sizes == 0, torch.inf)  # never near
         self.ends = sizes.cumsum(0)
         self.starts = self.ends - sizes
-        wide = (sizes + CELL - 1) // CELL * CELL  # where more entries do no harm: see `products`
+        wide = torch.tensor([padded(size) for size in sizes.tolist()])  # where more entries do no harm: see `products`
         ends = (self.starts + wide).clamp(max=len(entries))
         self.wide_starts = (ends - wide).clamp(min=0)
         self.wide = self.wide_starts.tolist(), ends.tolist()
@@ -125,30 +124,27 @@ class Cells:
         best.scatter_reduce_(0, who, similar, "amax")
         nearer = similar == best[who]
         place.scatter_(0, who[nearer], places[nearer])
-        distances = (queries - self.entries[place]).square_().sum(1).sqrt_()
+        distances = torch.empty_like(best)
+        for some, found, those in zip(queries.split(ROWS), place.split(ROWS), distances.split(ROWS), strict=True):
+            torch.linalg.vector_norm(some - self.entries[found], dim=1, out=those)
         return distances.masked_fill_(best.isinf(), torch.inf), place
 
     def several(self, queries: Tensor, count: int, own: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Distances (B, count), ascending, and indices of the entries nearest to a few queries (B, D), one by one."""
-        found = []
+        distances = queries.new_full((len(queries), count), torch.inf)
+        places = torch.zeros(distances.shape, dtype=torch.long)
         for number, query in enumerate(queries):
-            lower = (self.centres - query).norm(dim=1) - self.radii
-            order = lower.masked_fill(self.ends == self.starts, torch.inf).argsort()
-            enough = int(torch.searchsorted((self.ends - self.starts)[order].cumsum(0), 4 * count)) + 1
-            places = self._places(order[:enough])
-            most = self._distances(query, places, own, number).topk(count, largest=False).values[-1]
-            places = self._places((lower <= most * (1 + SLACK) + SLACK).nonzero()[:, 0])
-            best, which = self._distances(query, places, own, number).topk(count, largest=False)
-            found.append((best, places[which]))
-        return torch.stack([best for best, _ in found]), torch.stack([indices for _, indices in found])
-
-    def _places(self, cells: Tensor) -> Tensor:
-        """Of all entries in these cells."""
-        return torch.cat([torch.arange(int(self.starts[cell]), int(self.ends[cell])) for cell in cells.tolist()])
-
-    def _distances(self, query: Tensor, places: Tensor, own: Tensor | None, number: int) -> Tensor:
-        distances: Tensor = (self.entries[places] - query).norm(dim=1)
-        return distances if own is None else distances.masked_fill(self.images[places] == own[number], torch.inf)
+            lower, cells = ((self.centres - query).norm(dim=1) - self.radii).sort()
+            for least, cell in zip(lower.tolist(), cells.tolist(), strict=True):
+                if least > float(distances[number, -1]) * (1 + SLACK) + SLACK:
+                    break
+                members = torch.arange(int(self.starts[cell]), int(self.ends[cell]))
+                those = (self.entries[int(self.starts[cell]) : int(self.ends[cell])] - query).norm(dim=1)
+                if own is not None:
+                    those.masked_fill_(self.images[members] == own[number], torch.inf)
+                best = torch.cat([distances[number], those]).topk(count, largest=False)
+                distances[number], places[number] = best.values, torch.cat([places[number], members])[best.indices]
+        return distances, places
 
     def _everywhere(self, queries: Tensor, own: Tensor | None) -> tuple[Tensor, Tensor]:
         images = None if own is None else (own, self.images)

@@ -17,7 +17,7 @@ class PatchFeatures(nn.Module):
     channel is averaged over its neighbourhood and the layers are stacked.
 
     The reference aligns the layers before it pools their channels. Both are linear and act on different axes, so
-    pooling first gives the same result with patchsize² times less work.
+    pooling first gives the same result with patchsize² times less work, and less memory where many are kept.
     """
 
     def __init__(
@@ -38,14 +38,23 @@ class PatchFeatures(nn.Module):
 
     def forward(self, maps: list[Tensor]) -> Tensor:
         """[(B, C_l, H_l, W_l)] → (B, D, H_0, W_0)."""
+        return self.stacked(self.pooled(maps))
+
+    def pooled(self, maps: list[Tensor]) -> list[Tensor]:
+        """Each layer's part of the features (B, D_l, H'_l, W'_l), as coarse as it is: what `stacked` aligns."""
         pooled = [self.pool(layer, size) for size in self.sizes for layer in maps]
+        target = self.target_embed_dimension
+        if target is not None:
+            if len({layer.shape[1] for layer in pooled}) > 1 or target % len(pooled):  # a mean would mix layers
+                return [_pool_channels(self.stacked(pooled), target)]
+            pooled = [_pool_channels(layer, target // len(pooled)) for layer in pooled]
         grid = pooled[0].shape[-2:]
-        aligned = [pooled[0]] + [
-            F.interpolate(layer, size=grid, mode="bilinear", align_corners=False) for layer in pooled[1:]
-        ]
-        if self.target_embed_dimension is None:
-            return aligned[0] if len(aligned) == 1 else torch.cat(aligned, dim=1)
-        return _pool_channels(torch.cat(aligned, dim=1), self.target_embed_dimension)
+        return [_align(layer, grid) if layer.shape[-2:].numel() > grid.numel() else layer for layer in pooled]
+
+    def stacked(self, pooled: list[Tensor]) -> Tensor:
+        """All parts on the grid of the first: (B, D, H_0, W_0)."""
+        aligned = [_align(layer, pooled[0].shape[-2:]) for layer in pooled]
+        return aligned[0] if len(aligned) == 1 else torch.cat(aligned, dim=1)
 
     def remarks(self, grid: tuple[int, int]) -> list[str]:
         """What a user should know of a patchsize on layers of `grid`."""
@@ -74,6 +83,11 @@ class PatchFeatures(nn.Module):
         values = _pool_channels(values, self.pretrain_embed_dimension)
         grid = ((height + 2 * padding - size) // stride + 1, (width + 2 * padding - size) // stride + 1)
         return values.reshape(*values.shape[:2], *grid)
+
+
+def _align(layer: Tensor, grid: torch.Size) -> Tensor:
+    same = layer.shape[-2:] == grid
+    return layer if same else F.interpolate(layer, size=grid, mode="bilinear", align_corners=False)
 
 
 def _pool_channels(values: Tensor, dimension: int) -> Tensor:

@@ -4,12 +4,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from kizu.tracing import is_traced
 
-__all__ = ["PADDED", "padded", "similarities"]
+__all__ = ["padded", "similarities"]
 
-PADDED = 64  # oneDNN compiles a kernel for each shape that it meets: sides are rounded up to multiples, so few are
+LEAST = 32  # rows and others from which on oneDNN is worth its preparations
+MOST = 512  # others that are rounded up: larger banks are few
 LINEAR: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 
@@ -17,17 +19,20 @@ def similarities(rows: Tensor, others: Tensor, half_norms: Tensor) -> Tensor:
     """r·o − ‖o‖² / 2 for rows (N, D) and others (K, D): (N, K), the largest in a row for the nearest to it.
 
     On CPUs by oneDNN, which torch has for its convolutions. The MKL that torch multiplies matrices with reaches less
-    than half of its speed on processors of another maker. Few rows are faster without its preparations.
+    than half of its speed on processors of another maker. oneDNN compiles and keeps a kernel of half a megabyte for
+    each shape that it meets, so sides are rounded up: `padded`.
     """
-    if is_traced() or LINEAR is None or rows.device.type != "cpu" or rows.dtype != torch.float32 or len(rows) < PADDED:
+    few = len(others) < LEAST or rows.dtype != torch.float32 or rows.device.type != "cpu" or LINEAR is None
+    if is_traced() or few or len(rows) < LEAST:
         return torch.addmm(-half_norms, rows, others.T)
+    count = len(others)
+    if count <= MOST and padded(count) > count:
+        more = padded(count) - count
+        others, half_norms = F.pad(others, (0, 0, 0, more)), F.pad(half_norms, (0, more))
     product: Tensor = LINEAR(rows, others, -half_norms, "none", [], "")
-    return product
+    return product[:, :count]
 
 
 def padded(count: int) -> int:
-    """So many rows, for oneDNN rounded up to multiples of 64, or of 256 where that is little more."""
-    if count < PADDED:
-        return count
-    step = PADDED if count <= 4 * PADDED else 4 * PADDED
-    return -(-count // step) * step
+    """So many rows or others, for oneDNN rounded up to a power of two."""
+    return count if count < LEAST else 1 << (count - 1).bit_length()

@@ -28,10 +28,11 @@ from kizu.errors import DataError, ModelError
 from kizu.evidence import Lookalike
 from kizu.leave_one_out import LeaveOneOut
 from kizu.maps import MapUpsampling
-from kizu.memory import budget
+from kizu.memory import budget, tidy
 from kizu.patches import PatchFeatures
 from kizu.preprocess import Stack
 from kizu.quantised import QuantisedCells
+from kizu.rows import Rows
 from kizu.threshold import images_needed
 
 __all__ = ["PatchCore"]
@@ -78,6 +79,11 @@ class PatchCoreGraph(nn.Module):
     def gather(self, maps: list[Tensor]) -> list[Tensor]:
         """The layers' maps → patch features for each bank."""
         return [self.patches(maps[tap]) for tap in self.taps]
+
+    def parts(self, images: Tensor) -> list[list[Tensor]]:
+        """(B, 3, H, W) → for each bank what its patch features are stacked from, layer by layer (B, C, h', w')."""
+        maps = self.backbone(images)
+        return [self.patches.pooled(maps[tap]) for tap in self.taps]
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         scores, grid = self.rate(images)
@@ -218,15 +224,14 @@ class PatchCore(Detector):
         copies = self._copies()
         with self.timed("features"):
             for numbers, pixels in self.stream(photos, "Features", progress, copies=copies):
-                layers = graph.embed(pixels)
+                each = graph.parts(pixels)
                 if not summaries:
-                    grids = [(layer.shape[2], layer.shape[3]) for layer in layers]
+                    grids = [(parts[0].shape[2], parts[0].shape[3]) for parts in each]
                     self.remarks += graph.patches.remarks(grids[0])
-                    total = len(photos) * (1 + copies)
-                    summaries = [_summary(config, layer, layers, total, memory) for layer in layers]
-                for summary, layer in zip(summaries, layers, strict=True):
-                    summary.add(as_rows(layer), _patch_numbers(numbers, layer.shape[2] * layer.shape[3]))
-        with self.timed("coreset"):
+                    summaries = _summaries(config, each, len(photos) * (1 + copies), memory)
+                for summary, parts in zip(summaries, each, strict=True):
+                    summary.add(parts, _patch_numbers(numbers, parts[0].shape[2] * parts[0].shape[3]))
+        with self.timed("coreset"), tidy():
             banks, radii = [], []
             for summary, (height, width) in zip(summaries, grids, strict=True):
                 entries, patches, radius = summary.choose(lambda done, total: progress("Memory bank", done, total))
@@ -240,7 +245,7 @@ class PatchCore(Detector):
             "patches": [summary.total for summary in summaries],
             "radius": radii,
         }
-        with self.timed("calibration"):
+        with self.timed("calibration"), tidy():
             outcome, as_new = self._calibrate(graph, photos, summaries, held_out, progress)
             if config.search != "exact":
                 facts["recall"] = _recalls(graph, torch.from_numpy(photos.batch(0, 4)).to(self.device))
@@ -264,7 +269,7 @@ class PatchCore(Detector):
         def features(numbers: Sequence[int]) -> list[Tensor]:
             if at_hand:  # originals come first
                 first, last = numbers[0], numbers[-1] + 1
-                return [summary.rows[first * p : last * p] for summary, p in zip(summaries, places, strict=True)]
+                return [summary.rows.span(first * p, last * p) for summary, p in zip(summaries, places, strict=True)]
             return [as_rows(layer) for layer in graph.embed(self.pixels(photos, numbers))]
 
         numbers = self._searched(len(photos), at_hand)
@@ -411,14 +416,17 @@ def _patch_numbers(images: Tensor, patches: int) -> Tensor:
     return (images[:, None] * patches + torch.arange(patches, device=images.device)).flatten()
 
 
-def _summary(
-    config: PatchCoreConfig, layer: Tensor, layers: Sequence[Tensor], images: int, memory: int
-) -> coreset.Summary:
-    """A third of the memory, shared among the banks by the size of their features."""
-    share = layer[0].numel() / sum(other[0].numel() for other in layers)
-    total = images * layer.shape[2] * layer.shape[3]
-    room = int(memory / 3 * share)
-    return coreset.Summary(total, layer.shape[1], config.coreset, room, config.sampler, config.seed, layer.device)
+def _summaries(
+    config: PatchCoreConfig, banks: Sequence[Sequence[Tensor]], images: int, memory: int
+) -> list[coreset.Summary]:
+    """One for each bank's layers: a third of the memory, shared by the size of their features."""
+    shapes = [[(part.shape[1], part.shape[2], part.shape[3]) for part in parts] for parts in banks]
+    sizes = [Rows.bytes(1, layers) for layers in shapes]
+    rooms = [int(memory / 3 * size / sum(sizes)) for size in sizes]
+    return [
+        coreset.Summary(images, layers, config.coreset, room, config.sampler, config.seed, parts[0].device)
+        for layers, room, parts in zip(shapes, rooms, banks, strict=True)
+    ]
 
 
 def _restore_one(config: PatchCoreConfig, tensors: dict[str, Tensor], prefix: str) -> PatchCoreGraph:
