@@ -13,6 +13,7 @@ ROWS = 512  # queries at a time, and
 ENTRIES = 4096  # of the bank at a time, in a table that stays in the cache
 SAMPLE = 64  # entries a cell that place its centre
 ROUNDS = 4
+CELL = 64  # entries that a cell is rounded up to multiples of
 SLACK = 1e-4  # for rounding, where bounds are compared
 WORTHWHILE = 0.4  # share of the cells from which on comparing everything is faster
 
@@ -89,7 +90,7 @@ class Cells:
         self.centre_norms = (centres.square().sum(1) / 2).masked_fill(sizes == 0, torch.inf)  # never near
         self.ends = sizes.cumsum(0)
         self.starts = self.ends - sizes
-        wide = torch.tensor([padded(size) for size in sizes.tolist()])  # where more entries do no harm: see `products`
+        wide = (sizes + CELL - 1) // CELL * CELL  # where a few entries more do no harm: see `products`
         ends = (self.starts + wide).clamp(max=len(entries))
         self.wide_starts = (ends - wide).clamp(min=0)
         self.wide = self.wide_starts.tolist(), ends.tolist()
