@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kizu.errors import ModelError, OptionError, require
+from kizu.hub import impatient
 from kizu.tracing import is_traced
 
 __all__ = ["EMBEDDED", "Backbone", "SamePadded", "blank", "create", "weights_hash"]
@@ -265,7 +266,8 @@ def _embedded(name: str) -> dict[str, Tensor]:
 
 def _from_hub(name: str) -> dict[str, Tensor]:
     try:
-        pretrained = timm.create_model(name, pretrained=True)
+        with impatient():
+            pretrained = timm.create_model(name, pretrained=True)
     except Exception as error:  # the hub's client raises anything from OSError to its own classes
         config = timm.get_pretrained_cfg(name)
         origin = config.hf_hub_id or config.url or "no hub" if config else "no hub"

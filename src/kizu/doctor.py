@@ -4,12 +4,12 @@ import importlib.util
 import json
 import os
 import platform
-import socket
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
+from kizu import hub
+from kizu.config import CONFIGS
 from kizu.errors import EXTRAS, ModelError
 from kizu.parity import Difference, Tolerance
 from kizu.threshold import Threshold
@@ -61,13 +61,28 @@ def describe_model(folder: Path) -> dict[str, Any]:
             "input": " × ".join(map(str, config["size"])) + " pixels (height × width)",
             "threshold": f"a part is stopped when its score is above {threshold.value:.6g}",
             "promise": threshold.statement,
-            "facts": [f"{key}: {value}" for key, value in about["facts"].items()],
-            "settings": [f"{key}: {value}" for key, value in config.items()],
+            "facts": [f"{key}: {_plain(value)}" for key, value in about["facts"].items()],
+            "settings": _settings(about["method"], config),
             "versions": ", ".join(f"{key} {value}" for key, value in about["versions"].items()),
             "size on disk": f"{sum(f.stat().st_size for f in folder.iterdir()) / 1e6:.1f} MB",
         }
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{folder}: the model is damaged ({error})") from None
+
+
+def _settings(method: str, config: dict[str, Any]) -> list[str]:
+    """Those that are not as they come, a line each."""
+    usual = json.loads(CONFIGS[method]().model_dump_json())
+    chosen = [f"{key}: {_plain(value)}" for key, value in config.items() if usual.get(key, ...) != value]
+    return [*chosen, f"{'all' if not chosen else 'the others'} as they come (model.json has each)"]
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(_plain, value))
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
 def _exported(export: dict[str, Any] | None) -> dict[str, Any]:
@@ -105,11 +120,7 @@ def _hub() -> str:
     """Whether timm could download weights. Only a connection is opened."""
     if importlib.util.find_spec("huggingface_hub") is None:
         return "unknown: the extra train is not installed"
-    from huggingface_hub import constants
-
-    address = urlsplit(constants.ENDPOINT)
-    try:
-        with socket.create_connection((address.hostname or "", address.port or 443), timeout=3):
-            return f"{address.hostname} answers: any timm backbone can be downloaded"
-    except OSError:
-        return f"{address.hostname} does not answer: other backbones need --weights FILE; the embedded one works"
+    host, _ = hub.address()
+    if hub.answers():
+        return f"{host} answers: any timm backbone can be downloaded"
+    return f"{host} does not answer: other backbones need --weights FILE; the embedded one works"

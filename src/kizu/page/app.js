@@ -21,7 +21,8 @@ const history = new History($("strip"), $("tally"), (entry) => open(entry));
 
 const model = () => models.find((one) => one.name === $("model").value) ?? models[0];
 const digits = (value) => (value === null ? "–" : Number(value).toPrecision(4));
-const rarely = (p) => (p >= 0.5 ? "Most good parts look" : `At most 1 in ${Math.floor(1 / p + 1e-9).toLocaleString("en-GB")} good parts looks`);
+const rarely = (p) =>
+  p >= 0.5 ? "Most good parts score as high" : `At most 1 good part in ${Math.floor(1 / p + 1e-9).toLocaleString("en-GB")} scores as high`;
 
 async function start() {
   models = await json("/v1/models");
@@ -115,7 +116,7 @@ async function follow(threshold) {
   $("finding").dataset.verdict = stop ? "stop" : "pass";
   $("because").textContent =
     `It scores ${digits(result.score)}, ${stop ? "above" : "not above"} the threshold of ${digits(threshold)}. ` +
-    `${rarely(result.p_value)} so unusual.`;
+    `${rarely(result.p_value)}.`;
   $("threshold").setAttribute("aria-valuetext", `${digits(threshold)}: ${stop ? "stop" : "pass"}`);
   promised = moved
     ? await json(`/v1/models/${encodeURIComponent(about.name)}/promise?threshold=${threshold}`)

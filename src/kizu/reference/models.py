@@ -261,9 +261,13 @@ def check_patchcore(config: PatchCoreConfig) -> None:
     """Raise `ModelError` for settings that the published code has no files for."""
     plain = config.fusion == "stack" and not (config.local_scale or config.top or config.patchsize_aggregate)
     if not plain or config.reweight > 1:
+        more = ""
+        if config.pretrain_embed_dimension is None:
+            more = "; where layers differ in channels, as the embedded backbone's do, also "
+            more += "--pretrain-embed-dimension 1024 --target-embed-dimension 1024"
         raise ModelError(
             "The published PatchCore has one bank of plain distances and scores the worst patch: its files need "
-            "--fusion stack --no-local-scale --top 0, and neither --reweight nor --patchsize-aggregate (-pa)"
+            f"--fusion stack --no-local-scale --top 0, and neither --reweight nor --patchsize-aggregate (-pa){more}"
         )
     if config.size[0] != config.size[1]:
         raise ModelError(f"The published PatchCore takes square inputs only, not {config.size[0]}x{config.size[1]}")
