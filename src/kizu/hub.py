@@ -1,0 +1,43 @@
+"""The model hub that timm downloads weights from: whether it answers, and not waiting for it where it does not."""
+
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from urllib.parse import urlsplit
+from urllib.request import getproxies
+
+__all__ = ["address", "answers", "impatient"]
+
+SECONDS = 3.0
+
+
+def address() -> tuple[str, int]:
+    """Host and port."""
+    from huggingface_hub import constants
+
+    endpoint = urlsplit(constants.ENDPOINT)
+    return endpoint.hostname or "", endpoint.port or (80 if endpoint.scheme == "http" else 443)
+
+
+def answers() -> bool:
+    """Whether it can be reached, or may be through a proxy. Only a connection is opened."""
+    if getproxies():
+        return True
+    try:
+        with socket.create_connection(address(), timeout=SECONDS):
+            return True
+    except OSError:
+        return False
+
+
+@contextmanager
+def impatient() -> Iterator[None]:
+    """Inside, a hub that does not answer is not asked: its client would try for a minute. Its cache is used still."""
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = before or not answers()
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
