@@ -273,7 +273,7 @@ def _from_hub(name: str) -> dict[str, Tensor]:
         origin = config.hf_hub_id or config.url or "no hub" if config else "no hub"
         raise ModelError(
             f"The weights of {name} could not be downloaded ({origin}: {type(error).__name__}). Two ways on: put the "
-            f"file on this machine and name it with --weights FILE, or use --backbone {next(iter(EMBEDDED))}, whose "
+            f"file on this machine and name it with --weights FILE, or take the backbone {next(iter(EMBEDDED))}, whose "
             "weights come with kizu."
         ) from None
     state: dict[str, Tensor] = pretrained.state_dict()

@@ -156,7 +156,7 @@ class Detector(Inspector):
         self.threshold = calibrate(learned.scores, rate)
         self.map_level = calibrate(learned.map_peaks, rate).value
         top = self.map_level if math.isfinite(self.map_level) else learned.map_median + 1
-        self.scale = (learned.map_median, 3 * top - 2 * learned.map_median)  # the level lies at a third
+        self.scale = (learned.map_median, 2 * top - learned.map_median)  # the level lies in the middle
         return self
 
     def __call__(self, pixels: npt.NDArray[np.uint8]) -> tuple[images.Float, images.Float]:
