@@ -34,6 +34,7 @@ class Model(BaseModel):
     statement: str = Field(description="the promise about false alarms")
     good_scores: list[float] = Field(description="scores of the good images behind the level, in ascending order")
     map_level: float | None = Field(description="what is above it in the map is marked")
+    map_peaks: list[float] = Field(description="the largest map values of the good images behind the level, ascending")
     scale: tuple[float, float] = Field(description="map values that are drawn darkest and brightest")
 
 

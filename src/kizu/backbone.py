@@ -139,8 +139,9 @@ class Backbone(nn.Module):
 class SamePadded(nn.Module):
     """A convolution that pads as TensorFlow does: where it is uneven, one more behind than before.
 
-    Padding of its own would copy its input, which costs as much as the convolution. A row and a column of zeros before
-    the kernel make the padding even; the result is the same.
+    Padding of its own would copy its input, which costs torch as much as the convolution. A row and a column of zeros
+    before the kernel make the padding even; the result is the same. Other engines pad at no cost, and are slow with
+    such kernels.
     """
 
     def __init__(self, convolution: Conv2dSame) -> None:
@@ -152,6 +153,9 @@ class SamePadded(nn.Module):
         """(B, C, H, W) → (B, C', ⌈H / stride⌉, ⌈W / stride⌉)."""
         three = zip(values.shape[-2:], self.weight.shape[-2:], self.stride, strict=True)
         high, wide = (get_same_padding(*side, dilation=1) for side in three)
+        if is_traced():
+            values = F.pad(values, (wide // 2, wide - wide // 2, high // 2, high - high // 2))
+            return F.conv2d(values, self.weight, self.bias, self.stride, groups=self.groups)
         weight = F.pad(self.weight, (wide % 2, 0, high % 2, 0)) if high % 2 or wide % 2 else self.weight
         padding = (high + 1) // 2, (wide + 1) // 2
         return F.conv2d(values, weight, self.bias, self.stride, padding, groups=self.groups)

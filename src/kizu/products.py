@@ -12,7 +12,7 @@ __all__ = ["padded", "similarities"]
 
 LEAST = 32  # rows and others from which on oneDNN is worth its preparations
 MOST = 512  # others that are rounded up: larger banks are few
-LINEAR: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+LINEAR: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 
 
 def similarities(rows: Tensor, others: Tensor, half_norms: Tensor) -> Tensor:

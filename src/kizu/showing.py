@@ -64,6 +64,7 @@ def about(name: str, loaded: Loaded) -> Model:
         statement=model.threshold.statement,
         good_scores=sorted(model.calibration_scores),
         map_level=finite(model.map_level),
+        map_peaks=sorted(model.map_peaks),
         scale=model.scale,
     )
 

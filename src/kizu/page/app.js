@@ -3,10 +3,12 @@
 import { blob, json, post } from "/page/api.js";
 import { History } from "/page/history.js";
 import { Scale } from "/page/scale.js";
-import { Viewer, bytes, decodeMap } from "/page/viewer.js";
+import { Viewer, bytes, decodeMap, regionsAbove } from "/page/viewer.js";
 
 const $ = (id) => document.getElementById(id);
 const IMAGE = /\.(png|jpe?g|jpe|jfif|bmp|dib|tiff?|webp|gif|p[pgbn]m|jp2|j2k|avif|tga)$/i;
+
+const MOST = 20; // regions that a lower threshold lists
 
 let models = [];
 let current = null; // the entry on show
@@ -97,7 +99,7 @@ async function open(entry) {
   viewer.show(seen, result, map, about.scale);
   const level = levels.get(about.name) ?? about.threshold;
   scale.show(about.good_scores, result.score, level);
-  listRegions(result);
+  listRegions(result.regions, result);
   listPairs(result);
   showMark(entry.feedback, "");
   follow(level ?? scale.value);
@@ -123,19 +125,31 @@ async function follow(threshold) {
     : { threshold, statement: about.statement, map_level: about.map_level };
   if (current !== entry || (moved && scale.value !== threshold)) return;
   $("statement").textContent = promised.statement + (moved ? " Moved on this page only: kizu tune sets it in the model." : "");
-  viewer.set({ level: promised.map_level ?? Infinity, region: null });
-  if (stop && result.regions.every((region) => region.peak <= (promised.map_level ?? Infinity)))
+  const mapLevel = promised.map_level ?? Infinity;
+  viewer.set({ level: mapLevel, region: null });
+  const lowered = viewer.map && mapLevel < (about.map_level ?? Infinity);
+  const regions = lowered ? marked(about, mapLevel, result) : result.regions;
+  listRegions(regions, result);
+  if (stop && regions.every((region) => region.peak <= mapLevel))
     $("because").textContent += " It is unusual in several places, none of which is marked alone.";
-  for (const [number, region] of result.regions.entries()) {
-    const below = region.peak <= (promised.map_level ?? Infinity);
+  for (const [number, region] of regions.entries()) {
+    const below = region.peak <= mapLevel;
     $("regions").children[number].classList.toggle("below", below);
     $("badges").children[number].hidden = below;
   }
 }
 
-function listRegions(result) {
-  $("marked").hidden = result.regions.length === 0;
-  const rows = result.regions.map((region, number) => {
+/** What a lower level marks beyond what the server did. */
+function marked(about, level, result) {
+  const good = about.map_peaks;
+  const share = (peak) => (1 + good.filter((one) => one >= peak).length) / (good.length + 1);
+  const found = regionsAbove(viewer.map, level, result).slice(0, MOST);
+  return found.map((region) => ({ ...region, p_value: share(region.peak) }));
+}
+
+function listRegions(regions, result) {
+  $("marked").hidden = regions.length === 0;
+  const rows = regions.map((region, number) => {
     const row = document.createElement("button");
     row.type = "button";
     row.title = `The map reaches ${digits(region.peak)} here`;
@@ -151,7 +165,7 @@ function listRegions(result) {
     return item;
   });
   $("regions").replaceChildren(...rows);
-  const badges = result.regions.map(({ box: [left, top, width] }, number) => {
+  const badges = regions.map(({ box: [left, top, width] }, number) => {
     const badge = document.createElement("li");
     badge.textContent = number + 1;
     badge.style.left = `min(${(100 * (left + width)) / result.width}%, 100% - 2rem)`;

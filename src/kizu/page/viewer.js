@@ -71,6 +71,39 @@ function contour({ values, width, height }, level) {
   return path;
 }
 
+/** Regions above a level, the highest first, in pixels of the photograph: what the server marks at its own level. */
+export function regionsAbove({ values, width, height }, level, size) {
+  const seen = new Uint8Array(values.length);
+  const [across, down] = [size.width / width, size.height / height];
+  const regions = [];
+  for (let start = 0; start < values.length; start++) {
+    if (seen[start] || !(values[start] > level)) continue;
+    let [left, right, top, bottom, peak] = [width, 0, height, 0, -Infinity];
+    const open = [start];
+    seen[start] = 1;
+    while (open.length) {
+      const at = open.pop();
+      const [x, y] = [at % width, Math.floor(at / width)];
+      [left, right] = [Math.min(left, x), Math.max(right, x)];
+      [top, bottom] = [Math.min(top, y), Math.max(bottom, y)];
+      peak = Math.max(peak, values[at]);
+      for (let b = Math.max(0, y - 1); b <= Math.min(height - 1, y + 1); b++) {
+        for (let a = Math.max(0, x - 1); a <= Math.min(width - 1, x + 1); a++) {
+          const next = b * width + a;
+          if (seen[next] || !(values[next] > level)) continue;
+          seen[next] = 1;
+          open.push(next);
+        }
+      }
+    }
+    const [x, y] = [Math.floor(left * across), Math.floor(top * down)];
+    const [farX, farY] = [Math.ceil((right + 1) * across), Math.ceil((bottom + 1) * down)];
+    const contour = [[x, y], [farX, y], [farX, farY], [x, farY]];
+    regions.push({ box: [x, y, farX - x, farY - y], peak, contour });
+  }
+  return regions.sort((one, other) => other.peak - one.peak);
+}
+
 export class Viewer {
   constructor(canvas, frame) {
     this.canvas = canvas;
