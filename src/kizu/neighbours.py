@@ -63,7 +63,8 @@ def _best(
         table = similarities(queries, bank[some], half_norms[some])
         if images is not None:
             table.masked_fill_(images[0][:, None] == images[1][some], -torch.inf)
-        best = table.max(1, keepdim=True) if count == 1 else table.topk(min(count, table.shape[1]))
+        fast = count == 1 and not is_traced()
+        best = table.max(1, keepdim=True) if fast else table.topk(min(count, table.shape[1]))
         values.append(best[0])
         places.append(best[1] + start)
     if len(places) == 1:
