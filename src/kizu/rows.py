@@ -84,13 +84,15 @@ def _taps(shape: Shape, finest: Shape, device: torch.device | None) -> tuple[Ten
     """For each patch of the finest grid, places of this layer and their weights (P, 4); none where the grids agree."""
     if shape[1:] == finest[1:]:
         return None
-    rows, columns = (_weights(*sides) for sides in zip(shape[1:], finest[1:], strict=True))
-    table = torch.einsum("ai,bj->abij", rows, columns).reshape(finest[1] * finest[2], -1)
-    weights, places = table.topk(min(4, table.shape[1]), dim=1)
-    return places.to(device), weights.to(device)
+    (rows, down), (columns, across) = (_sides(*sides) for sides in zip(shape[1:], finest[1:], strict=True))
+    places = rows[:, None, :, None] * shape[2] + columns[None, :, None, :]  # (H, W, 2, 2)
+    weights = down[:, None, :, None] * across[None, :, None, :]
+    return places.reshape(-1, 4).to(device), weights.reshape(-1, 4).to(device)
 
 
-def _weights(length: int, size: int) -> Tensor:
-    """(size, length), of linear interpolation."""
-    unit = torch.eye(length, device="cpu")
-    return F.interpolate(unit[None], size=size, mode="linear", align_corners=False)[0].T
+def _sides(length: int, size: int) -> tuple[Tensor, Tensor]:
+    """Of `size` points along `length` places: the places on either side and their weights (size, 2)."""
+    points = ((torch.arange(size, device="cpu") + 0.5) * length / size - 0.5).clamp(min=0)
+    below = points.long().clamp(max=length - 1)
+    share = points - below
+    return torch.stack([below, (below + 1).clamp(max=length - 1)], 1), torch.stack([1 - share, share], 1)
