@@ -10,7 +10,8 @@ from kizu.tracing import is_traced
 __all__ = ["Cells", "arrange", "nearest"]
 
 ROWS = 512  # queries at a time, and
-ENTRIES = 4096  # of the bank at a time, in a table that stays in the cache
+ENTRIES = 4096  # of the bank at a time, in a table that stays in the cache;
+ON_GPU = 4  # times as many of each there
 SAMPLE = 64  # entries a cell that place its centre
 ROUNDS = 4
 CELL = 64  # entries that a cell is rounded up to multiples of
@@ -38,12 +39,13 @@ def nearest(
     if half_norms is None:
         half_norms = bank.square().sum(1) / 2
     count = min(count, len(bank))
-    if is_traced() or len(queries) <= ROWS:
+    block = ROWS if queries.device.type == "cpu" else ON_GPU * ROWS
+    if is_traced() or len(queries) <= block:
         indices = _best(queries, bank, half_norms, images, count)
     else:
         indices = torch.empty(len(queries), count, dtype=torch.long, device=queries.device)
-        for start in range(0, len(queries), ROWS):
-            some = slice(start, start + ROWS)
+        for start in range(0, len(queries), block):
+            some = slice(start, start + block)
             those = None if images is None else (images[0][some], images[1])
             indices[some] = _best(queries[some], bank, half_norms, those, count)
     distances = (queries[:, None] - bank[indices]).square().sum(2).sqrt()  # (N, count)
@@ -56,7 +58,8 @@ def _best(
     queries: Tensor, bank: Tensor, half_norms: Tensor, images: tuple[Tensor, Tensor] | None, count: int
 ) -> Tensor:
     """Indices (N, count) of the nearest entries, in ascending distance; the bank in parts of equal size."""
-    size = -(-len(bank) // -(-len(bank) // ENTRIES))
+    most = ENTRIES if queries.device.type == "cpu" else ON_GPU * ENTRIES
+    size = -(-len(bank) // -(-len(bank) // most))
     values, places = [], []
     for start in range(0, len(bank), size):
         some = slice(start, start + size)
