@@ -140,8 +140,7 @@ class SamePadded(nn.Module):
     """A convolution that pads as TensorFlow does: where it is uneven, one more behind than before.
 
     Padding of its own would copy its input, which costs torch as much as the convolution. A row and a column of zeros
-    before the kernel make the padding even; the result is the same. Other engines pad at no cost, and are slow with
-    such kernels.
+    before the kernel make the padding even; the result is the same. Other engines pad on their own.
     """
 
     def __init__(self, convolution: Conv2dSame) -> None:
