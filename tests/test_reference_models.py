@@ -18,9 +18,9 @@ from torch.nn import functional as F
 import kizu
 from kizu.cli import cli
 from kizu.dataset import find
-from kizu.detectors.patchcore import as_rows
 from kizu.reference import flatindex, scoring
 from kizu.reference.models import found_models, read_reference, write_reference
+from kizu.rows import as_rows
 from test_detectors import GOOD, part
 
 LAYERS = ["blocks.2", "blocks.4"]

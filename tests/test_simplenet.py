@@ -11,10 +11,10 @@ import kizu
 from kizu import backbone
 from kizu.config import SimpleNetConfig
 from kizu.dataset import find
-from kizu.detectors.simplenet import as_rows
 from kizu.discriminator import Discriminator, judge, noise
 from kizu.features import FeatureStore
 from kizu.pickles import read_plain, write_plain
+from kizu.rows import as_rows
 from test_detectors import GOOD, SETTINGS, part
 
 TINY = {**SETTINGS["simplenet"], "size": 64, "meta_epochs": 3}

@@ -90,19 +90,15 @@ class Bank(nn.Module):
 
     def search(self, queries: Tensor, count: int, own: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Distances and entries (N, count) nearest to queries (N, D), none from the queries' own images (N,)."""
-        if is_traced():
-            return nearest(queries, self.entries, count, half_norms=self.half_norms)
         sorted_here = len(self.centres) > 0 and queries.device.type == "cpu"
-        if count == 1 and (sorted_here or self.quantise):
+        if count == 1 and (sorted_here or self.quantise) and not is_traced():
             distances, entries = self.index().nearest(queries, own)
             return distances[:, None], entries[:, None]
         return nearest(queries, self.entries, count, half_norms=self.half_norms, images=_both(own, self.images))
 
     def around(self, entries: Tensor, count: int, own: Tensor | None = None) -> Tensor:
         """Indices (B, count) of what is nearest to entries of this bank (B, D): themselves first."""
-        if is_traced():
-            return nearest(entries, self.entries, count, half_norms=self.half_norms)[1]
-        if len(self.centres) and entries.device.type == "cpu" and not self.quantise:
+        if len(self.centres) and entries.device.type == "cpu" and not self.quantise and not is_traced():
             index = self.index()
             assert isinstance(index, Cells)
             return index.several(entries, min(count, len(self.entries)), own)[1]

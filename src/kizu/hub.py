@@ -20,9 +20,7 @@ def address() -> tuple[str, int]:
 
 
 def answers() -> bool:
-    """Whether it can be reached, or may be through a proxy. Only a connection is opened."""
-    if getproxies():
-        return True
+    """Whether it can be reached. Only a connection is opened."""
     try:
         with socket.create_connection(address(), timeout=SECONDS):
             return True
@@ -32,11 +30,14 @@ def answers() -> bool:
 
 @contextmanager
 def impatient() -> Iterator[None]:
-    """Inside, a hub that does not answer is not asked: its client would try for a minute. Its cache is used still."""
+    """Inside, a hub that does not answer is not asked: its client would try for a minute. Its cache is used still.
+
+    Where there is a proxy only asking tells.
+    """
     from huggingface_hub import constants
 
     before = constants.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = before or not answers()
+    constants.HF_HUB_OFFLINE = before or not (getproxies() or answers())
     try:
         yield
     finally:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["Rows"]
+__all__ = ["Rows", "as_rows"]
 
 Shape = tuple[int, int, int]  # channels, height, width
 
@@ -54,7 +54,7 @@ class Rows:
     def write(self, first: int, maps: Sequence[Tensor]) -> None:
         """Images from number `first` on, each layer (B, C, h, w)."""
         for layer, values in zip(self.layers, maps, strict=True):
-            rows = values.permute(0, 2, 3, 1).flatten(0, 2)
+            rows = as_rows(values)
             start = first * values.shape[2] * values.shape[3]
             layer[start : start + len(rows)] = rows
 
@@ -78,6 +78,11 @@ class Rows:
         if len(self.layers) == 1:
             return self.layers[0][start:stop]
         return self.take(torch.arange(start, min(stop, len(self)), device=self.device))
+
+
+def as_rows(features: Tensor) -> Tensor:
+    """(B, D, h, w) → (B · h · w, D)."""
+    return features.permute(0, 2, 3, 1).flatten(0, 2)
 
 
 def _taps(shape: Shape, finest: Shape, device: torch.device | None) -> tuple[Tensor, Tensor] | None:

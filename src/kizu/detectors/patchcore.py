@@ -32,7 +32,7 @@ from kizu.memory import budget, tidy
 from kizu.patches import PatchFeatures
 from kizu.preprocess import Stack
 from kizu.quantised import QuantisedCells
-from kizu.rows import Rows
+from kizu.rows import Rows, as_rows
 from kizu.threshold import images_needed
 
 __all__ = ["PatchCore"]
@@ -404,11 +404,6 @@ class PatchCore(Detector):
         if len(members) == 1:
             return _restore_one(config, tensors, "")
         return EnsembleGraph([_restore_one(one, tensors, f"members.{n}.") for n, one in enumerate(members)])
-
-
-def as_rows(features: Tensor) -> Tensor:
-    """(B, D, h, w) → (B · h · w, D)."""
-    return features.permute(0, 2, 3, 1).flatten(0, 2)
 
 
 def _patch_numbers(images: Tensor, patches: int) -> Tensor:

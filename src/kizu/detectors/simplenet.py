@@ -25,6 +25,7 @@ from kizu.features import FeatureStore
 from kizu.maps import MapUpsampling
 from kizu.patches import PatchFeatures
 from kizu.preprocess import Stack
+from kizu.rows import as_rows
 from kizu.training import DIVISION, ORDER, Training, generator
 
 __all__ = ["SimpleNet", "SimpleNetGraph"]
@@ -214,11 +215,6 @@ def _numbered(folder: Path) -> Path:
         return folder
     models = sorted(path.parent for path in folder.parent.glob("*/model.json"))
     return models[int(folder.name)] if int(folder.name) < len(models) else folder
-
-
-def as_rows(features: Tensor) -> Tensor:
-    """(B, D, h, w) → (B · h · w, D)."""
-    return features.permute(0, 2, 3, 1).flatten(0, 2)
 
 
 def _divided(count: int, has_others: bool, config: SimpleNetConfig) -> tuple[list[int], list[int], list[int]]:
