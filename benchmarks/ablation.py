@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from accuracy import present
-from kizu import dataset
+from kizu.cli.terminal import print_table
 from kizu.config import PatchCoreConfig
-from kizu.detectors.detector import Prediction
-from kizu.detectors.patchcore import PatchCore
-from kizu.files import write_rows
-from kizu.metrics import image_metrics
-from kizu.run import machine
-from kizu.terminal import print_table
+from kizu.data import dataset
+from kizu.data.files import write_rows
+from kizu.detectors.base import Prediction
+from kizu.detectors.patchcore.detector import PatchCore
+from kizu.evaluation.experiment import machine
+from kizu.evaluation.metrics import image_metrics
 
 TARGET = Path(__file__).parent / "results" / "ablation.csv"
 PAPER = {"fusion": "stack", "local_scale": False, "top": 0}

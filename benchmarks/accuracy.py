@@ -11,13 +11,13 @@ import tempfile
 import time
 from pathlib import Path
 
-from kizu import dataset, demo
+from kizu.cli.terminal import print_results
 from kizu.config import CONFIGS, build
+from kizu.data import dataset, demo
+from kizu.data.files import write_text
 from kizu.detectors import detector_class
-from kizu.evaluation import evaluate
-from kizu.files import write_text
-from kizu.run import machine, results_csv, versions
-from kizu.terminal import print_results
+from kizu.evaluation.evaluate import evaluate
+from kizu.evaluation.experiment import machine, results_csv, versions
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 

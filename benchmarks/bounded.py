@@ -12,9 +12,9 @@ from pathlib import Path
 
 import kizu
 from accuracy import present
-from kizu import dataset
-from kizu.evaluation import evaluate
-from kizu.files import write_text
+from kizu.data import dataset
+from kizu.data.files import write_text
+from kizu.evaluation.evaluate import evaluate
 
 
 def main() -> None:

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from kizu.drift import DriftTest
-from kizu.files import write_rows
-from kizu.terminal import print_table
+from kizu.calibration.drift import DriftTest
+from kizu.cli.terminal import print_table
+from kizu.data.files import write_rows
 
 TARGET = Path(__file__).parent / "results" / "drift.csv"
 BEFORE, GOOD, DEVIATION = 200, 209, 2**0.5

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from kizu.files import write_text
+from kizu.data.files import write_text
 
 HERE = Path(__file__).parent
 SIDE = 256
@@ -101,8 +101,8 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     """Milliseconds per image of kizu's graph, in torch and exported; and what plain convolutions reach."""
     import kizu
     from kizu.config import EfficientADConfig
-    from kizu.detectors.efficientad import EfficientADGraph
-    from kizu.pdn import PDN
+    from kizu.detectors.efficientad.detector import EfficientADGraph
+    from kizu.detectors.efficientad.networks import PDN
 
     result: dict[str, Any] = {"version": f"kizu {kizu.__version__}, torch {torch.__version__}", "rate": rate()}
     for border in ("map", "picture"):
@@ -164,7 +164,7 @@ def rate() -> float:
 
 def operations(size: str, border: str) -> float:
     """Operations of teacher and student for an image (the autoencoder's few per cent left out), times 1e9 / s → ms."""
-    from kizu.pdn import FRAME, KERNELS, PDN
+    from kizu.detectors.efficientad.networks import FRAME, KERNELS, PDN
 
     total = 0
     for network in (PDN(size), PDN(size, 768)):  # type: ignore[arg-type]
@@ -179,8 +179,8 @@ def operations(size: str, border: str) -> float:
 def learn(options: argparse.Namespace) -> None:
     """AUROC of detectors trained for so many steps each, on the test images of a category."""
     import kizu
-    from kizu import dataset
-    from kizu.evaluation import evaluate
+    from kizu.data import dataset
+    from kizu.evaluation.evaluate import evaluate
 
     data = dataset.find(options.learn)
     category = data.categories[0]

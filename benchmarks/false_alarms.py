@@ -34,16 +34,17 @@ import torch
 from torch import Tensor, nn
 
 from accuracy import present
-from kizu import backbone, dataset, demo
+from kizu.calibration.drift import DriftTest
+from kizu.calibration.threshold import calibrate
+from kizu.cli.terminal import print_table
 from kizu.config import CONFIGS, build
+from kizu.data import dataset, demo
+from kizu.data.files import write_rows
+from kizu.data.preprocessing import Preprocessing, batches
 from kizu.detectors import detector_class
-from kizu.detectors.detector import Detector
-from kizu.drift import DriftTest
-from kizu.files import write_rows
-from kizu.preprocess import Preprocessing, batches
-from kizu.run import machine
-from kizu.terminal import print_table
-from kizu.threshold import calibrate
+from kizu.detectors.base import Detector
+from kizu.evaluation.experiment import machine
+from kizu.features import backbone
 
 RESULTS = Path(__file__).parent / "results"
 RATES = (0.1, 0.05, 0.02)

@@ -26,8 +26,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kizu import dataset, image
-from kizu.files import write_text
+from kizu.data import dataset, image
+from kizu.data.files import write_text
 from patchcore import folder_of, memory, one_by_one, spread
 
 HERE = Path(__file__).parent

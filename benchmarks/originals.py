@@ -16,14 +16,14 @@ from typing import Any
 
 import kizu
 from accuracy import SHARED
-from kizu import dataset
-from kizu.detectors.detector import Detector
-from kizu.evaluation import measure
-from kizu.files import write_text
-from kizu.oracle import Oracle
-from kizu.reference import scoring
-from kizu.run import machine
-from kizu.terminal import print_table
+from kizu.cli.reference import scoring
+from kizu.cli.terminal import print_table
+from kizu.data import dataset
+from kizu.data.files import write_text
+from kizu.detectors.base import Detector
+from kizu.evaluation.evaluate import measure
+from kizu.evaluation.experiment import machine
+from kizu.evaluation.oracle import Oracle
 
 TARGET = Path(__file__).parent / "results" / "originals.csv"
 PUBLISHED = {"fusion": "stack", "local_scale": False, "top": 0, "squared": True, "size": 224, "resize": 256}

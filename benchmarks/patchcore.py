@@ -36,11 +36,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kizu import dataset, image
-from kizu.coreset import select
-from kizu.files import write_text
-from kizu.neighbours import nearest
-from kizu.sample import Sample
+from kizu.data import dataset, image
+from kizu.data.files import write_text
+from kizu.data.sample import Sample
+from kizu.detectors.patchcore.coreset import select
+from kizu.detectors.patchcore.nearest import nearest
 
 HERE = Path(__file__).parent
 DATA = Path(os.environ.get("KIZU_TEST_DATA", HERE.parents[1] / "shared" / "data"))
@@ -389,7 +389,7 @@ def scaled(value: float | None, factor: float) -> float | None:
 
 
 def show(rows: Sequence[Row], options: argparse.Namespace) -> None:
-    from kizu import run as kizu_run
+    from kizu.evaluation import experiment as kizu_run
 
     header = ("category", "coreset", "measure", "unit", "kizu", "anomalib", "ratio", "note")
     lines = [header, *(tuple(cell(value) for value in asdict(row).values()) for row in rows)]

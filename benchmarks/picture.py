@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 import kizu
-from kizu import demo, image
+from kizu.data import demo, image
 
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
 CHOICE = {"scratch": 9, "dent": 2, "stain": 1, "missing_hole": 0}

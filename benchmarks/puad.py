@@ -22,12 +22,12 @@ import numpy.typing as npt
 
 import kizu
 from accuracy import SHARED
-from kizu import dataset, demo
-from kizu.detectors.detector import Prediction
-from kizu.files import write_rows
-from kizu.metrics import ranking
-from kizu.run import machine, versions
-from kizu.terminal import print_table
+from kizu.cli.terminal import print_table
+from kizu.data import dataset, demo
+from kizu.data.files import write_rows
+from kizu.detectors.base import Prediction
+from kizu.evaluation.experiment import machine, versions
+from kizu.evaluation.metrics import ranking
 
 TARGET = Path(__file__).parent / "results" / "puad.csv"
 FOLDERS = {

@@ -32,7 +32,7 @@ from typing import Any
 
 import numpy as np
 
-from kizu.files import write_text
+from kizu.data.files import write_text
 
 HERE = Path(__file__).parent
 DATA = Path(os.environ.get("KIZU_TEST_DATA", HERE.parents[1] / "shared" / "data"))
@@ -81,9 +81,9 @@ def model(name: str, folder: Path, category: Path, weights: Path | None = None) 
     import torch
 
     import kizu
-    from kizu import teacher
     from kizu.detectors import detector_class
-    from kizu.pdn import PDN
+    from kizu.detectors.efficientad import teacher
+    from kizu.detectors.efficientad.networks import PDN
 
     if (folder / name / "model.json").exists():
         return folder / name
@@ -105,8 +105,8 @@ def model(name: str, folder: Path, category: Path, weights: Path | None = None) 
 
 def exported(trained: Path, to: str, category: Path, precision: str = "float32") -> Path:
     """An exported model's folder beside the trained one, made where it is not there yet."""
-    from kizu.detectors.detector import load
-    from kizu.export import export
+    from kizu.detectors.base import load
+    from kizu.export.onnx import export
 
     folder = trained.with_name(f"{trained.name}-{to}-{precision}")
     if not (folder / "model.json").exists():
@@ -240,7 +240,8 @@ def in_batches(detector: Any, files: Sequence[Path], batch: int) -> Iterator[flo
 
 def make_plain(detector: Any) -> None:
     """Undo what kizu does for speed in torch: folding, memory layout, cells."""
-    from kizu import backbone, bank
+    from kizu.detectors.patchcore import memory_bank as bank
+    from kizu.features import backbone
 
     class Plain(backbone.Backbone):
         def forward(self, images: Any) -> Any:

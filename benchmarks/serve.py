@@ -30,11 +30,11 @@ from typing import Any
 import numpy as np
 
 import kizu
-from kizu import dataset
-from kizu.export import export
-from kizu.files import write_text
-from kizu.run import machine
-from kizu.terminal import print_table
+from kizu.cli.terminal import print_table
+from kizu.data import dataset
+from kizu.data.files import write_text
+from kizu.evaluation.experiment import machine
+from kizu.export.onnx import export
 
 TARGET = Path(__file__).parent / "results" / "serve.csv"
 RAW = "application/octet-stream"
@@ -98,7 +98,7 @@ def prepare(data: str, size: int, folder: Path) -> tuple[list[Path], Load]:
         target = folder / f"model-{number}"
         export(detector, target, "onnx")
         model = kizu.load(target)
-        from kizu.served import read_model
+        from kizu.serving.hosted_model import read_model
 
         scores[read_model(target)[0].version] = [model.predict(photograph).score for photograph in photographs]
         models.append(target)
@@ -249,7 +249,7 @@ def ask(
 
 def replace(new: Path, duty: Path) -> None:
     """Put another model's folder in the place of the one that is served."""
-    from kizu.files import new_folder
+    from kizu.data.files import new_folder
 
     with new_folder(duty) as temporary:
         shutil.copytree(new, temporary, dirs_exist_ok=True)

@@ -21,14 +21,14 @@ import torch
 
 import kizu
 from accuracy import SHARED
-from kizu import dataset
+from kizu.cli.terminal import print_table
 from kizu.config import SimpleNetConfig, build
-from kizu.discriminator import judge, noise
-from kizu.evaluation import evaluate
-from kizu.files import write_rows
-from kizu.preprocess import Stack
-from kizu.run import machine, versions
-from kizu.terminal import print_table
+from kizu.data import dataset
+from kizu.data.files import write_rows
+from kizu.data.preprocessing import Stack
+from kizu.detectors.simplenet.networks import judge, noise
+from kizu.evaluation.evaluate import evaluate
+from kizu.evaluation.experiment import machine, versions
 
 RESULTS = Path(__file__).parent / "results"
 CATEGORIES = ("bottle", "pill", "transistor")

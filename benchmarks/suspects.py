@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from accuracy import present
-from kizu import dataset
-from kizu.detectors.patchcore import PatchCore
-from kizu.files import write_rows
-from kizu.terminal import print_table
+from kizu.cli.terminal import print_table
+from kizu.data import dataset
+from kizu.data.files import write_rows
+from kizu.detectors.patchcore.detector import PatchCore
 
 TARGET = Path(__file__).parent / "results" / "suspects.csv"
 GOOD, DEFECTS = 120, 6

@@ -14,7 +14,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from kizu import files
+from kizu.data import files
 from kizu.errors import DataError
 
 PACKAGE = "conformal_clip_data"
@@ -56,8 +56,9 @@ def _installed() -> Path:
 
 def measure(folder: Path) -> list[dict[str, str]]:
     """AUROC of PatchCore's scores, and of its maps' maxima, for each kind of defect."""
-    from kizu import PatchCore, dataset
-    from kizu.metrics import image_metrics
+    from kizu import PatchCore
+    from kizu.data import dataset
+    from kizu.evaluation.metrics import image_metrics
 
     data = dataset.find(folder)
     detector = PatchCore().fit(data.select(split="train"))
@@ -84,7 +85,7 @@ def main() -> None:
     except DataError as error:
         sys.exit(str(error))
     if options.measure:
-        from kizu.terminal import print_table
+        from kizu.cli.terminal import print_table
 
         print_table(measure(options.folder))
 

@@ -9,9 +9,9 @@ from collections.abc import Callable
 
 import torch
 
-from kizu import backbone
-from kizu.run import machine
-from kizu.terminal import print_table
+from kizu.cli.terminal import print_table
+from kizu.evaluation.experiment import machine
+from kizu.features import backbone
 
 NETWORKS = {"efficientnet_lite2": 320, "resnet18": 256}  # name → input size; random weights cost the same
 IMAGES, TURNS = 16, 9

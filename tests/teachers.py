@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from kizu import teacher
-from kizu.pdn import PDN
+from kizu.detectors.efficientad import teacher
+from kizu.detectors.efficientad.networks import PDN
 
 TEACHER = Path(tempfile.gettempdir()) / f"kizu-tests-{os.getpid()}" / "efficientad-s.safetensors"  # while tests run
 

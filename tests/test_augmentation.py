@@ -6,8 +6,8 @@ import torch
 from torchvision.transforms import functional as reference
 
 import kizu
-from kizu.augmentation import Augmentation
 from kizu.config import Config
+from kizu.detectors.augmentation import Augmentation
 from test_detectors import GOOD, SETTINGS, part
 
 

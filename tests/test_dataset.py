@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kizu.dataset import LAYOUTS, Dataset, find, inspect
+from kizu.data.dataset import LAYOUTS, Dataset, find, inspect
 from kizu.errors import BadImage, DataError, OptionError
 
 

@@ -4,8 +4,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kizu import demo, image
-from kizu import flange as geometry
+from kizu.data import demo, image
+from kizu.data import demo_flange as geometry
 from kizu.errors import DataError, OptionError
 
 

@@ -10,13 +10,15 @@ from safetensors import safe_open
 from torch.nn import functional as F
 
 import kizu
-from kizu import backbone, image, teacher
-from kizu.cli import cli
+from kizu.cli.main import cli
 from kizu.config import DistillationConfig
-from kizu.distillation import Source, distill, distillation_loss
-from kizu.patches import PatchFeatures
-from kizu.pdn import PDN
-from kizu.textures import Texture
+from kizu.data import image
+from kizu.data.textures import Texture
+from kizu.detectors.efficientad import teacher
+from kizu.detectors.efficientad.distillation import Source, distill, distillation_loss
+from kizu.detectors.efficientad.networks import PDN
+from kizu.features import backbone
+from kizu.features.patch_features import PatchFeatures
 
 QUICK = {"side": 64, "batch_size": 2, "steps": 4, "measured": 8}
 
@@ -58,7 +60,7 @@ def test_the_loss_is_the_mean_squared_difference_to_the_pooled_layers_in_their_u
 def test_a_killed_distillation_goes_on_to_the_same_teacher(photographs, tmp_path, monkeypatch):
     config = DistillationConfig(**QUICK, crops=True)
     whole = distill(photographs, config, tmp_path / "whole")
-    monkeypatch.setattr("kizu.checkpoint.EVERY", 0)
+    monkeypatch.setattr("kizu.features.training_state.EVERY", 0)
 
     def kill(stage, done, total):
         if (stage, done) == ("Distilling", 2):
@@ -103,7 +105,7 @@ def test_the_command_makes_a_teacher_of_either_size_and_measures_the_channels_on
 
 
 def test_distilling_brings_the_teacher_nearer_to_the_backbone(photographs, tmp_path, monkeypatch):
-    monkeypatch.setattr("kizu.distillation.LEARNING_RATE", 1e-3)
+    monkeypatch.setattr("kizu.detectors.efficientad.distillation.LEARNING_RATE", 1e-3)
     config = DistillationConfig(**{**QUICK, "steps": 40, "precision": "mixed"})
     target = distill(photographs, config, tmp_path)
     losses = [float(row["loss"]) for row in csv.DictReader(target.with_suffix(".csv").read_text().splitlines())]

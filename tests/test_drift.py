@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import binom
 
-from kizu.drift import DriftTest, read_history, write_history
+from kizu.calibration.drift import DriftTest, read_history, write_history
 from kizu.errors import DataError
 
 

@@ -13,15 +13,17 @@ from torch.nn import functional as F
 from torchvision.transforms import functional as vision
 
 import kizu
-from kizu import dataset, run, teacher
-from kizu import image as images
-from kizu.archives import tensors
-from kizu.channels import ChannelStatistics
-from kizu.colours import varied
 from kizu.config import EfficientADConfig
+from kizu.data import dataset
+from kizu.data import image as images
 from kizu.detectors import efficientad
-from kizu.detectors.efficientad import EfficientADGraph, hard_loss, parted, quantile
-from kizu.pdn import PDN, Autoencoder
+from kizu.detectors.colours import varied
+from kizu.detectors.efficientad import teacher
+from kizu.detectors.efficientad.channels import ChannelStatistics
+from kizu.detectors.efficientad.detector import EfficientADGraph, hard_loss, parted, quantile
+from kizu.detectors.efficientad.networks import PDN, Autoencoder
+from kizu.evaluation import experiment as run
+from kizu.features.safe_load import tensors
 from teachers import tiny
 from test_detectors import GOOD, part
 
@@ -288,7 +290,7 @@ def test_a_killed_training_goes_on_to_the_same_result(taught, tmp_path, monkeypa
     settings = {"teacher": str(taught), "steps": 6, "batch_size": 2, "precision": precision}
     undisturbed = kizu.EfficientAD(**settings).fit(GOOD)
     state = tmp_path / "training"
-    monkeypatch.setattr("kizu.checkpoint.EVERY", 0)
+    monkeypatch.setattr("kizu.features.training_state.EVERY", 0)
 
     def kill(stage, done, total):
         if (stage, done) == ("Training", 3):
@@ -314,7 +316,7 @@ def test_a_killed_run_goes_on_inside_a_category(taught, tmp_path, monkeypatch):
     for number, picture in enumerate(GOOD[:6]):
         images.write(tmp_path / "parts" / "good" / f"{number}.png", picture)
         images.write(tmp_path / "parts" / "bad" / f"{number}.png", part(50 + number, spot=True))
-    monkeypatch.setattr("kizu.checkpoint.EVERY", 0)
+    monkeypatch.setattr("kizu.features.training_state.EVERY", 0)
     data = dataset.find(tmp_path / "parts")
     config = EfficientADConfig(teacher=str(taught), steps=5)
     seen = []
@@ -363,7 +365,7 @@ def test_a_medium_model_is_trained_and_saved(tmp_path):
 
 
 def test_without_a_gpu_the_cost_is_told(taught, caplog, monkeypatch):
-    monkeypatch.setattr("kizu.pace.WORTH_TELLING", 0)
+    monkeypatch.setattr("kizu.detectors.efficientad.training.WORTH_TELLING", 0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with caplog.at_level(logging.WARNING, "kizu"):
         kizu.EfficientAD(teacher=str(taught), steps=5).fit(GOOD[:3])

@@ -14,11 +14,12 @@ import torch
 from PIL import Image
 
 import kizu
-from kizu import export as exporting
-from kizu import neighbours, runtime
 from kizu.detectors import DETECTORS, detector_class
-from kizu.export import export
-from kizu.parity import Cases, Tolerance
+from kizu.detectors.patchcore import nearest as neighbours
+from kizu.export import onnx as exporting
+from kizu.export.onnx import export
+from kizu.inference import exported as runtime
+from kizu.inference.parity import Cases, Tolerance
 from test_detectors import GOOD, SETTINGS, part
 
 PICTURES = [part(50), part(99, spot=True), part(7)]

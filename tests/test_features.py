@@ -9,13 +9,14 @@ from scipy import ndimage
 from timm.layers import Conv2dSame
 from torch.nn import functional as F
 
-from kizu import backbone, coreset
+from kizu.detectors.patchcore import coreset
+from kizu.detectors.patchcore.feature_table import Rows
+from kizu.detectors.patchcore.nearest import Cells, arrange, nearest
 from kizu.errors import OptionError
-from kizu.maps import MapUpsampling
-from kizu.neighbours import Cells, arrange, nearest
-from kizu.patches import PatchFeatures
-from kizu.products import padded, similarities
-from kizu.rows import Rows
+from kizu.features import backbone
+from kizu.features.anomaly_map import MapUpsampling
+from kizu.features.matmul import padded, similarities
+from kizu.features.patch_features import PatchFeatures
 
 
 def adaptive_mean(row, bins):

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from kizu import image
-from kizu.detectors.detector import Photo
+from kizu.data import image
+from kizu.data.preprocessing import Preprocessing, batches
+from kizu.detectors.base import Photo
 from kizu.errors import BadImage
-from kizu.preprocess import Preprocessing, batches
 
 
 def photograph(height=60, width=80, seed=0):

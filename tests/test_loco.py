@@ -11,10 +11,12 @@ from hypothesis import strategies as st
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
-from kizu import dataset, loco, metrics
+from kizu.data import dataset
+from kizu.data.loco_masks import Region, Saturation, read_regions, read_saturations
 from kizu.errors import DataError, OptionError
-from kizu.evaluation import evaluate
-from kizu.saturation import Region, Saturation, read_regions, read_saturations
+from kizu.evaluation import loco_metrics as loco
+from kizu.evaluation import metrics
+from kizu.evaluation.evaluate import evaluate
 from test_detectors import part
 
 ENTRY = {"defect_name": "one", "pixel_value": 255, "saturation_threshold": 3, "relative_saturation": False}
@@ -231,7 +233,8 @@ def test_another_table_may_be_named(juice, tmp_path):
 
 
 def test_an_evaluation_has_locos_metrics_and_its_maps_are_what_they_were_made_from(juice, tmp_path):
-    from kizu import PatchCore, run
+    from kizu import PatchCore
+    from kizu.evaluation import experiment as run
 
     data = dataset.find(juice)
     detector = PatchCore(size=(64, 64)).fit(data.select(split="train"))

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy import ndimage
 from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
 
-from kizu import metrics
+from kizu.evaluation import metrics
 
 
 def brute_force_au_pro(maps, masks, limit):

@@ -7,9 +7,10 @@ import torch
 from safetensors.torch import save_file
 
 import kizu
-from kizu import backbone, coreset
-from kizu.dataset import find
-from kizu.memory import budget
+from kizu.data.dataset import find
+from kizu.detectors.patchcore import coreset
+from kizu.detectors.ram import budget
+from kizu.features import backbone
 from test_detectors import part
 from test_features import reference_features
 
@@ -119,7 +120,7 @@ def test_in_little_memory_the_result_is_nearly_the_same(monkeypatch):
     images, tests = photographs(40), photographs(10, seed=5)
     whole = kizu.PatchCore(size=64, coreset=0.1).fit(images)
     little = kizu.PatchCore(size=64, coreset=0.1)
-    monkeypatch.setattr("kizu.detectors.detector.budget", lambda asked: asked)
+    monkeypatch.setattr("kizu.detectors.base.budget", lambda asked: asked)
     little.fit(images, memory=1_000_000)  # features alone are 1.2 MB, of which a third is allowed
     assert little.facts["bank"] == whole.facts["bank"]
     assert little.facts["radius"][0] <= 2.5 * whole.facts["radius"][0]

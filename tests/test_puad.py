@@ -10,9 +10,9 @@ from safetensors.torch import save_file
 from sklearn.covariance import LedoitWolf
 
 import kizu
-from kizu.detectors.puad import joined
+from kizu.detectors.puad.detector import joined
+from kizu.detectors.puad.gaussian import Gaussian, cross_fitted, ledoit_wolf
 from kizu.errors import OptionError
-from kizu.gaussian import Gaussian, cross_fitted, ledoit_wolf
 from teachers import tiny
 from test_detectors import GOOD, part
 

@@ -14,12 +14,12 @@ from click.testing import CliRunner
 from safetensors.torch import save_file
 
 import kizu
-from kizu.backbone import Backbone
-from kizu.cli import cli
-from kizu.names import in_timm
-from kizu.pdn import PDN
-from kizu.pickles import read_plain
-from kizu.reference.models import network_state
+from kizu.cli.main import cli
+from kizu.config.backbone_names import in_timm
+from kizu.detectors.efficientad.networks import PDN
+from kizu.export.reference_files import network_state
+from kizu.features.backbone import Backbone
+from kizu.features.pickles import read_plain
 
 TAPS = ("-b", "efficientnet_lite2", "-le", "blocks.2", "-le", "blocks.4")
 SMALL = ("--resize", "128", "--imagesize", "112")

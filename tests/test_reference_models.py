@@ -16,11 +16,12 @@ from torch import nn
 from torch.nn import functional as F
 
 import kizu
-from kizu.cli import cli
-from kizu.dataset import find
-from kizu.reference import flatindex, scoring
-from kizu.reference.models import found_models, read_reference, write_reference
-from kizu.rows import as_rows
+from kizu.cli.main import cli
+from kizu.cli.reference import scoring
+from kizu.data.dataset import find
+from kizu.detectors.patchcore.feature_table import as_rows
+from kizu.export import faiss_file as flatindex
+from kizu.export.reference_files import found_models, read_reference, write_reference
 from test_detectors import GOOD, part
 
 LAYERS = ["blocks.2", "blocks.4"]

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image, ImageDraw
 from scipy import ndimage
 
-from kizu.regions import contour, find_regions
+from kizu.inference.regions import contour, find_regions
 
 
 def test_regions_say_where_how_large_and_how_unusual():

@@ -14,9 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kizu import image, report
-from kizu.evaluation import Beside, CategoryResult, Judged, Picture, Unlike
-from kizu.report import MAX_BYTES, RunSummary, render, write
+from kizu.data import image
+from kizu.evaluation import report
+from kizu.evaluation.evaluate import Beside, CategoryResult, Judged, Picture, Unlike
+from kizu.evaluation.report import MAX_BYTES, RunSummary, render, write
 
 KEYS = ("image_auroc", "image_ap", "image_f1max", "pg2", "pb2", "pixel_auroc", "pixel_ap", "pixel_f1max", "au_pro")
 SUMMARY = RunSummary(

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from kizu import image
 from kizu.config import PatchCoreConfig, SimpleNetConfig
-from kizu.dataset import find
+from kizu.data import image
+from kizu.data.dataset import find
 from kizu.errors import OptionError
-from kizu.metrics import image_metrics, pixel_metrics
-from kizu.oracle import Oracle
-from kizu.run import train
+from kizu.evaluation.experiment import train
+from kizu.evaluation.metrics import image_metrics, pixel_metrics
+from kizu.evaluation.oracle import Oracle
 from test_cli import KIZU, factory, kizu, table
 
 TINY = (

@@ -17,10 +17,10 @@ from fastapi.testclient import TestClient
 from PIL import Image
 
 import kizu
-from kizu.serve import application
-from kizu.served import folders_by_name
-from kizu.service import Service
-from kizu.uploads import Limits
+from kizu.serving.hosted_model import folders_by_name
+from kizu.serving.http import application
+from kizu.serving.service import Service
+from kizu.serving.uploads import Limits
 from services import encoded, serving, small_model
 from test_detectors import part
 

@@ -8,13 +8,13 @@ import torch
 from torch import nn
 
 import kizu
-from kizu import backbone
 from kizu.config import SimpleNetConfig
-from kizu.dataset import find
-from kizu.discriminator import Discriminator, judge, noise
-from kizu.features import FeatureStore
-from kizu.pickles import read_plain, write_plain
-from kizu.rows import as_rows
+from kizu.data.dataset import find
+from kizu.detectors.patchcore.feature_table import as_rows
+from kizu.detectors.simplenet.feature_store import FeatureStore
+from kizu.detectors.simplenet.networks import Discriminator, judge, noise
+from kizu.features import backbone
+from kizu.features.pickles import read_plain, write_plain
 from test_detectors import GOOD, SETTINGS, part
 
 TINY = {**SETTINGS["simplenet"], "size": 64, "meta_epochs": 3}

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from kizu.stress import STRESSES, Outcome, Stress, first_broken
+from kizu.evaluation.robustness import STRESSES, Outcome, Stress, first_broken
 
 BY_NAME = {stress.name: stress for stress in STRESSES}
 

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import beta
 
+from kizu.calibration.threshold import Threshold, calibrate, images_needed, interval, p_value, refuse
 from kizu.errors import OptionError
-from kizu.threshold import Threshold, calibrate, images_needed, interval, p_value, refuse
 
 
 @pytest.mark.parametrize("rate", [0.02, 0.05, 0.1])

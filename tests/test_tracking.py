@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 import kizu
-from kizu import run
-from kizu.tracking import Told, tell
+from kizu.evaluation import experiment as run
+from kizu.evaluation.tracking import Told, tell
 from test_cli import factory, table
 
 KIZU = [sys.executable, "-c", "from kizu.cli import main; main()"]

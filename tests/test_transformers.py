@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 
 import kizu
-from kizu import backbone
+from kizu.features import backbone
 from test_detectors import part
 
 TINY = "test_vit"  # 6 blocks of 64 channels, patches of 16, a class token, made for 160 × 160
@@ -58,7 +58,7 @@ def test_a_layer_is_the_output_of_that_residual_block(weights):
     images = torch.randint(0, 256, (2, 3, 160, 160), dtype=torch.uint8)
     layers = backbone.create(TINY, ("3", "1"), str(weights), (160, 160))(images)
     network = timm.create_model(TINY).eval()
-    network.load_state_dict(kizu.backbone.load_file(weights))
+    network.load_state_dict(kizu.features.backbone.load_file(weights))
     tokens: dict[int, torch.Tensor] = {}
     for number in (1, 3):
         network.blocks[number].register_forward_hook(lambda _, __, out, n=number: tokens.__setitem__(n, out))
@@ -70,7 +70,7 @@ def test_a_layer_is_the_output_of_that_residual_block(weights):
 
 
 def test_the_position_embedding_is_resized_to_other_inputs(weights):
-    state = kizu.backbone.load_file(weights)["pos_embed"]
+    state = kizu.features.backbone.load_file(weights)["pos_embed"]
     network = backbone.create(TINY, ("0",), str(weights), (64, 320))
     ours = network.state_dict()["network.model.pos_embed"]
     grid = state[:, 1:].reshape(1, 10, 10, 64).permute(0, 3, 1, 2)

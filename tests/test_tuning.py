@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
+from kizu.calibration.outliers import suspects
 from kizu.errors import DataError
-from kizu.suspects import suspects
-from kizu.tuning import Costs, best, points
+from kizu.evaluation.operating_point import Costs, best, points
 
 
 @pytest.mark.parametrize("seed", range(5))

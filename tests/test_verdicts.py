@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 import kizu
-from kizu.detectors.detector import Photo
-from kizu.stress import STRESSES, check
-from kizu.threshold import calibrate
+from kizu.calibration.threshold import calibrate
+from kizu.detectors.base import Photo
+from kizu.evaluation.robustness import STRESSES, check
 from test_cli import FAST, factory, save, table
 from test_cli import kizu as command
 from test_detectors import part

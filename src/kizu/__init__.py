@@ -3,14 +3,14 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kizu.detectors.detector import Detector
-    from kizu.detectors.efficientad import EfficientAD
-    from kizu.detectors.patchcore import PatchCore
-    from kizu.detectors.puad import PUAD
-    from kizu.detectors.simplenet import SimpleNet
+    from kizu.detectors.base import Detector
+    from kizu.detectors.efficientad.detector import EfficientAD
+    from kizu.detectors.patchcore.detector import PatchCore
+    from kizu.detectors.puad.detector import PUAD
+    from kizu.detectors.simplenet.detector import SimpleNet
     from kizu.errors import BadImage, DataError, KizuError, MissingExtra, ModelError, OptionError
-    from kizu.inspector import Inspector, Photo, Prediction
-    from kizu.saved import load
+    from kizu.inference.inspector import Inspector, Photo, Prediction
+    from kizu.inference.model_folder import load
 
 __all__ = ["PUAD", "BadImage", "DataError", "Detector", "EfficientAD", "Inspector", "KizuError", "MissingExtra"]
 __all__ += ["ModelError", "OptionError", "PatchCore", "Photo", "Prediction", "SimpleNet", "__version__", "load"]
@@ -18,14 +18,14 @@ __all__ += ["ModelError", "OptionError", "PatchCore", "Photo", "Prediction", "Si
 __version__ = "0.1.0"
 
 _HOMES = {
-    "kizu.detectors.detector": ("Detector",),
-    "kizu.detectors.efficientad": ("EfficientAD",),
-    "kizu.detectors.patchcore": ("PatchCore",),
-    "kizu.detectors.puad": ("PUAD",),
-    "kizu.detectors.simplenet": ("SimpleNet",),
+    "kizu.detectors.base": ("Detector",),
+    "kizu.detectors.efficientad.detector": ("EfficientAD",),
+    "kizu.detectors.patchcore.detector": ("PatchCore",),
+    "kizu.detectors.puad.detector": ("PUAD",),
+    "kizu.detectors.simplenet.detector": ("SimpleNet",),
     "kizu.errors": ("BadImage", "DataError", "KizuError", "MissingExtra", "ModelError", "OptionError"),
-    "kizu.inspector": ("Inspector", "Photo", "Prediction"),
-    "kizu.saved": ("load",),
+    "kizu.inference.inspector": ("Inspector", "Photo", "Prediction"),
+    "kizu.inference.model_folder": ("load",),
 }
 
 

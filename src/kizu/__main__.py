@@ -1,5 +1,5 @@
 """`python -m kizu` is `kizu`."""
 
-from kizu.cli import main
+from kizu.cli.main import main
 
 main()

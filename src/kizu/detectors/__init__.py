@@ -5,15 +5,15 @@ from typing import TYPE_CHECKING
 from kizu.errors import OptionError, require
 
 if TYPE_CHECKING:
-    from kizu.detectors.detector import Detector
+    from kizu.detectors.base import Detector
 
 __all__ = ["DETECTORS", "detector_class"]
 
 DETECTORS = {
-    "patchcore": ("kizu.detectors.patchcore", "PatchCore"),
-    "simplenet": ("kizu.detectors.simplenet", "SimpleNet"),
-    "efficientad": ("kizu.detectors.efficientad", "EfficientAD"),
-    "puad": ("kizu.detectors.puad", "PUAD"),
+    "patchcore": ("kizu.detectors.patchcore.detector", "PatchCore"),
+    "simplenet": ("kizu.detectors.simplenet.detector", "SimpleNet"),
+    "efficientad": ("kizu.detectors.efficientad.detector", "EfficientAD"),
+    "puad": ("kizu.detectors.puad.detector", "PUAD"),
 }
 
 

@@ -1,0 +1,133 @@
+"""Do recent parts still look like those that set the level? A test that may be looked at after every part, for ever.
+
+Each new score is ranked among all before it, those behind the level first. If nothing has changed these p-values are
+independent and uniform, and capital that is bet against that is a martingale: the probability that it ever reaches
+1 / a is at most a (Ville). The bets are on small p-values, scores higher than before; a mixture of them that moves a
+little of its stake at every part (Herbster and Warmuth, 1998) reacts also after a long quiet time. See Vovk et al.,
+"Retrain or not retrain: conformal test martingales for change-point detection", COPA 2021.
+"""
+
+import bisect
+import csv
+import io
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from kizu.data import files
+from kizu.errors import DataError
+
+__all__ = ["DriftTest", "Step", "read_history", "write_history"]
+
+POWERS = (0.85, 0.6, 0.35)  # of bets κ p^(κ − 1); the remaining bet keeps the stake
+SHARED = 0.01  # of the stake that moves on at every part
+LEAST = 1e-12
+
+
+@dataclass(frozen=True)
+class Step:
+    """One part of the sequence."""
+
+    image: str
+    score: float
+    p_value: float  # of its rank among all before it
+    evidence: float  # log10 of the capital: 2 is 100 to 1 against "nothing has changed"
+
+
+@dataclass
+class DriftTest:
+    """Capital bet against "nothing has changed", part after part. An alarm stays one."""
+
+    calibration: Sequence[float]  # scores of good images, behind the level
+    alarm: float = 0.01  # probability of ever a false alarm, at most
+    seed: int = 0
+    steps: list[Step] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        earlier, self.steps = list(self.steps), []
+        self._ranked = sorted(self.calibration)
+        self._stakes = np.full(len(POWERS) + 1, 1 / (len(POWERS) + 1))
+        self._log_capital = 0.0
+        self._rng = np.random.default_rng(self.seed)
+        for step in earlier:
+            self.add(step.image, step.score)
+
+    def add(self, image: str, score: float) -> Step:
+        """Bet on the next part."""
+        low, high = bisect.bisect_left(self._ranked, score), bisect.bisect_right(self._ranked, score)
+        above, equal = len(self._ranked) - high, high - low
+        p = (above + self._rng.random() * (equal + 1)) / (len(self._ranked) + 1)
+        bisect.insort(self._ranked, score)
+        bets = np.array([power * max(p, LEAST) ** (power - 1) for power in POWERS] + [1.0])
+        stakes = self._stakes * bets
+        self._log_capital += math.log10(stakes.sum())
+        stakes /= stakes.sum()
+        self._stakes = (1 - SHARED) * stakes + SHARED / len(stakes)
+        step = Step(image, score, p, self._log_capital)
+        self.steps.append(step)
+        return step
+
+    @property
+    def level(self) -> float:
+        """log10 of the capital at which an alarm is raised."""
+        return -math.log10(self.alarm)
+
+    @property
+    def alarm_at(self) -> int | None:
+        """The number of the part, from 0, at which the alarm was raised."""
+        return next((number for number, step in enumerate(self.steps) if step.evidence >= self.level), None)
+
+    @property
+    def since(self) -> int | None:
+        """Where the change most likely began, if there was an alarm: where the evidence up to it gathers best."""
+        if self.alarm_at is None:
+            return None
+        gains = [math.log(0.35 * max(step.p_value, LEAST) ** -0.65) for step in self.steps[: self.alarm_at + 1]]
+        gathered = np.cumsum(gains[::-1])[::-1]
+        return int(gathered.argmax())
+
+    def sentence(self) -> str:
+        """The finding in plain words."""
+        count, promise = len(self.steps), f"1 in {round(1 / self.alarm):,}"
+        if self.alarm_at is not None and self.since is not None:
+            return (
+                f"Something has changed, most likely since {self.steps[self.since].image} (number {self.since + 1} of "
+                f"{count}); it was certain enough at number {self.alarm_at + 1}. Where nothing changes, at most "
+                f"{promise} such tests ever say so."
+            )
+        most = max((step.evidence for step in self.steps), default=0.0)
+        return (
+            f"No sign of a change in {count} parts: the evidence was never stronger than {_odds(most)}, and the alarm "
+            f"is at {round(1 / self.alarm):,} to 1."
+        )
+
+
+def read_history(path: str | os.PathLike[str]) -> list[Step]:
+    """What `write_history` wrote; nothing if there is no file. Raises `DataError` when it is something else."""
+    path = Path(path)
+    if not path.exists():
+        return []
+    try:
+        rows = csv.DictReader(path.read_text(encoding="utf-8").splitlines())
+        return [
+            Step(row["image"], float(row["score"]), float(row["p_value"]), float(row["evidence_log10"])) for row in rows
+        ]
+    except (KeyError, ValueError, TypeError, OSError):
+        raise DataError(f"{path} is no history of kizu drift: name another file with --history") from None
+
+
+def write_history(path: str | os.PathLike[str], steps: Sequence[Step]) -> None:
+    """A row a part, in order; written whole or not at all."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["image", "score", "p_value", "evidence_log10"])
+    writer.writerows([s.image, repr(s.score), f"{s.p_value:.6g}", f"{s.evidence:.6g}"] for s in steps)
+    files.write_text(path, text.getvalue())
+
+
+def _odds(evidence: float) -> str:
+    return "1 to 1" if evidence < 0.02 else f"{10**evidence:.2g} to 1" if evidence < 2 else f"{10**evidence:,.0f} to 1"

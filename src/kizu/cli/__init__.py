@@ -1,0 +1,1 @@
+"""The command line. Only here are options parsed and errors worded with their flags."""

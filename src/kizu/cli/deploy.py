@@ -1,0 +1,164 @@
+"""Commands that stay: serve, watch."""
+
+import os
+import signal
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from kizu.cli.arguments import model_folder, quiet_option
+from kizu.errors import OptionError
+
+if TYPE_CHECKING:
+    from kizu.serving.watch.sinks import Sink
+
+__all__ = ["serve", "watch"]
+
+
+@click.command()
+@click.argument("models", nargs=-1, required=True)
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at; 0.0.0.0 is the whole net.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: any that is free.")
+@click.option("--api-key", envvar="KIZU_API_KEY", help="Ask for this key. Better given as KIZU_API_KEY.")
+@click.option("--store", default="served", show_default=True, metavar="DIR", help="Folder for feedback and verdicts.")
+@click.option("--keep", type=click.IntRange(0), default=0, show_default=True, help="Keep so many verdicts in SQLite.")
+@click.option("--batch", type=click.IntRange(1, 256), default=8, show_default=True, help="Photographs at once.")
+@click.option(
+    "--queue", type=click.IntRange(1, 65536), default=64, show_default=True, help="Photographs that may wait."
+)
+@click.option("--max-mb", type=click.FloatRange(0.001), default=32.0, show_default=True, help="Size of a request.")
+@click.option(
+    "--max-megapixels", type=click.FloatRange(0.001), default=50.0, show_default=True, help="Of a photograph."
+)
+@click.option("--timeout", type=click.FloatRange(0.01), default=30.0, show_default=True, help="Seconds for a request.")
+@quiet_option
+def serve(models: tuple[str, ...], host: str, port: int, api_key: str | None, quiet: bool, **options: Any) -> None:
+    """Answer requests for verdicts over HTTP, with a page for people at /.
+
+    MODELS are folders of models or of runs, each as it is or as NAME=FOLDER. A folder that is replaced is read again,
+    as on SIGHUP; SIGTERM and Ctrl-C stop after the last answer.
+
+    \b
+    Example:  kizu serve results/project/group/run --port 8000 --keep 1000
+    """
+    from kizu.serving.hosted_model import folders_by_name
+    from kizu.serving.http import application, listen, run
+    from kizu.serving.logbook import log, open_logbook
+    from kizu.serving.service import Service
+    from kizu.serving.uploads import Limits
+
+    if api_key is not None and len(api_key) < 8:
+        raise OptionError("--api-key is too short to be a secret: at least 8 characters")
+    limits = Limits(
+        bytes=int(options["max_mb"] * 1e6),
+        pixels=int(options["max_megapixels"] * 1e6),
+        seconds=options["timeout"],
+        images=options["queue"],
+        requests=4 * options["queue"],
+    )
+    bound = listen(host, port)
+    open_logbook(quiet)
+    store = Path(options["store"])
+    service = Service(folders_by_name(models), limits, store=store, keep=options["keep"], batch=options["batch"])
+    address, number = bound.getsockname()[:2]
+    shown = f"http://{f'[{address}]' if ':' in address else address}:{number}/"
+    log.info("started", extra={"facts": {"address": shown, "models": list(service.models), "process": os.getpid()}})
+    if api_key is None and host not in ("127.0.0.1", "::1", "localhost"):
+        log.warning("open", extra={"facts": {"advice": f"Anyone who reaches {shown} may use it: give it an --api-key"}})
+    if not quiet:
+        click.echo(f"{', '.join(service.models)} at {shown} (Ctrl-C stops)")
+    run(application(service, key=api_key), service, bound)
+
+
+@click.command()
+@click.argument("folder", required=False)
+@click.option("--model", required=True, help="A model's folder, or a run's.")
+@click.option("--camera", metavar="SOURCE", help="A camera's number or address, or a video file, instead of FOLDER.")
+@click.option("--every", type=click.FloatRange(0), default=1.0, show_default=True, help="Seconds between two frames.")
+@click.option(
+    "--output", default="verdicts.jsonl", show_default=True, metavar="FILE", help="JSON lines; also the memory."
+)
+@click.option("--csv", "csv_file", metavar="FILE", help="The verdicts as a table too.")
+@click.option("--webhook", metavar="URL", help="POST each verdict there.")
+@click.option("--mqtt", metavar="URL", help="Publish each verdict: mqtt://user:password@host:1883/topic.")
+@click.option("--notify", type=click.Choice(["all", "stop"]), default="all", show_default=True, help="What goes there.")
+@click.option("--move-bad", metavar="DIR", help="Put what is stopped there.")
+@click.option("--settle", type=click.FloatRange(0), default=0.5, show_default=True, help="Seconds a file must rest.")
+@click.option(
+    "--patience", type=click.FloatRange(0), default=10.0, show_default=True, help="For one that is not whole."
+)
+@click.option("--interval", type=click.FloatRange(0.01), default=0.25, show_default=True, help="Seconds between looks.")
+@click.option("--once", is_flag=True, help="Judge what is there, and end.")
+@quiet_option
+def watch(folder: str | None, model: str, camera: str | None, quiet: bool, **options: Any) -> None:
+    """Judge photographs as they arrive in a folder, or a camera's frames.
+
+    Files that are still being written are waited for. Each is judged once, also when the command is killed and started
+    again with the same --output; deliveries that a kill or a broken line held up are made up for.
+
+    \b
+    Example:  kizu watch incoming --model results/project/group/run --csv today.csv --move-bad aside
+    """
+    if (folder is None) == (camera is None):
+        raise OptionError("kizu watch takes either a folder or --camera SOURCE")
+    if folder is not None and not Path(folder).is_dir():
+        raise OptionError(f"{folder} is not a folder")
+    aside = Path(options["move_bad"]) if options["move_bad"] else None
+    if folder is not None and aside is not None and aside.resolve() == Path(folder).resolve():
+        raise OptionError(f"--move-bad {aside} is the folder that is watched: give another")
+    from kizu import load
+    from kizu.serving.watch.incoming import Arrivals
+    from kizu.serving.watch.ledger import Ledger
+    from kizu.serving.watch.watcher import Watch, from_folder
+
+    home = model_folder(model)
+    ledger = Ledger(Path(options["output"]))
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    if folder is None:
+        from kizu.serving.watch.camera import frames
+
+        assert camera is not None
+        source = frames(camera, options["every"], ledger.knows, ledger.count + 1)
+    else:
+        patience = {"settle": options["settle"], "patience": options["patience"]}
+        arrivals = Arrivals(Path(folder), ledger.knows, leave_out=[aside] if aside else [], **patience)
+        source = from_folder(arrivals, options["interval"], options["once"], stop)
+    working = Watch(
+        ledger,
+        sinks=_sinks(ledger.path, options),
+        aside=aside,
+        said=(lambda row: None) if quiet else _say,
+        warn=lambda sentence: click.echo(f"kizu: {sentence}", err=True),
+    )
+    try:
+        if folder is not None:
+            working.catch_up(Path(folder))
+        before = ledger.count
+        working.run(load(home), home.resolve().name, source, stop)
+        if options["once"] and ledger.count == before and not quiet:
+            click.echo(f"Nothing new: {before} were judged before.")
+    finally:
+        working.close(30.0 if options["once"] else 5.0)
+
+
+def _sinks(ledger: Path, options: dict[str, Any]) -> "list[Sink]":
+    from kizu.serving.watch.sinks import Broker, Table, Webhook
+
+    only = "stop" if options["notify"] == "stop" else None
+    sinks: list[Sink] = []
+    if options["csv_file"]:
+        sinks.append(Table(Path(options["csv_file"])))
+    if options["webhook"]:
+        sinks.append(Webhook(options["webhook"], ledger, only))
+    if options["mqtt"]:
+        sinks.append(Broker(options["mqtt"], ledger, only))
+    return sinks
+
+
+def _say(row: dict[str, Any]) -> None:
+    score = "" if row["score"] is None else f"{row['score']:.6g}"
+    click.echo(f"{row['verdict']:5}  {score:9}  {row['image']}  {row['error']}".rstrip())

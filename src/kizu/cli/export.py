@@ -1,0 +1,125 @@
+"""Commands that bring a model to the line: export, verify."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from kizu.cli import terminal
+from kizu.cli.arguments import json_option, model_folder, quiet_option
+from kizu.errors import ModelError, OptionError
+
+__all__ = ["export", "verify"]
+
+
+@click.command()
+@click.argument("model")
+@click.option("--to", required=True, type=click.Choice(["onnx", "openvino", "reference"]), help="What shall run it.")
+@click.option("--output", metavar="FOLDER", help="Folder for the exported model. Default: beside the trained one.")
+@click.option(
+    "--precision",
+    type=click.Choice(["float32", "float16", "int8"]),
+    default="float32",
+    show_default=True,
+    help="float16: half the size. int8: faster where the processor can. Both need --images.",
+)
+@click.option("--images", metavar="FOLDER", help="Good photographs to compare on, better unknown to the model.")
+@click.option("--tolerance", default=0.02, show_default=True, help="Share of the verdicts that --precision may change.")
+@quiet_option
+def export(model: str, to: Any, output: str | None, images: str | None, **options: Any) -> None:
+    """Write a model as one graph that predicts without torch, and check that it says the same.
+
+    Or, with --to reference, as the files that its published code reads.
+
+    The graph takes pixels and gives score, p-value, verdict and map. It is refused where it says anything else than
+    torch. Photographs and what torch says of them lie inside, so that it can be verified anywhere.
+
+    \b
+    Example:  kizu export results/project/group/run --to onnx
+    """
+    if not 0 <= options["tolerance"] < 1:
+        raise OptionError("--tolerance is a share of the verdicts: at least 0 and below 1")
+    folder = model_folder(model)
+    target = Path(output) if output else _beside(folder, f"{folder.name}-{to}")
+    if to == "reference":
+        _as_published(folder, target, images, options)
+        return
+    from kizu.detectors.base import load
+    from kizu.export import onnx as exporting
+    from kizu.inference.batch import listing
+
+    photographs = listing([images]) if images else []
+    with terminal.progress(options["quiet"]) as progress:
+        exported = exporting.export(
+            load(folder),
+            target,
+            to,
+            precision=options["precision"],
+            photographs=photographs,
+            tolerance=options["tolerance"],
+            progress=progress("Export"),
+        )
+    if not options["quiet"]:
+        click.echo(f"{exported.folder}: {exported.promise}")
+        if measured := exported.export.get("measured"):
+            terminal.print_facts(measured)
+
+
+def _as_published(folder: Path, target: Path, images: str | None, options: dict[str, Any]) -> None:
+    from kizu.detectors.base import load
+    from kizu.export.reference_files import write_reference
+
+    if images or options["precision"] != "float32":
+        raise OptionError("--to reference writes the tensors as they are: leave --precision and --images out")
+    if target.exists():
+        raise OptionError(f"{target} exists: choose another --output")
+    detector = load(folder)
+    write_reference(detector, target)
+    if not options["quiet"]:
+        (height, _), resize = detector.config.size, detector.config.resize
+        click.echo(f"{target}: as the published code of its method lays it out")
+        click.echo(f"  It does not say how photographs are scaled: kizu import {target} --resize {resize or height}")
+
+
+@click.command()
+@click.argument("model")
+@quiet_option
+@json_option
+def verify(model: str, quiet: bool, as_json: bool) -> None:
+    """Say whether a model is whole, and says on this machine what it said when it was made.
+
+    An exported model judges all photographs that lie inside again. Of a trained one, every tensor is read, and the
+    backbone's weights are compared with their hash.
+
+    \b
+    Example:  kizu verify results/project/group/run
+    """
+    folder = model_folder(model)
+    from kizu.inference import model_folder as saved
+
+    about = saved.description(folder)
+    if "export" in about:
+        from kizu.inference import exported as runtime
+
+        exported = runtime.load(folder, check=0)
+        found = exported.verify()
+        sentence = f"{folder} reproduces itself: {found.sentence(exported.tolerance)}."
+        facts = {"model": str(folder), **found.to_json(), "tolerance": asdict(exported.tolerance)}
+    else:
+        from kizu.detectors.base import load
+
+        if load(folder).pretrained() != about["backbone"]:
+            raise ModelError(f"{folder}: the backbone's weights are not those that the model learned with")
+        sentence = f"{folder} is whole, and its backbone is the one that it learned with."
+        facts = {"model": str(folder), "backbone": about["backbone"]}
+    if as_json:
+        click.echo(json.dumps(facts, indent=1, ensure_ascii=False))
+    elif not quiet:
+        click.echo(sentence)
+
+
+def _beside(folder: Path, name: str) -> Path:
+    """Beside a model, but outside of a run's models, which are all trained."""
+    return folder.parents[1] / "exported" / name if folder.parent.name == "models" else folder.with_name(name)

@@ -1,0 +1,83 @@
+"""Command-line options: of a run, whatever the method, and those made from a config's fields."""
+
+from collections.abc import Callable
+from typing import Any, Literal, get_args, get_origin
+
+import click
+
+from kizu.evaluation.tracking import SERVICES
+
+__all__ = ["PASSED_ON", "config_option", "run_options"]
+
+# to `run.train`, by the same names
+PASSED_ON = (
+    "name",
+    "resume",
+    "overwrite",
+    "skip_bad",
+    "memory",
+    "gpu",
+    "num_workers",
+    "oracle",
+    "save_segmentation_images",
+    "save_maps",
+    "track",
+)
+
+
+def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command the options of a run."""
+    for option in (
+        click.option(
+            "--oracle", is_flag=True, help="Also report the round of training best on the test images, marked as such."
+        ),
+        click.option("--save-segmentation-images", is_flag=True, help="Write test photographs with their maps."),
+        click.option("--save-maps", is_flag=True, help="Write the test images' anomaly maps as float TIFF."),
+        click.option(
+            "--track",
+            multiple=True,
+            type=click.Choice(SERVICES),
+            help="Tell Weights & Biases or MLflow of the run too. Repeatable.",
+        ),
+        click.option("--memory", metavar="AMOUNT", help="Bound the working data. Default: half of what is free."),
+        click.option(
+            "--num-workers", type=click.IntRange(1, 64), default=2, show_default=True, help="Reading threads."
+        ),
+        click.option("--gpu", type=click.IntRange(-1), help="Number of the GPU; -1: CPU. Default: the first, if any."),
+        click.option("--profile", is_flag=True, help="Say where the time went."),
+        click.option("--skip-bad", is_flag=True, help="Leave out training images that cannot be read."),
+        click.option("--overwrite", is_flag=True, help="Replace a run of the same name."),
+        click.option("--resume", is_flag=True, help="Go on with a run that was interrupted."),
+        click.option("--name", help="Sub-folder of GROUP. Default: run, run-2, …"),
+        click.option("--group", default="group", show_default=True, help="Sub-folder of PROJECT."),
+        click.option("--project", default="project", show_default=True, help="Sub-folder of OUTPUT."),
+        click.option("--output", default="results", show_default=True, help="Folder for all results."),
+    ):
+        command = option(command)
+    return command
+
+
+def config_option(field: str, about: Any, flag: str | None = None) -> click.Option:
+    """The option that sets a field of a config, under its name or another; not given, it leaves the field's default."""
+    default = about.get_default()
+    shown = "x".join(map(str, default)) if isinstance(default, tuple) and default else default
+    suffix = f"  [default: {shown}]" if shown not in (None, (), {}) else ""
+    return click.Option(
+        [field, flag or _flags(field, about.annotation)],
+        type=_option_type(about.annotation),
+        default=None,
+        help=f"{about.description}{suffix}",
+    )
+
+
+def _flags(field: str, annotation: Any) -> str:
+    name = field.replace("_", "-")
+    return f"--{name}/--no-{name}" if annotation is bool else f"--{name}"
+
+
+def _option_type(annotation: Any) -> Any:
+    """What click shows and checks; the config checks the rest."""
+    if get_origin(annotation) is Literal:
+        return click.Choice(get_args(annotation))
+    plain = [part for part in (get_args(annotation) or [annotation]) if part is not type(None)]
+    return plain[0] if plain[0] in (int, float, bool) and get_origin(annotation) is not tuple else str

@@ -1,0 +1,176 @@
+"""What a person sees in a terminal: progress, tables, sentences."""
+
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from kizu.data.dataset import Dataset
+    from kizu.evaluation.evaluate import CategoryResult
+
+__all__ = ["count", "messages", "print_facts", "print_results", "print_table", "print_verdicts", "progress", "summary"]
+
+COLUMNS = {"image_auroc": "image AUROC", "pixel_auroc": "pixel AUROC", "au_pro": "AU-PRO"}
+LISTED = 8  # training images for a second look
+LOCO_COLUMNS = {
+    "image_auroc_logical": "logical AUROC",
+    "au_spro_logical_0.05": "logical sPRO",
+    "image_auroc_structural": "structural AUROC",
+    "au_spro_structural_0.05": "structural sPRO",
+}
+
+
+@contextmanager
+def progress(quiet: bool) -> Iterator[Callable[[str], Callable[[str, int, int], None]]]:
+    """For a label, something to report (stage, done, total) to; bars on a terminal's standard error."""
+    if quiet or not sys.stderr.isatty():
+        yield lambda label: lambda stage, done, total: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        tasks: dict[tuple[str, str], Any] = {}
+
+        def reporter(label: str) -> Callable[[str, int, int], None]:
+            def report(stage: str, done: int, total: int) -> None:
+                key = (label, stage.partition(":")[0])  # what follows the colon changes
+                if key not in tasks:
+                    tasks[key] = bars.add_task(f"{label}  {stage}", total=total)
+                bars.update(tasks[key], description=f"{label}  {stage}", completed=done, total=total)
+                if done >= total:
+                    bars.remove_task(tasks.pop(key))
+
+            return report
+
+        yield reporter
+
+
+@contextmanager
+def messages(quiet: bool, warnings_only: bool = False) -> Iterator[None]:
+    """Show what kizu logs, line by line, on standard error."""
+    handler = logging.StreamHandler()
+    handler.setLevel(logging.ERROR if quiet else logging.WARNING if warnings_only else logging.INFO)
+    logger = logging.getLogger("kizu")
+    logger.addHandler(handler)
+    if not warnings_only:
+        logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+
+
+def summary(found: "Dataset") -> str:
+    splits = ((split, len(found.select(split=split))) for split in ("train", "validation", "test"))
+    counts = ", ".join(f"{number} {split}" for split, number in splits if number)
+    lines = [f"{found.root}: {found.layout}, {count(len(found.categories), 'category', 'categories')}, {counts} images"]
+    lines += [f"Note: {note}" for note in found.notes]
+    return "\n".join(lines)
+
+
+def print_results(results: "Sequence[CategoryResult]", folder: Path | None, options: dict[str, Any]) -> None:
+    if options["as_json"]:
+        rows = [
+            {
+                "category": result.category,
+                **result.metrics,
+                "threshold": result.threshold,
+                "false_alarms": result.count(defective=False, stopped=True),
+                "misses": result.count(defective=True, stopped=False),
+                "promise": result.statement,
+                "unlike_the_others": [one.image for one in result.unlike],
+            }
+            for result in results
+        ]
+        click.echo(json.dumps({"folder": folder and str(folder), "categories": rows}, indent=1))
+        return
+    loco = any(LOCO_COLUMNS.keys() <= result.metrics.keys() for result in results)
+    print_table([_result_row(result, COLUMNS | LOCO_COLUMNS if loco else COLUMNS) for result in results])
+    for result in results:
+        click.echo(f"\n{result.category}: {result.statement}" if result.statement else "")
+        for reason in sorted(set(result.reasons.values())):
+            names = ", ".join(name for name in result.reasons if result.reasons[name] == reason)
+            click.echo(f"  n/a: {names}: {reason}")
+        for note in result.notes:
+            click.echo(f"  Note: {note}")
+        if result.unlike:
+            names = ", ".join(one.image for one in result.unlike[:LISTED])
+            more = f" and {len(result.unlike) - LISTED} more" if len(result.unlike) > LISTED else ""
+            click.echo(f"  Worth a second look, training images unlike the others: {names}{more}")
+        for row in result.judged:
+            if row.error:
+                click.echo(f"  Not judged: {row.image} {row.error}")
+    if folder is not None:
+        click.echo(f"\nResults: {folder}\nReport:  {folder / 'report.html'}")
+
+
+def _result_row(result: "CategoryResult", names: dict[str, str]) -> dict[str, str]:
+    good, bad = result.count(defective=False), result.count(defective=True)
+    values = {key: result.metrics.get(key) for key in names}
+    return {
+        "category": result.category,
+        **{names[key]: "n/a" if value is None else f"{value:.4f}" for key, value in values.items()},
+        "defects stopped": f"{result.count(defective=True, stopped=True)} of {bad}",
+        "false alarms": f"{result.count(defective=False, stopped=True)} of {good}",
+        "ms/image": f"{1000 * result.seconds.get('per image', 0):.0f}" if result.judged else "n/a",
+    }
+
+
+def print_verdicts(rows: Sequence[Any], options: dict[str, Any]) -> None:
+    for row in rows:
+        if row.error:
+            click.echo(f"error  {row.path}: {row.error}")
+        elif not options["quiet"] or row.verdict == "stop":
+            click.echo(f"{row.verdict:5}  {row.score:10.4f}  p {row.p_value:<7.3g} {row.path}")
+            if row.verdict == "stop" and row.parts:
+                click.echo(f"{'':19}{_explanation(row.parts)}")
+    if not options["quiet"]:
+        counts = {word: sum(row.verdict == word for row in rows) for word in ("stop", "pass", "error")}
+        level = next((row.threshold for row in rows if not row.error), None)
+        counted = ", ".join(f"{number} {word}" for word, number in counts.items() if number)
+        click.echo(f"\n{counted}" + ("" if level is None else f"; stopped above {level:.4f}"), err=True)
+
+
+def _explanation(parts: dict[str, Any]) -> str:
+    """In a line: the kind of anomaly, and for one that has no place what to compare the photograph with."""
+    said = f"{parts['kind']} (structural {parts['structural']:+.1f}, logical {parts['logical']:+.1f})"
+    if parts["kind"] == "structural":
+        return said
+    near, groups = ", ".join(str(found["image"]) for found in parts["nearest"]), parts["groups"]
+    return f"{said}; compare with {near}; differs most in {groups[0]['group']} ({groups[0]['share']:.0%})"
+
+
+def print_table(rows: Sequence[dict[str, Any]]) -> None:
+    """Columns as wide as their content: text left, numbers right."""
+    if not rows:
+        return
+    cells = [list(rows[0])] + [[str(value) for value in row.values()] for row in rows]
+    columns = range(len(cells[0]))
+    widths = [max(len(line[column]) for line in cells) for column in columns]
+    left = [not all(line[column][:1].isdigit() or line[column] == "n/a" for line in cells[1:]) for column in columns]
+    for line in cells:
+        padded = (
+            cell.ljust(width) if is_left else cell.rjust(width)
+            for cell, width, is_left in zip(line, widths, left, strict=True)
+        )
+        click.echo("  ".join(padded).rstrip())
+
+
+def print_facts(facts: dict[str, Any]) -> None:
+    width = max(len(key) for key in facts)
+    for key, value in facts.items():
+        lines = value if isinstance(value, list) else [value]
+        for number, line in enumerate(lines or ["none"]):
+            click.echo(f"{key if number == 0 else '':{width}}  {line}")
+
+
+def count(number: int, singular: str, plural: str | None = None) -> str:
+    return f"{number} {singular if number == 1 else plural or singular + 's'}"

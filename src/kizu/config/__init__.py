@@ -1,0 +1,27 @@
+"""Every hyper-parameter of every method: validated objects that become options, keyword arguments, JSON and help."""
+
+from kizu.config.base import (
+    CONFIGS,
+    Augmented,
+    BackboneConfig,
+    Config,
+    DistillationConfig,
+    EfficientADConfig,
+    PatchCoreConfig,
+    PUADConfig,
+    SimpleNetConfig,
+    build,
+)
+
+__all__ = [
+    "CONFIGS",
+    "Augmented",
+    "BackboneConfig",
+    "Config",
+    "DistillationConfig",
+    "EfficientADConfig",
+    "PUADConfig",
+    "PatchCoreConfig",
+    "SimpleNetConfig",
+    "build",
+]

@@ -1,0 +1,306 @@
+"""Read, resize, colour and write images. The one place where a file becomes RGB uint8."""
+
+import io
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageDraw, ImageFile, ImageFont, ImageOps, UnidentifiedImageError
+
+from kizu.data import files
+from kizu.errors import BadImage
+
+__all__ = ["MAX_PIXELS", "MIN_SIDE", "SUFFIXES", "Float", "Source", "encode", "framed", "heat", "is_image_name"]
+__all__ += [
+    "outline",
+    "overlay",
+    "read",
+    "read_at_least",
+    "read_mask",
+    "read_mask_values",
+    "resize",
+    "resize_map",
+    "scan",
+    "size_of",
+    "suffix_of",
+    "write",
+    "write_map",
+]
+
+Source = str | os.PathLike[str] | bytes | npt.NDArray[Any] | Image.Image
+RGB = npt.NDArray[np.uint8]  # (H, W, 3)
+Float = npt.NDArray[np.float32]
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".dib", ".tif", ".tiff", ".webp", ".gif"}
+SUFFIXES |= {".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".avif", ".tga"}
+_ENDINGS = {"PNG": ".png", "JPEG": ".jpg", "MPO": ".jpg", "BMP": ".bmp", "DIB": ".dib", "TIFF": ".tif", "WEBP": ".webp"}
+_ENDINGS |= {"GIF": ".gif", "PPM": ".ppm", "JPEG2000": ".jp2", "AVIF": ".avif", "TGA": ".tga"}
+MIN_SIDE = 8
+EXIF_ORIENTATION = 0x0112  # 5 to 8: turned by a quarter
+MAX_PIXELS = 89_478_485  # Pillow's own limit against decompression bombs: about 9,459 × 9,459
+
+warnings.simplefilter("error", Image.DecompressionBombWarning)
+
+
+def read(source: Source) -> RGB:
+    """Turn a file, encoded bytes, array or PIL image into RGB uint8 of shape (H, W, 3).
+
+    EXIF orientation is applied, alpha dropped, grey repeated over the channels, CMYK and palettes converted.
+    16-bit values are divided by 257 and floats in [0, 1] multiplied by 255, the same for every image.
+
+    Raises `BadImage` when it is broken, empty, smaller than 8 × 8 or larger than `MAX_PIXELS`.
+    """
+    return read_at_least(source)[0]
+
+
+def read_at_least(source: Source, size: tuple[int, int] | None = None) -> tuple[RGB, tuple[int, int]]:
+    """As `read`, and the photograph's own (height, width).
+
+    A JPEG much larger than `size` is decoded at a half, a quarter or an eighth of its size, never below `size`.
+    """
+    name = name_of(source)
+    if isinstance(source, np.ndarray):
+        rgb = _from_array(source, name)
+        return rgb, (rgb.shape[0], rgb.shape[1])
+    with _open(source, name) as image:
+        try:
+            shape = image.height, image.width
+            if image.getexif().get(EXIF_ORIENTATION, 1) >= 5:
+                shape = shape[1], shape[0]
+            if size is not None and isinstance(image, ImageFile.ImageFile):
+                image.draft(None, (max(size), max(size)))  # square: EXIF may yet turn it
+            return np.ascontiguousarray(_to_rgb(image, name)), shape
+        except BadImage:
+            raise
+        except (OSError, SyntaxError, ValueError, MemoryError, EOFError) as error:
+            raise BadImage(name, f"is damaged and cannot be decoded ({error})") from None
+
+
+def read_mask(source: Source) -> npt.NDArray[np.bool_]:
+    """Read a ground-truth mask: every pixel that is not zero is part of a defect. Shape (H, W)."""
+    return np.asarray(_mask_channels(source).any(axis=2))
+
+
+def read_mask_values(source: Source) -> npt.NDArray[np.uint8]:
+    """Read a ground-truth mask whose values mean something, 0 to 255; of several channels the highest. Shape (H, W)."""
+    values = _mask_channels(source).max(axis=2)
+    if values.dtype != np.bool_ and (values.min() < 0 or values.max() > 255):
+        raise BadImage(name_of(source), "holds values outside 0…255")
+    return np.asarray(values * 255 if values.dtype == np.bool_ else values).astype(np.uint8)
+
+
+def size_of(source: Source) -> tuple[int, int]:
+    """Height and width as stored (before EXIF rotation), from the header alone where there is one."""
+    if isinstance(source, np.ndarray):
+        return int(source.shape[0]), int(source.shape[1])
+    with _open(source, name_of(source)) as image:
+        return image.height, image.width
+
+
+def suffix_of(source: Source) -> str | None:
+    """How the name of a file with this content ends; None for a format that is not among `SUFFIXES`."""
+    with _open(source, name_of(source)) as image:
+        return _ENDINGS.get(image.format or "")
+
+
+def name_of(source: Source) -> str:
+    """What to call an image in a message."""
+    if isinstance(source, str | os.PathLike):
+        return os.fspath(source)
+    if isinstance(source, Image.Image):
+        return getattr(source, "filename", "") or "image"
+    return "image"
+
+
+def resize(rgb: RGB, size: tuple[int, int]) -> RGB:
+    """Resize to (height, width) with an antialiased bilinear filter."""
+    if rgb.shape[:2] == size:
+        return rgb
+    image = Image.fromarray(rgb)
+    return np.asarray(image.resize((size[1], size[0]), Image.Resampling.BILINEAR, reducing_gap=3.0))
+
+
+def resize_map(values: Float, size: tuple[int, int]) -> Float:
+    """Resize a float map (H, W) to (height, width), bilinear, half-pixel centres."""
+    if values.shape == size:
+        return values
+    image = Image.fromarray(np.ascontiguousarray(values, dtype=np.float32))
+    return np.asarray(image.resize((size[1], size[0]), Image.Resampling.BILINEAR))
+
+
+def scan(folder: Path) -> Iterator[Path]:
+    """Image files below a folder, sorted, hidden ones left out."""
+    for path in sorted(folder.rglob("*")):
+        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if not hidden and is_image_name(path) and path.is_file():
+            yield path
+
+
+def is_image_name(path: str | os.PathLike[str]) -> bool:
+    """Whether a file's name ends like an image's."""
+    return Path(path).suffix.lower() in SUFFIXES
+
+
+def heat(values: Float, low: float, high: float) -> RGB:
+    """Colour a map: `low` and below is near black, `high` and above pale yellow. Shape (H, W, 3)."""
+    scaled = (values - low) / max(high - low, 1e-12)
+    shades = (np.clip(np.nan_to_num(scaled), 0, 1) * 255).astype(np.uint8)
+    return np.asarray(_PALETTE[shades])
+
+
+def overlay(rgb: RGB, values: Float, low: float, high: float, level: float | None = None) -> RGB:
+    """The photograph with its map glowing over it and, where the map passes `level`, a contour.
+
+    `values` is resized to the photograph. Pixels near `low` stay as they are.
+    """
+    values = resize_map(values, rgb.shape[:2])
+    strength = np.clip((values - low) / max(high - low, 1e-12), 0, 1)[..., None] * 0.6
+    mixed = rgb * (1 - strength) + heat(values, low, high) * strength
+    if level is not None:
+        width = max(1, round(min(rgb.shape[:2]) / 250))
+        mixed[outline(values > level, width)] = (255, 64, 96)
+    return np.asarray(mixed, dtype=np.uint8)
+
+
+def framed(rgb: RGB, boxes: Sequence[tuple[int, int, int, int]]) -> RGB:
+    """A picture with numbered frames around boxes (left, top, width, height)."""
+    if not boxes:
+        return rgb
+    canvas = Image.fromarray(rgb)
+    pen = ImageDraw.Draw(canvas)
+    side = min(rgb.shape[:2])
+    width, gap = max(1, round(side / 320)), max(2, round(side / 80))
+    font = ImageFont.load_default(size=max(10, round(side / 24)))
+    for number, (left, top, across, down) in enumerate(boxes, 1):
+        corners = left - gap, top - gap, left + across - 1 + gap, top + down - 1 + gap
+        pen.rectangle(corners, outline=(255, 255, 255), width=width)
+        x, y = max(0, corners[0]), max(0, corners[1])
+        pen.text((x + 2 * width, y + width), str(number), (255, 255, 255), font, stroke_width=width, stroke_fill=0)
+    return np.asarray(canvas)
+
+
+def outline(region: npt.NDArray[np.bool_], width: int = 1) -> npt.NDArray[np.bool_]:
+    """The rim, `width` pixels inside, of a region. A region that touches the border is closed there."""
+    core = np.pad(region, 1)
+    for _ in range(width):
+        core[1:-1, 1:-1] &= core[:-2, 1:-1] & core[2:, 1:-1] & core[1:-1, :-2] & core[1:-1, 2:]
+    return region & ~core[1:-1, 1:-1]
+
+
+def encode(rgb: npt.NDArray[np.uint8] | npt.NDArray[np.uint16], format: str = "PNG", **options: Any) -> bytes:
+    """Image bytes in a format that Pillow writes, of (H, W, 3) uint8, or of (H, W) in 8 or 16 bits."""
+    buffer = io.BytesIO()
+    Image.fromarray(rgb).save(buffer, format=format, **options)
+    return buffer.getvalue()
+
+
+def write(path: str | os.PathLike[str], rgb: npt.NDArray[np.uint8]) -> None:
+    """Write an image in the format that its name says; an interrupted write leaves no file."""
+    path = Path(path)
+    format = Image.registered_extensions().get(path.suffix.lower(), "PNG")
+    options = {"quality": 92} if format in ("JPEG", "WEBP") else {}
+    with files.new_file(path) as temporary:
+        temporary.write_bytes(encode(rgb, format, **options))
+
+
+def write_map(path: str | os.PathLike[str], values: Float) -> None:
+    """Write a map (H, W) as a TIFF of 32-bit floats, not compressed; an interrupted write leaves no file."""
+    with files.new_file(path) as temporary:
+        Image.fromarray(np.ascontiguousarray(values, dtype=np.float32)).save(temporary, format="TIFF")
+
+
+def _mask_channels(source: Source) -> npt.NDArray[Any]:
+    """A mask's values (H, W, C) without alpha."""
+    name = name_of(source)
+    if isinstance(source, np.ndarray):
+        return source.reshape((*source.shape[:2], -1))
+    with _open(source, name) as image:
+        try:
+            values = np.asarray(image.convert("RGB") if image.mode == "P" else image)
+        except (OSError, SyntaxError, ValueError, EOFError) as error:
+            raise BadImage(name, f"is damaged and cannot be decoded ({error})") from None
+    if values.ndim == 3 and values.shape[2] in (2, 4):
+        values = values[:, :, :-1]
+    return values.reshape((*values.shape[:2], -1))
+
+
+def _open(source: Source, name: str) -> Image.Image:
+    try:
+        if isinstance(source, Image.Image):
+            image: Image.Image = source.copy()
+        else:
+            image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)  # type: ignore[arg-type]
+    except FileNotFoundError:
+        raise BadImage(name, "does not exist (was it moved or deleted meanwhile?)") from None
+    except PermissionError:
+        raise BadImage(name, "may not be read: check its permissions") from None
+    except IsADirectoryError:
+        raise BadImage(name, "is a folder, not an image") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise BadImage(name, f"has more than {MAX_PIXELS / 1e6:.0f} megapixels: scale or cut it first") from None
+    except UnidentifiedImageError:
+        empty = isinstance(source, bytes) and not source
+        if isinstance(source, str | os.PathLike):
+            empty = Path(source).stat().st_size == 0
+        reason = "is empty (0 bytes)" if empty else "is not an image, or in a format that is not supported"
+        raise BadImage(name, reason) from None
+    except (OSError, SyntaxError, ValueError) as error:
+        raise BadImage(name, f"cannot be opened ({error})") from None
+    if image.width * image.height > MAX_PIXELS:
+        raise BadImage(name, f"has more than {MAX_PIXELS / 1e6:.0f} megapixels: scale or cut it first")
+    return image
+
+
+def _to_rgb(image: Image.Image, name: str) -> RGB:
+    if isinstance(image, ImageFile.ImageFile):
+        ImageOps.exif_transpose(image, in_place=True)
+    if min(image.size) < MIN_SIDE:
+        raise BadImage(name, f"is only {image.width}×{image.height} pixels; at least {MIN_SIDE}×{MIN_SIDE} are needed")
+    if image.mode == "F" or image.mode.startswith("I"):
+        return _from_array(np.asarray(image), name)
+    if image.mode in ("P", "PA", "LA", "La"):
+        image = image.convert("RGBA")
+    return np.asarray(image.convert("RGB"))
+
+
+def _from_array(array: npt.NDArray[Any], name: str) -> RGB:
+    if array.ndim == 2:
+        array = array[:, :, None]
+    if array.ndim != 3 or array.shape[2] not in (1, 3, 4):
+        raise BadImage(name, f"is an array of shape {array.shape}; expected (H, W), (H, W, 3) or (H, W, 4)")
+    if min(array.shape[:2]) < MIN_SIDE:
+        raise BadImage(
+            name,
+            f"is only {array.shape[1]}×{array.shape[0]} pixels; at least {MIN_SIDE}×{MIN_SIDE} are needed",
+        )
+    if array.shape[0] * array.shape[1] > MAX_PIXELS:
+        raise BadImage(name, f"has more than {MAX_PIXELS / 1e6:.0f} megapixels: scale or cut it first")
+    array = array[:, :, :3]
+    if array.dtype.kind == "f":
+        if not np.isfinite(array).all() or array.min() < 0 or array.max() > 1:
+            raise BadImage(name, "holds floats outside 0…1: scale them to that range first")
+        array = np.rint(array * 255)
+    elif array.dtype.kind in "ui" and array.dtype.itemsize > 1:
+        if array.min() < 0 or array.max() > 65535:
+            raise BadImage(name, "holds integers outside 0…65535, the range of 16-bit images")
+        array = array // 257
+    elif array.dtype != np.uint8:
+        raise BadImage(name, f"is an array of {array.dtype}; expected uint8, uint16 or float")
+    return np.ascontiguousarray(np.broadcast_to(array.astype(np.uint8), (*array.shape[:2], 3)))
+
+
+def _palette() -> RGB:
+    stops = [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
+    colours = np.array(
+        [(8, 6, 28), (66, 18, 104), (150, 36, 104), (222, 76, 54), (250, 158, 20), (252, 250, 180)],
+        dtype=float,
+    )
+    ramp = np.linspace(0, 1, 256)
+    return np.stack([np.interp(ramp, stops, colours[:, c]) for c in range(3)], axis=1).astype(np.uint8)
+
+
+_PALETTE = _palette()

@@ -1,0 +1,104 @@
+"""How much of a defect has to be found for it to count as found: MVTec LOCO's defects_config.json."""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from kizu.data.image import read_mask_values
+from kizu.errors import DataError
+
+__all__ = ["CONFIG_NAME", "Region", "Saturation", "Saturations", "read_regions", "read_saturations"]
+
+CONFIG_NAME = "defects_config.json"
+
+
+class Saturation(NamedTuple):
+    """From which size on the found part of a region counts as all of it."""
+
+    defect: str
+    threshold: float  # pixels, or a share of the region
+    relative: bool  # a share
+
+    def pixels(self, area: int) -> int:
+        """Of a region of `area` pixels: between 1 and `area`."""
+        return max(1, int(self.threshold * area) if self.relative else min(int(self.threshold), area))
+
+
+Saturations = Mapping[int, Saturation]  # a mask's value → what it stands for
+
+
+class Region(NamedTuple):
+    """One defect region of an image; regions may overlap."""
+
+    pixels: npt.NDArray[np.bool_]  # (H, W)
+    saturation: int  # of its pixels, as many count as all
+
+
+def read_saturations(path: Path) -> dict[int, Saturation]:
+    """A defects_config.json. Raises `DataError` that says what is wrong with it."""
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"{path} does not exist: check the spelling of --defects-config.") from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read as JSON ({error}): copy it from MVTec LOCO again.") from None
+    if not isinstance(entries, list) or not entries:
+        raise DataError(f"{path} is not a list of defects: copy it from MVTec LOCO again.")
+    saturations: dict[int, Saturation] = {}
+    for number, entry in enumerate(entries, start=1):
+        value, saturation = _checked(entry, f"{path}, entry {number},")
+        if value in saturations:
+            raise DataError(
+                f"{path}, entry {number}, has the pixel_value {value} of another entry: each needs its own."
+            )
+        saturations[value] = saturation
+    return saturations
+
+
+def read_regions(masks: Iterable[Path], shape: tuple[int, int], saturations: Saturations | None) -> list[Region]:
+    """One region a file, of the pixels (H, W) that are not zero; an empty file gives none.
+
+    Their value says which saturation holds. Without `saturations` a region has to be found whole. Raises `DataError`
+    when a mask's size is not `shape`, or its value not one that is listed.
+    """
+    regions = []
+    for path in masks:
+        values = read_mask_values(path)
+        if values.shape != shape:
+            raise DataError(f"The mask {path} has the shape {values.shape}, its image {shape}: scale it to its image.")
+        present = 1 + np.flatnonzero(np.bincount(values.ravel())[1:])
+        if not present.size:
+            continue
+        pixels = values > 0
+        area = int(np.count_nonzero(pixels))
+        if saturations is None:
+            regions.append(Region(pixels, area))
+        elif present.size > 1 or int(present[0]) not in saturations:
+            found = ", ".join(map(str, present[:5])) + (" …" if present.size > 5 else "")
+            raise DataError(
+                f"The mask {path} has the values {found} besides 0, but needs exactly one of those in {CONFIG_NAME} "
+                f"({', '.join(map(str, sorted(saturations)))}): use the published masks, unscaled."
+            )
+        else:
+            regions.append(Region(pixels, saturations[int(present[0])].pixels(area)))
+    return regions
+
+
+def _checked(entry: Any, where: str) -> tuple[int, Saturation]:
+    keys = ("defect_name", "pixel_value", "saturation_threshold", "relative_saturation")
+    if not isinstance(entry, dict) or not all(key in entry for key in keys):
+        raise DataError(f"{where} lacks one of {', '.join(keys)}.")
+    name, value, threshold, relative = (entry[key] for key in keys)
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 255:
+        raise DataError(f"{where} has the pixel_value {value!r}; it must be a whole number from 1 to 255.")
+    if not isinstance(relative, bool):
+        raise DataError(f"{where} has the relative_saturation {relative!r}; it must be true or false.")
+    if not isinstance(threshold, int | float) or isinstance(threshold, bool) or not threshold > 0:
+        raise DataError(f"{where} has the saturation_threshold {threshold!r}; it must be a number above 0.")
+    if relative and threshold > 1:
+        raise DataError(f"{where} has the saturation_threshold {threshold!r}; a share of the region is at most 1.")
+    return value, Saturation(str(name), threshold, relative)

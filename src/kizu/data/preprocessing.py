@@ -1,0 +1,201 @@
+"""From photographs to fixed-size uint8 batches, and from maps back to photographs."""
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
+from typing import Generic, Protocol, Self, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from kizu.data import image as images
+from kizu.errors import BadImage
+
+__all__ = ["Batch", "Preprocessing", "Readable", "Stack", "batches", "digests"]
+
+
+class Readable(Protocol):
+    """Anything that can be read as a photograph: a sample of a data set, or a `Photo`."""
+
+    def read(self, at_least: tuple[int, int] | None = None) -> tuple[npt.NDArray[np.uint8], tuple[int, int]]:
+        """RGB (H, W, 3), at `at_least` possibly smaller than the photograph, and the photograph's (height, width)."""
+        ...
+
+
+Item = TypeVar("Item", bound=Readable)
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How a photograph becomes the network's input of `size` (height, width).
+
+    Without `resize` the whole photograph is scaled to `size`, whatever its shape. With it, the shorter side is
+    scaled to `resize` and the centre of `size` is cut out, as the papers do.
+    """
+
+    size: tuple[int, int]
+    resize: int | None = None
+
+    @property
+    def enough(self) -> tuple[int, int]:
+        """The size (height, width) above which a photograph holds more than the network can see."""
+        side = 0 if self.resize is None else self.resize
+        return 2 * max(self.size[0], side), 2 * max(self.size[1], side)
+
+    def __call__(self, rgb: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+        """(H, W, 3) uint8 → (height, width, 3) uint8."""
+        if self.resize is None:
+            return images.resize(rgb, self.size)
+        scaled = images.resize(rgb, self._scaled(rgb.shape[:2]))
+        top, left = self._corner(scaled.shape[:2])
+        return scaled[top : top + self.size[0], left : left + self.size[1]]
+
+    def restore(self, anomaly_map: images.Float, shape: tuple[int, int]) -> images.Float:
+        """Lay a map of `size` back over a photograph of `shape`. What was cropped away gets the map's minimum."""
+        if self.resize is None:
+            return images.resize_map(anomaly_map, shape)
+        scaled = self._scaled(shape)
+        top, left = self._corner(scaled)
+        canvas = np.full(scaled, anomaly_map.min(), dtype=np.float32)
+        canvas[top : top + self.size[0], left : left + self.size[1]] = anomaly_map
+        return images.resize_map(canvas, shape)
+
+    def locate(self, place: tuple[float, float], shape: tuple[int, int]) -> tuple[float, float]:
+        """Where a pixel (x, y) of a photograph of `shape` lies in the network's input."""
+        scaled = self.size if self.resize is None else self._scaled(shape)
+        top, left = (0, 0) if self.resize is None else self._corner(scaled)
+        x, y = ((at + 0.5) * new / old for at, new, old in zip(place, scaled[::-1], shape[::-1], strict=True))
+        return min(max(x - left, 0.0), self.size[1] - 0.001), min(max(y - top, 0.0), self.size[0] - 0.001)
+
+    def _scaled(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        assert self.resize is not None
+        factor = max(self.resize / min(shape[:2]), self.size[0] / shape[0], self.size[1] / shape[1])
+        return max(self.size[0], round(shape[0] * factor)), max(self.size[1], round(shape[1] * factor))
+
+    def _corner(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        return (shape[0] - self.size[0]) // 2, (shape[1] - self.size[1]) // 2
+
+
+@dataclass
+class Batch(Generic[Item]):
+    """Up to a batch size of photographs that could be read, and those that could not."""
+
+    pixels: npt.NDArray[np.uint8]  # (B, 3, height, width)
+    items: list[Item]  # B of them, in order
+    shapes: list[tuple[int, int]]  # of the photographs as read
+    failures: list[tuple[Item, BadImage]] = field(default_factory=list)
+
+
+class Stack:
+    """Photographs of one size, appended once, read in order; what exceeds `memory` bytes lies in a temporary file."""
+
+    def __init__(self, most: int, size: tuple[int, int], memory: int) -> None:
+        self._shape = (3, *size)
+        self._bytes = 3 * size[0] * size[1]
+        self._count = 0
+        self._digest = hashlib.blake2b(digest_size=16)
+        self.digests: list[str] = []  # of each photograph, to know it again
+        fits = most * self._bytes <= memory
+        self._array = np.empty((most, *self._shape), np.uint8) if fits else None
+        self._file = None if fits else tempfile.TemporaryFile(prefix="kizu")  # noqa: SIM115
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def append(self, pixels: npt.NDArray[np.uint8]) -> None:
+        """Add photographs (B, 3, h, w)."""
+        self._digest.update(pixels.data)
+        self.digests += digests(pixels)
+        if self._array is not None:
+            self._array[self._count : self._count + len(pixels)] = pixels
+        elif self._file is not None:
+            self._file.seek(0, os.SEEK_END)
+            self._file.write(pixels.data)
+        self._count += len(pixels)
+
+    def batch(self, start: int, stop: int) -> npt.NDArray[np.uint8]:
+        """Photographs start … stop - 1, (B, 3, h, w)."""
+        stop = min(stop, self._count)
+        if self._array is not None:
+            return self._array[start:stop]
+        assert self._file is not None
+        self._file.seek(start * self._bytes)
+        content = bytearray(self._file.read((stop - start) * self._bytes))
+        return np.frombuffer(content, np.uint8).reshape(-1, *self._shape)
+
+    def take(self, numbers: Sequence[int]) -> npt.NDArray[np.uint8]:
+        """Photographs of these numbers, (B, 3, h, w)."""
+        if list(numbers) == list(range(numbers[0], numbers[0] + len(numbers))):
+            return self.batch(numbers[0], numbers[-1] + 1)
+        return np.concatenate([self.batch(number, number + 1) for number in numbers])
+
+    @property
+    def hash(self) -> str:
+        """Of the pixels, in order."""
+        return self._digest.hexdigest()
+
+
+def digests(pixels: npt.NDArray[np.uint8]) -> list[str]:
+    """A short hash of each photograph (B, 3, h, w)."""
+    return [hashlib.blake2b(photo.tobytes(), digest_size=8).hexdigest() for photo in pixels]
+
+
+def batches(
+    items: Iterable[Item], preprocessing: Preprocessing, *, batch_size: int = 16, workers: int = 2
+) -> Iterator[Batch[Item]]:
+    """Read and scale photographs in threads, a few batches ahead of the consumer, in order.
+
+    A photograph that cannot be read becomes a failure of its batch; the others go on. One alone needs no thread.
+    """
+
+    def prepare(item: Item) -> tuple[npt.NDArray[np.uint8], tuple[int, int]]:
+        rgb, shape = item.read(preprocessing.enough)
+        return preprocessing(rgb), shape
+
+    source = iter(items)
+    first = list(islice(source, 3 * batch_size))
+    if len(first) == 1:
+        yield _gather([(first[0], partial(prepare, first[0]))], preprocessing.size)
+        return
+    with ThreadPoolExecutor(max_workers=workers, thread_name_prefix="decode") as pool:
+        ahead = [(item, pool.submit(prepare, item)) for item in first]
+        try:
+            while ahead:
+                now, ahead = ahead[:batch_size], ahead[batch_size:]
+                batch = _gather([(item, future.result) for item, future in now], preprocessing.size)
+                ahead += [(item, pool.submit(prepare, item)) for item in islice(source, len(now))]
+                yield batch
+        finally:
+            for _, future in ahead:
+                future.cancel()
+
+
+def _gather(
+    now: Sequence[tuple[Item, Callable[[], tuple[npt.NDArray[np.uint8], tuple[int, int]]]]], size: tuple[int, int]
+) -> Batch[Item]:
+    batch: Batch[Item] = Batch(np.empty((0, 3, *size), np.uint8), [], [])
+    pixels = []
+    for item, read in now:
+        try:
+            rgb, shape = read()
+        except BadImage as error:
+            batch.failures.append((item, error))
+            continue
+        pixels.append(rgb)
+        batch.items.append(item)
+        batch.shapes.append(shape)
+    if pixels:
+        batch.pixels = np.ascontiguousarray(np.stack(pixels).transpose(0, 3, 1, 2))
+    return batch

@@ -1,0 +1,363 @@
+"""k-centre selection: the few patches that stand for all of them.
+
+Greedy k-centre picks, again and again, the row that is farthest from all rows picked so far. Done literally, every
+pick reads every row. Here the rows are read once for many picks: take the C rows that are farthest now. No other row
+is, or can become, farther than the nearest of these, because distances only shrink. So picks are made among the
+candidates alone, with their mutual distances, until the farthest of them falls below that bound; up to there they are
+exactly the greedy picks. Then all rows are updated by one matrix product.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kizu.detectors.patchcore.feature_table import Rows, Shape
+from kizu.detectors.ram import release
+from kizu.errors import OptionError
+from kizu.features.matmul import padded, similarities
+
+__all__ = ["Coreset", "Summary", "select"]
+
+CANDIDATES = 512
+DECAY = 0.95
+BLOCK = 2048  # rows, and
+CENTRES = 512  # centres at a time in a matrix product
+PIVOTS = 128  # picks that divide the rows into cells, or fewer where so many picks are to come that
+TABLE = 2**24  # numbers would not hold the distances between both
+SLACK = 1e-4  # for rounding, where distances are compared
+CHUNK = 2**17  # rows that a summary reduces at a time
+OVERSAMPLING = 2, 8  # times its share that a chunk is reduced to: at least, and at most where memory allows it
+
+
+@dataclass(frozen=True)
+class Coreset:
+    """Chosen rows, in the order of their choice, and the distance of the farthest row from its nearest chosen one."""
+
+    indices: Tensor  # (K,) int64
+    radius: float
+
+
+def select(
+    rows: Tensor | Rows,
+    count: int,
+    sampler: str = "k_center",
+    *,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> Coreset:
+    """Choose `count` of the rows (N, D) by the sampler of that name.
+
+    k_center: greedy, from the row farthest from the mean. greedy_coreset and approx_greedy_coreset: as the reference
+    starts them, on a random projection to 128 dimensions. random, identity: what they say.
+    Raises `OptionError` for an unknown sampler or a count that does not fit.
+    """
+    rows = rows if isinstance(rows, Rows) else Rows.of(rows)
+    total = len(rows)
+    if not 0 < count <= total:
+        raise OptionError(f"--coreset: {count} of {total} patches cannot be chosen")
+    generator = torch.Generator().manual_seed(seed)
+    if sampler == "identity" or (count == total and sampler == "random"):
+        return Coreset(torch.arange(total), 0.0)
+    if sampler == "random":
+        chosen = torch.randperm(total, generator=generator)[:count].sort().values
+        return Coreset(chosen, _radius(rows, rows.take(chosen.to(rows.device))))
+    if sampler == "k_center":
+        points = rows
+        first = int(_distances_to(rows, _mean(rows)).argmax())
+        distances = _distances_to(rows, rows.span(first, first + 1))
+        picks = [first]
+    elif sampler == "approx_greedy_coreset":
+        points = _project(rows, generator)
+        starts = points.take(torch.randperm(total, generator=generator)[: min(10, total)].to(rows.device))
+        distances = _of_each(points, torch.float32, lambda block: torch.cdist(block, starts).mean(1))
+        picks = []
+    elif sampler == "greedy_coreset":
+        points = _project(rows, generator)
+        distances = _total_distances(points)
+        picks = []
+    else:
+        raise OptionError(f"--sampler {sampler} is unknown")
+    return _farthest_first(points, distances, picks, count, progress)
+
+
+def _farthest_first(
+    points: Rows,
+    distances: Tensor,
+    picks: list[int],
+    count: int,
+    progress: Callable[[int, int], None] | None,
+) -> Coreset:
+    """Exact greedy from given initial distances (N,)."""
+    cover = _Cover(points, distances, picks, count)
+    pivots = min(PIVOTS, max(1, TABLE // count))
+    level = math.inf  # distances above it are up to date, those below are upper bounds
+    while cover.filled < count:
+        if len(cover.cells) == 1 and cover.filled >= pivots and points.device.type == "cpu":
+            cover.divide(pivots)
+        above = int((cover.distances > level).sum())
+        if above == 0:
+            highest = float(cover.distances.max())
+            level = DECAY * highest if highest > 0 else -0.5
+        else:
+            bound, candidates = cover.distances.topk(min(CANDIDATES, above))
+            limit = float(bound[-1]) if above > CANDIDATES else level
+            cover.pick(candidates[_among(cover.rows(candidates), bound, limit, count - cover.filled)])
+            if progress is not None:
+                progress(cover.filled, count)
+        cover.catch_up((cover.distances > level).nonzero()[:, 0])
+    return Coreset(cover.order[cover.chosen].cpu(), cover.radius())
+
+
+class _Cover:
+    """How far each row is from the nearest pick, worked out only where it matters.
+
+    The first picks divide the rows into cells, each row to the pick p that is nearest to it. By the triangle
+    inequality a later pick c can be nearer to a row x than all before it only if ‖c − p‖ < ‖x − p‖ + distance(x), so a
+    cell's rows are compared with the few picks that are near the cell.
+
+    A row is named by its position, in an order in which cells are contiguous.
+    """
+
+    def __init__(self, points: Rows, distances: Tensor, picks: list[int], count: int) -> None:
+        self.points = points
+        self.order = torch.arange(len(points), device=points.device)  # position → row
+        self.half_norms = _of_each(points, torch.float32, lambda rows: rows.square().sum(1) / 2)
+        self.distances = distances  # (N,) to the nearest pick that a row knows of; -1 once it is a pick itself
+        self.seen = torch.full(distances.shape, len(picks), device=points.device)  # how many picks that are
+        self.chosen = torch.empty(count, dtype=torch.long, device=points.device)  # positions of the picks
+        self.centres = distances.new_empty(count, points.width)  # their features
+        self.centre_norms = distances.new_empty(count)  # ‖centre‖² / 2
+        self.cells = [len(points)]  # rows in each
+        self.pivots = distances.new_zeros(1, points.width)  # (cells, D)
+        self.to_pivots = distances.new_full((count, 1), -torch.inf)  # (count, cells): of picks
+        self.own = torch.zeros_like(distances)  # (N,) distance to the pivot of the row's cell
+        self.filled = 0
+        self._gathered = distances.new_zeros(BLOCK, points.width)  # written again and again: fresh memory costs
+        self.pick(torch.tensor(picks, dtype=torch.long, device=points.device))
+
+    def rows(self, positions: Tensor | slice) -> Tensor:
+        """Features (n, D) of the rows at these positions."""
+        return self.points.take(self.order[positions])
+
+    def pick(self, positions: Tensor) -> None:
+        """Make these rows the next picks."""
+        end = self.filled + len(positions)
+        self.chosen[self.filled : end] = positions
+        self.centres[self.filled : end] = self.rows(positions)
+        self.centre_norms[self.filled : end] = self.half_norms[positions]
+        self.distances[positions] = -1
+        if len(self.cells) > 1:
+            self.to_pivots[self.filled : end] = torch.cdist(self.centres[self.filled : end], self.pivots)
+        self.filled = end
+
+    def divide(self, count: int) -> None:
+        """Sort the rows into a cell for each of the first picks."""
+        self.pivots = self.centres[:count].clone()
+        norms = self.centre_norms[:count]
+        owner = _of_each(self.points, torch.long, lambda rows: similarities(rows, self.pivots, norms).argmax(1))
+        owner = owner[self.order]
+        sorting = owner.argsort(stable=True)
+        place = torch.empty_like(sorting)
+        place[sorting] = torch.arange(len(sorting), device=sorting.device)
+        self.chosen[: self.filled] = place[self.chosen[: self.filled]]
+        self.order, self.distances = self.order[sorting], self.distances[sorting]
+        self.seen, self.half_norms = self.seen[sorting], self.half_norms[sorting]
+        self.cells = torch.bincount(owner, minlength=count).tolist()
+        self.to_pivots = self.distances.new_empty(len(self.chosen), count)
+        self.to_pivots[: self.filled] = torch.cdist(self.centres[: self.filled], self.pivots)
+        owner = owner[sorting]
+        for start in range(0, len(owner), BLOCK):
+            some = slice(start, start + BLOCK)
+            self.own[some] = (self.rows(some) - self.pivots[owner[some]]).norm(dim=1)
+
+    def catch_up(self, positions: Tensor) -> None:
+        """Bring the distances of these rows, in ascending order, up to date with all picks."""
+        positions = positions[self.seen[positions] < self.filled]
+        if not len(positions):
+            return
+        ends = torch.tensor(self.cells, device=positions.device).cumsum(0)
+        bounds = torch.searchsorted(positions, ends)
+        counts = bounds.diff(prepend=bounds.new_zeros(1))
+        cell = torch.repeat_interleave(torch.arange(len(self.cells), device=positions.device), counts)
+        known = counts.new_full((len(self.cells),), self.filled).scatter_reduce_(0, cell, self.seen[positions], "amin")
+        reach = self.own[positions] + self.distances[positions]
+        reach = reach.new_full((len(self.cells),), -torch.inf).scatter_reduce_(0, cell, reach, "amax")
+        first = int(known.min())
+        near = self.to_pivots[first : self.filled] < reach * (1 + SLACK)
+        near &= torch.arange(first, self.filled, device=known.device)[:, None] >= known
+        picks = near.T.nonzero()[:, 1] + first
+        some = picks.split(near.sum(0).tolist())
+        for those, rows in zip(some, positions.split(counts.tolist()), strict=True):
+            if len(those) and len(rows):
+                self._compare(rows, those)
+        self.seen[positions] = self.filled
+
+    def _compare(self, positions: Tensor, picks: Tensor) -> None:
+        """distances[positions] ← min(distances[positions], distance to the nearest of these picks)."""
+        rows = self.order[positions]
+        similar = self.half_norms.new_full(rows.shape, -torch.inf)
+        for some in picks.split(CENTRES):
+            more = F.pad(some, (0, padded(len(some)) - len(some)), value=int(some[0]))
+            centres = self.centres.index_select(0, more)
+            norms = self.centre_norms[more]
+            for block, best in zip(rows.split(BLOCK), similar.split(BLOCK), strict=True):
+                self.points.take(block, out=self._gathered[: len(block)])
+                table = similarities(self._gathered[: padded(len(block))], centres, norms)[: len(block)]
+                torch.maximum(best, table.amax(1), out=best)
+        distances = (2 * (self.half_norms[positions] - similar)).clamp_(min=0).sqrt_()
+        self.distances[positions] = torch.minimum(self.distances[positions], distances)
+
+    def radius(self) -> float:
+        """The largest distance, once every row that could have it knows of all picks."""
+        while (highest := float(self.distances.max())) > 0:
+            rows = (self.distances >= DECAY * highest).nonzero()[:, 0]
+            if bool((self.seen[rows] == self.filled).all()):
+                return highest
+            self.catch_up(rows)
+        return 0.0
+
+
+def _among(candidates: Tensor, distances: Tensor, limit: float, most: int) -> Tensor:
+    """Greedy picks among candidates (C, D), farthest first, for as long as they beat `limit`; at least one."""
+    mutual = torch.cdist(candidates.double(), candidates.double()).float().numpy(force=True)
+    remaining = distances.numpy(force=True)
+    picks: list[int] = []
+    while len(picks) < most:
+        best = int(remaining.argmax())
+        if picks and remaining[best] <= limit and not remaining[best] == limit == 0:
+            break
+        picks.append(best)
+        remaining = remaining.clip(max=mutual[best])
+        remaining[best] = -1.0
+    return torch.tensor(picks, device=candidates.device)
+
+
+def _mean(rows: Rows) -> Tensor:
+    """(D,)"""
+    total = sum(rows.span(start, start + BLOCK).sum(0) for start in range(0, len(rows), BLOCK))
+    assert isinstance(total, Tensor)
+    return total / len(rows)
+
+
+def _distances_to(rows: Rows, point: Tensor) -> Tensor:
+    return _of_each(rows, torch.float32, lambda block: (block - point).norm(dim=1))
+
+
+def _of_each(rows: Rows, dtype: torch.dtype, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """A number (N,) of each row, block by block, into one place: small results would scatter over the memory."""
+    results = torch.empty(len(rows), dtype=dtype, device=rows.device)
+    for start in range(0, len(rows), BLOCK):
+        results[start : start + BLOCK] = function(rows.span(start, start + BLOCK))
+    return results
+
+
+def _project(rows: Rows, generator: torch.Generator, dimension: int = 128) -> Rows:
+    """The reference's random linear map, U(−1/√D, 1/√D), where the rows have not 128 dimensions already."""
+    width = rows.width
+    if width == dimension:
+        return rows
+    matrix = ((torch.rand(width, dimension, generator=generator) * 2 - 1) / width**0.5).to(rows.device)
+    points = torch.empty(len(rows), dimension, device=rows.device)
+    for start in range(0, len(rows), BLOCK):
+        torch.matmul(rows.span(start, start + BLOCK), matrix, out=points[start : start + BLOCK])
+    return Rows.of(points)
+
+
+def _total_distances(points: Rows) -> Tensor:
+    """L2 norm of each row of the distance matrix, without the matrix: Σ_j ‖x_i − x_j‖² in closed form."""
+    mean = _mean(points)
+    squares = _of_each(points, torch.float32, lambda block: (block - mean).square().sum(1))
+    return (len(points) * squares + squares.sum()).sqrt()
+
+
+class Summary:
+    """Rows of any number of images in bounded memory: a coreset of coresets (merge and reduce).
+
+    As long as all rows fit they are kept as they are. Beyond that, each full chunk is reduced by k-centre to a few
+    times its share (`OVERSAMPLING`), and the final choice is made among what is left. Every row is then within the
+    largest radius of the chunks plus the final radius of a chosen one, by the triangle inequality.
+    """
+
+    def __init__(
+        self,
+        images: int,
+        shapes: Sequence[Shape],
+        share: float,
+        memory: int,
+        sampler: str,
+        seed: int,
+        device: torch.device,
+    ) -> None:
+        """For images with layers of `shapes`, of whose rows a share is to be chosen, in at most `memory` bytes.
+
+        Raises `OptionError` where the sampler is to keep everything and that does not fit.
+        """
+        patches, dimension = shapes[0][1] * shapes[0][2], sum(channels for channels, *_ in shapes)
+        self.total, self.share, self.sampler, self.seed, self.shapes = images * patches, share, sampler, seed, shapes
+        self.is_whole = Rows.bytes(images, shapes) <= memory
+        fits = memory // (4 * dimension)
+        if sampler == "identity" and not self.is_whole:
+            everything = f"{self.total:,} patches of {dimension} numbers"
+            raise OptionError(f"--sampler identity: {everything} do not fit in --memory; choose k_center")
+        self.most = max(1, fits // 3)  # entries of a bank that leave room to choose them
+        self.rows = Rows(images, shapes, device) if self.is_whole else Rows(max(fits, 2), [(dimension, 1, 1)], device)
+        self.patches = torch.empty(len(self.rows), dtype=torch.long, device=device)
+        least, most = (times * share for times in OVERSAMPLING)
+        self.kept = min(max(least, min(most, len(self.rows) / 2 / self.total)), 1.0)  # of a chunk's rows
+        self.radius = 0.0
+        self._settled = self._filled = 0
+
+    def add(self, layers: Sequence[Tensor], patches: Tensor) -> None:
+        """Images, each layer (B, C, h, w), and the number of each of their patches (N,)."""
+        if self.is_whole:
+            self.rows.write(self._filled // self.rows.patches, layers)
+            self.patches[self._filled : self._filled + len(patches)] = patches
+            self._filled += len(patches)
+            return
+        images = Rows(len(layers[0]), self.shapes, layers[0].device)
+        images.write(0, layers)
+        rows = images.span(0, len(images))
+        while len(rows):
+            if self._filled == len(self.rows) or self._filled - self._settled >= CHUNK:
+                self._reduce()
+            some = rows[: min(len(self.rows) - self._filled, CHUNK)]
+            end = self._filled + len(some)
+            self.rows.layers[0][self._filled : end], self.patches[self._filled : end] = some, patches[: len(some)]
+            rows, patches = rows[len(some) :], patches[len(some) :]
+            self._filled = end
+
+    def choose(self, progress: Callable[[int, int], None] | None = None) -> tuple[Tensor, Tensor, float]:
+        """The bank: entries (K, D), their patches (K,), and how far the farthest row is from an entry, at most."""
+        count = min(max(1, int(self.total * self.share)), self._filled if self.is_whole else self.most)
+        rows = self.rows if self.is_whole else Rows.of(self.rows.layers[0][: self._filled])
+        chosen = select(rows, min(count, len(rows)), self.sampler, seed=self.seed, progress=progress)
+        release()
+        indices = chosen.indices.to(rows.device)
+        entries = torch.empty(len(indices), rows.width, device=rows.device)
+        for some, place in zip(indices.split(BLOCK), entries.split(BLOCK), strict=True):
+            rows.take(some, out=place)
+        return entries, self.patches[indices], self.radius + chosen.radius
+
+    def _reduce(self) -> None:
+        """Make room: reduce the unsettled chunk to its share, or everything to a half when that leaves too little."""
+        rows = self.rows.layers[0]
+        chunk = rows[self._settled : self._filled]
+        count = max(1, round(len(chunk) * self.kept))
+        if self._settled + count > len(rows) // 2:
+            self._settled, chunk = 0, rows[: self._filled]
+            count = len(rows) // 4
+        chosen = select(chunk, count, "random" if self.sampler == "random" else "k_center", seed=self.seed)
+        kept = chosen.indices.to(chunk.device).sort().values
+        end = self._settled + count
+        rows[self._settled : end] = chunk[kept]
+        self.patches[self._settled : end] = self.patches[self._settled : self._filled][kept]
+        self.radius = max(self.radius, chosen.radius) if self._settled else self.radius + chosen.radius
+        self._settled = self._filled = end
+
+
+def _radius(rows: Rows, centres: Tensor) -> float:
+    return float(_of_each(rows, torch.float32, lambda block: torch.cdist(block, centres).amin(1)).max())

@@ -1,0 +1,1 @@
+"""PUAD (Sugawara and Imamura, 2024)."""

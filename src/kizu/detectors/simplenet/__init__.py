@@ -1,0 +1,1 @@
+"""SimpleNet (Liu et al., CVPR 2023)."""

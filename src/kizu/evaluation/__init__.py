@@ -1,0 +1,1 @@
+"""How good a detector is: metrics, runs with their results folder, reports, operating points."""

@@ -1,0 +1,314 @@
+"""A detector over a test split: per-image rows, per-category results."""
+
+import base64
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from kizu.data import image as images
+from kizu.data.dataset import Sample
+from kizu.data.loco_masks import Region, Saturations, read_regions
+from kizu.errors import BadImage, DataError
+from kizu.evaluation import loco_metrics as loco
+from kizu.evaluation import metrics
+
+if TYPE_CHECKING:
+    from kizu.inference.inspector import Inspector, Prediction
+
+__all__ = ["Beside", "CategoryResult", "Judged", "Picture", "Unlike", "evaluate", "measure"]
+
+PICTURES = {"miss": 6, "false alarm": 6, "sample": 9}
+PICTURE_SIDE = 280
+EXPLAINED = 2  # places of a picture
+UNLIKE = 12  # training images shown
+LISTED = 5  # masks that do not fit, by name
+DEEPEST = 20  # folders in the name of a map
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One test image and what the detector said of it."""
+
+    image: str  # path relative to the data set, with forward slashes
+    defect: str  # "good" or the type of defect
+    score: float | None  # None when the file could not be read
+    error: str = ""  # why not
+
+
+@dataclass(frozen=True)
+class Beside:
+    """A marked place and the most similar place in any good training image; pictures are data URIs."""
+
+    region: int  # number of the marked region; 0: the highest place of the map
+    here: str
+    there: str  # empty where no picture of the training image is at hand
+    image: str  # name of the training image
+    distance: float  # in units of what is usual there
+
+
+@dataclass(frozen=True)
+class Unlike:
+    """A training image that looks unlike the others."""
+
+    image: str
+    score: float
+    photo: str  # data URI, or empty
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One test image for the eye, each part a data URI. The colour scale is the category's."""
+
+    image: str  # as in Judged
+    why: str  # "miss", "false alarm" or "sample"
+    photo: str
+    heat: str
+    overlay: str
+    beside: list[Beside] = field(default_factory=list)
+
+
+@dataclass
+class CategoryResult:
+    """Everything that results.csv, predictions.csv and the report say of one category."""
+
+    category: str
+    train_images: int
+    judged: list[Judged]
+    metrics: dict[str, float | None]  # image_auroc, image_ap, … None: not available
+    reasons: dict[str, str]  # why a metric is None
+    threshold: float  # a part is stopped when its score is greater
+    statement: str  # the threshold's promise in one sentence
+    calibration_scores: list[float]  # scores of held-out good images
+    scale: tuple[float, float]  # map values at the ends of the colour scale
+    map_level: float  # map value at which contours are drawn
+    pictures: list[Picture] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)  # stage → seconds; "per image" in seconds
+    notes: list[str] = field(default_factory=list)  # what a reader must know, e.g. masks that do not fit
+    curves: dict[str, list[float]] = field(default_factory=dict)  # of training, a value a round
+    oracle: dict[str, float | None] = field(default_factory=dict)  # metrics of the round best on the test images
+    unlike: list[Unlike] = field(default_factory=list)  # training images for a second look
+
+    def count(self, defective: bool, stopped: bool | None = None) -> int:
+        """Test images of a kind that could be judged, all or those (not) stopped."""
+        return sum(
+            (row.defect != "good") == defective and stopped in (None, row.score > self.threshold)
+            for row in self.judged
+            if row.score is not None
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "CategoryResult":
+        values = dict(values)
+        values["judged"] = [Judged(**row) for row in values["judged"]]
+        values["pictures"] = [
+            Picture(**{**row, "beside": [Beside(**one) for one in row["beside"]]}) for row in values["pictures"]
+        ]
+        values["unlike"] = [Unlike(**row) for row in values["unlike"]]
+        values["scale"] = tuple(values["scale"])
+        return cls(**values)
+
+
+def evaluate(
+    detector: "Inspector",
+    samples: Sequence[Sample],
+    *,
+    category: str,
+    root: Path,
+    saturations: Saturations | None = None,
+    maps: Path | None = None,
+    overlays: Path | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> CategoryResult:
+    """Judge the test images and compare with what they are. Nothing of it flows back into the detector.
+
+    Masks are used at the photographs' own resolution. Metrics that cannot be computed are None, with the reason. For
+    MVTec LOCO's types of defect its own metrics are added, by `saturations`. With `maps`, each image's anomaly map is
+    written as <maps>/<category>/test/<defect>/<stem>.tiff, of floats, at the photograph's size. With a folder for
+    `overlays`, each photograph is written there with its map over it.
+    """
+    judged: list[Judged] = []
+    predictions: list[tuple[Sample, Prediction]] = []
+    targets = _map_names(samples, maps / category / "test", root) if maps else {}
+    start = time.perf_counter()
+    for sample, outcome in detector.judge(samples):
+        name = sample.name(root)
+        if isinstance(outcome, BadImage):
+            judged.append(Judged(name, sample.defect, None, outcome.reason))
+        else:
+            judged.append(Judged(name, sample.defect, outcome.score))
+            predictions.append((sample, outcome))
+            if maps:
+                images.write_map(targets[sample], _restored(outcome))
+            if overlays is not None:
+                images.write(overlays / (name.replace("/", "_") + ".png"), outcome.overlay())
+        if progress:
+            progress("Evaluating", len(judged), len(samples))
+    elapsed = time.perf_counter() - start
+    order = {sample.name(root): index for index, sample in enumerate(samples)}
+    judged.sort(key=lambda row: order[row.image])
+    if progress:
+        progress("Measuring", 0, 1)
+    values, reasons, notes = measure(predictions, saturations)
+    if progress:
+        progress("Measuring", 1, 1)
+    return CategoryResult(
+        category=category,
+        train_images=detector.training.get("images", 0),
+        judged=judged,
+        metrics=values,
+        reasons=reasons,
+        threshold=detector.threshold.value,
+        statement=detector.threshold.statement,
+        calibration_scores=detector.calibration_scores,
+        scale=detector.scale,
+        map_level=detector.map_level,
+        pictures=_pictures(predictions, root, seed=detector.config.seed),
+        seconds={**detector.seconds, "evaluation": elapsed, "per image": elapsed / max(1, len(judged))},
+        notes=[*detector.remarks, *notes],
+        curves=detector.curves,
+        unlike=_unlike(detector),
+    )
+
+
+def measure(
+    predictions: "Sequence[tuple[Sample, Prediction]]", saturations: Saturations | None = None
+) -> tuple[dict[str, float | None], dict[str, str], list[str]]:
+    """Metrics, reasons for missing ones, notes. Maps and masks are made anew whenever needed, one at a time."""
+    scores = [prediction.score for _, prediction in predictions]
+    values, reasons = metrics.image_metrics(scores, [sample.is_anomalous for sample, _ in predictions])
+    usable, notes = _usable(predictions, saturations)
+    found = [
+        metrics.pixel_metrics(
+            _Anew(lambda: (_restored(prediction) for _, prediction in usable)),
+            _Anew(lambda: (_mask(sample, prediction) for sample, prediction in usable)),
+        )
+    ]
+    defects = [sample.defect for sample, _ in predictions]
+    if loco.applies(defects):
+
+        def image(index: int) -> tuple[npt.NDArray[np.float32], list[Region]]:
+            sample, prediction = usable[index]
+            return _restored(prediction), _regions(sample, prediction, saturations)
+
+        peaks = [float(_restored(prediction).max()) for _, prediction in predictions]
+        found.append(loco.detection(defects, scores, peaks))
+        found.append(loco.localisation([sample.defect for sample, _ in usable], image))
+        if saturations is None:
+            notes.append(loco.NO_CONFIG)
+    for more, why in found:
+        values, reasons = values | more, reasons | why
+    return values, reasons, notes
+
+
+def _usable(
+    predictions: "Sequence[tuple[Sample, Prediction]]", saturations: Saturations | None
+) -> "tuple[list[tuple[Sample, Prediction]], list[str]]":
+    """Those whose masks are known and fit, and notes on the others."""
+    usable, notes = [], []
+    for sample, prediction in predictions:
+        try:
+            if saturations is not None:
+                _regions(sample, prediction, saturations)
+            if sample.mask(prediction.shape) is not None:
+                usable.append((sample, prediction))
+        except DataError as error:
+            notes.append(f"Left out of the pixel metrics: {error}")
+    if len(notes) > LISTED:
+        notes[LISTED:] = [f"Left out of the pixel metrics: {len(notes) - LISTED} more, for such reasons."]
+    missing = len(predictions) - len(usable)
+    if missing and any(sample.masks for sample, _ in usable):
+        notes.append(f"{missing} test images have no usable mask; pixel metrics leave them out.")
+    return usable, notes
+
+
+def _restored(prediction: "Prediction") -> npt.NDArray[np.float32]:
+    """The anomaly map over the photograph, not kept."""
+    return prediction.detector.preprocessing.restore(prediction.input_map, prediction.shape)
+
+
+def _mask(sample: Sample, prediction: "Prediction") -> npt.NDArray[np.bool_]:
+    mask = sample.mask(prediction.shape)
+    assert mask is not None
+    return mask
+
+
+def _regions(sample: Sample, prediction: "Prediction", saturations: Saturations | None) -> list[Region]:
+    return read_regions(sample.masks, prediction.shape, saturations) if sample.is_anomalous else []
+
+
+@dataclass(frozen=True)
+class _Anew(Generic[Item]):
+    """Items that are made anew each time one goes through them, so that they need no memory."""
+
+    make: Callable[[], Iterator[Item]]
+
+    def __iter__(self) -> Iterator[Item]:
+        return self.make()
+
+
+def _map_names(samples: Sequence[Sample], folder: Path, root: Path) -> dict[Sample, Path]:
+    """<folder>/<defect>/<stem>.tiff, with as many parent folders in the stem as tell the images apart."""
+
+    def stem(sample: Sample, depth: int) -> str:
+        path = PurePosixPath(sample.name(root))
+        name = path.stem if sample.index is None else f"{path.stem}_{sample.index}"
+        return "_".join([*path.parts[-depth:-1], name if depth < DEEPEST else path.name]).replace("/", "_")
+
+    for depth in range(1, DEEPEST + 1):
+        targets = {sample: folder / sample.defect / f"{stem(sample, depth)}.tiff" for sample in samples}
+        if len(set(targets.values())) == len(targets):
+            break
+    return targets
+
+
+def _pictures(predictions: "Sequence[tuple[Sample, Prediction]]", root: Path, seed: int) -> list[Picture]:
+    """The worst misses, the worst false alarms and a random sample of the rest."""
+    by_score = sorted(predictions, key=lambda pair: pair[1].score)
+    misses = [pair for pair in by_score if pair[0].is_anomalous and not pair[1].is_anomalous]
+    alarms = [pair for pair in reversed(by_score) if not pair[0].is_anomalous and pair[1].is_anomalous]
+    shown = {"miss": misses[: PICTURES["miss"]], "false alarm": alarms[: PICTURES["false alarm"]]}
+    taken = {id(pair) for pairs in shown.values() for pair in pairs}
+    rest = [pair for pair in predictions if id(pair) not in taken]
+    chosen = np.random.default_rng(seed).permutation(len(rest))[: PICTURES["sample"]]
+    shown["sample"] = [rest[index] for index in sorted(chosen)]
+    return [_picture(sample, prediction, root, why) for why, pairs in shown.items() for sample, prediction in pairs]
+
+
+def _picture(sample: Sample, prediction: "Prediction", root: Path, why: str) -> Picture:
+    photo, _ = sample.read()
+    factor = min(1.0, PICTURE_SIDE / max(photo.shape[:2]))
+    size = max(1, round(photo.shape[0] * factor)), max(1, round(photo.shape[1] * factor))
+    photo = images.resize(photo, size)
+    anomaly_map = images.resize_map(prediction.anomaly_map, size)
+    low, high = prediction.detector.scale
+    glow = images.overlay(photo, anomaly_map, low, high, prediction.detector.map_level)
+    shown, heat, overlay = (_data_uri(part) for part in (photo, images.heat(anomaly_map, low, high), glow))
+    beside = []
+    if prediction.is_anomalous or prediction.regions:
+        for one in prediction.why()[:EXPLAINED]:
+            here, there = ("" if part is None else _data_uri(part) for part in (one.here, one.there))
+            beside.append(Beside(one.region, here, there, one.nearest.image, one.nearest.distance))
+    return Picture(sample.name(root), why, shown, heat, overlay, beside)
+
+
+def _unlike(detector: "Inspector") -> list[Unlike]:
+    """The training images for a second look, the worst first, those shown with a picture."""
+    found: list[Unlike] = []
+    for suspect in sorted(detector.training.get("suspects", ()), key=lambda one: -float(one["score"])):
+        picture = detector.picture(suspect["number"]) if len(found) < UNLIKE else None
+        small = "" if picture is None else _data_uri(images.resize(picture, (PICTURE_SIDE // 2, PICTURE_SIDE // 2)))
+        found.append(Unlike(suspect["name"], suspect["score"], small))
+    return found
+
+
+def _data_uri(rgb: npt.NDArray[np.uint8]) -> str:
+    return "data:image/webp;base64," + base64.b64encode(images.encode(rgb, "WEBP", quality=82)).decode()

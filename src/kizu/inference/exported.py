@@ -1,0 +1,232 @@
+"""Exported models: verdicts from a graph in onnxruntime or OpenVINO, without torch.
+
+An exported model checks at load that it reproduces what the trained one said of some photographs, which lie inside.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from kizu.calibration.threshold import p_value
+from kizu.data import image as images
+from kizu.data.preprocessing import Preprocessing
+from kizu.errors import ModelError, require
+from kizu.inference import model_folder as saved
+from kizu.inference.evidence import Lookalike
+from kizu.inference.image_features import Wholes
+from kizu.inference.inspector import Inspector
+from kizu.inference.parity import Cases, Difference, Tolerance
+
+__all__ = ["BACKENDS", "CASES", "KEEPSAKES", "Exported", "digest", "load", "open_graph", "seal"]
+
+CASES = "parity.safetensors"
+KEEPSAKES = "keepsakes.safetensors"  # what it takes to say more than score and map
+CHECKED = 2  # cases at load
+TOGETHER = 8  # images in one run of the graph: more take memory and are no faster
+ROUNDING = 1e-6
+
+Arrays = dict[str, npt.NDArray[Any]]
+Run = Callable[[npt.NDArray[np.uint8], Sequence[str]], list[npt.NDArray[Any]]]  # pixels, names of outputs → outputs
+
+
+class Exported(Inspector):
+    """A model that `kizu export` wrote. It judges as the trained one does, and cannot be changed."""
+
+    def __init__(self, folder: Path, about: dict[str, Any], run: Run, keepsakes: Arrays) -> None:
+        config = about["config"]
+        size = config["size"]
+        super().__init__(Preprocessing((size[0], size[1]), config["resize"]), about["threshold"]["rate"])
+        self.method: str = about["method"]
+        self.folder, self.about = folder, about
+        self.export: dict[str, Any] = about["export"]
+        self._run, self._keepsakes = run, keepsakes
+        self.restore_levels(about)
+
+    @cached_property
+    def config(self) -> Any:
+        """The method's hyper-parameters, as of the trained model."""
+        from kizu.config import CONFIGS, build
+
+        return build(CONFIGS[self.method], self.about["config"])
+
+    @property
+    def tolerance(self) -> Tolerance:
+        """How far it may be off what torch said."""
+        return Tolerance(**self.export["parity"]["tolerance"])
+
+    @property
+    def promise(self) -> str:
+        """What was found when it was exported, in a sentence."""
+        found = Difference(**self.export["parity"]["compared"])
+        return f"{self.export['format']}, {self.export['precision']}: {found.sentence(self.tolerance)}."
+
+    def outputs(self, pixels: npt.NDArray[np.uint8], names: Sequence[str]) -> list[npt.NDArray[Any]]:
+        """Some of the graph's outputs for images (B, 3, h, w); `export["outputs"]` has the names of all."""
+        parts = [self._run(pixels[start : start + TOGETHER], names) for start in range(0, len(pixels), TOGETHER)]
+        return [np.concatenate(values) for values in zip(*parts, strict=True)] if len(parts) > 1 else parts[0]
+
+    def __call__(self, pixels: npt.NDArray[np.uint8]) -> tuple[images.Float, images.Float]:
+        scores, maps = self.outputs(pixels, ("score", "map"))
+        return scores, maps
+
+    def explained(self, pixels: npt.NDArray[np.uint8]) -> tuple[images.Float, images.Float, list[dict[str, Any]]]:
+        names = ("parts", "contributions", "whitened")
+        if names[0] not in self.export["outputs"]:
+            return super().explained(pixels)
+        scores, maps, *told = self.outputs(pixels, ("score", "map", *names))
+        wholes = Wholes(**self._keepsakes, groups=list(self.facts["groups"]), names=self.training["names"])
+        return scores, maps, wholes.explain(*told)
+
+    def nearest_good(self, seen: npt.NDArray[np.uint8], place: tuple[float, float]) -> Lookalike | None:
+        banks = [name.removeprefix("entry ") for name in self.export["outputs"] if name.startswith("entry ")]
+        if not banks:
+            return None
+        names = [f"{kind} {bank}" for bank in banks for kind in ("distance", "entry")]
+        told = self.outputs(np.ascontiguousarray(seen.transpose(2, 0, 1)[None]), names)
+        found = []
+        for bank, distances, entries in zip(banks, told[::2], told[1::2], strict=True):
+            height, width = entries.shape[1:]
+            here = int(place[1] / seen.shape[0] * height), int(place[0] / seen.shape[1] * width)
+            entry = entries[0][here]
+            row, column = divmod(int(self._keepsakes[f"places {bank}"][entry]), width)
+            number = int(self._keepsakes[f"images {bank}"][entry])
+            found.append((float(distances[0][here]), number, ((column + 0.5) / width, (row + 0.5) / height)))
+        distance, number, there = max(found)
+        return Lookalike(self.training["names"][number], number, there, distance)
+
+    def verify(self, most: int | None = None) -> Difference:
+        """Judge the photographs that lie inside again, or the first of them, and compare with what torch said.
+
+        Raises `ModelError` where an outcome, a verdict or a p-value is off by more than the model's own tolerance.
+        """
+        tolerance = self.tolerance
+        cases = Cases.read(self.folder / CASES)
+        cases = cases.take(range(len(cases.scores))[:most])
+        scores, p_values, verdicts, maps = self.outputs(cases.images, ("score", "p_value", "verdict", "map"))
+        found = cases.difference(scores, maps, self.threshold.value, tolerance)
+        if not found.within(tolerance):
+            raise ModelError(
+                f"{self.folder} does not reproduce itself on this machine: {found.sentence(tolerance)}. Export it again"
+            )
+        expected = [p_value(float(score), self.calibration_scores) for score in scores]
+        stopped = [bool(score > self.threshold.value) for score in scores]
+        if np.abs(p_values - expected).max() > ROUNDING or verdicts.tolist() != stopped:
+            raise ModelError(f"{self.folder}: model.json and the graph disagree on the threshold. Export it again")
+        return found
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        raise ModelError(
+            f"{self.folder} is an exported model, which cannot be changed: change the trained one and export it again"
+        )
+
+
+def load(folder: str | os.PathLike[str], *, check: int | None = CHECKED) -> Exported:
+    """Read an exported model and check it on some of its cases; None is all, 0 is none.
+
+    Raises `ModelError` where a file is missing, was changed, or the model does not reproduce itself, and `MissingExtra`
+    where what runs it is not installed.
+    """
+    folder = Path(folder)
+    about = saved.description(folder)
+    if "export" not in about:
+        raise ModelError(f"{folder} is a trained model: open it with kizu.load, or export it")
+    try:
+        if about["export"]["seal"] != seal(about):
+            raise ModelError(f"{folder}: model.json was changed. Export the model again")
+        for name, expected in about["export"]["files"].items():
+            if digest(folder / name) != expected:
+                raise ModelError(f"{folder}: {name} is damaged or was changed. Export the model again")
+        run = open_graph(folder, about["export"]["format"])
+        model = Exported(folder, about, run, _keepsakes(folder))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{folder}: the model is damaged (model.json: {error!r})") from None
+    model.thumbnails = saved.thumbnails(folder)
+    if check != 0:
+        model.verify(check)
+    return model
+
+
+def seal(about: dict[str, Any]) -> str:
+    """A hash of what model.json says, but for the seal itself."""
+    export = {key: value for key, value in about["export"].items() if key != "seal"}
+    text = json.dumps(about | {"export": export}, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def digest(path: Path) -> str:
+    """Of a file's content. Raises `ModelError` where there is none."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def open_graph(folder: Path, format: str) -> Run:
+    """The graph in a folder, ready to run. Raises `ModelError` where it cannot be opened."""
+    if format not in BACKENDS:
+        raise ModelError(f"{folder}: exported to {format}, which this version of kizu does not know")
+    try:
+        return BACKENDS[format](folder)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ModelError(f"{folder}: the exported graph cannot be opened ({str(error).splitlines()[0]})") from None
+
+
+def _onnxruntime(folder: Path) -> Run:
+    onnxruntime = require("onnxruntime")
+    settings = onnxruntime.SessionOptions()
+    settings.intra_op_num_threads = _cores()
+    settings.log_severity_level = 3
+    try:
+        file = str(folder / "model.onnx")
+        session = onnxruntime.InferenceSession(file, settings, providers=["CPUExecutionProvider"])
+    except Exception as error:  # of classes that onnxruntime does not export
+        raise ModelError(f"{folder}: model.onnx cannot be opened ({str(error).splitlines()[0]})") from None
+
+    def run(pixels: npt.NDArray[np.uint8], names: Sequence[str]) -> list[npt.NDArray[Any]]:
+        try:
+            outputs: list[npt.NDArray[Any]] = session.run(list(names), {"images": pixels})
+        except Exception as error:  # as above
+            raise ModelError(f"{folder}: model.onnx does not run ({str(error).splitlines()[0]})") from None
+        return outputs
+
+    return run
+
+
+def _openvino(folder: Path) -> Run:
+    openvino = require("openvino")
+    core = openvino.Core()
+    # single precision even where the processor has faster ones, and threads for one image at a time
+    settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": _cores(), "PERFORMANCE_HINT": "LATENCY"}
+    compiled = core.compile_model(core.read_model(str(folder / "model.xml")), "CPU", settings)
+
+    def run(pixels: npt.NDArray[np.uint8], names: Sequence[str]) -> list[npt.NDArray[Any]]:
+        request = compiled.create_infer_request()  # one alone serves one thread alone
+        request.infer({"images": pixels})
+        return [request.get_tensor(name).data.copy() for name in names]
+
+    return run
+
+
+BACKENDS: Mapping[str, Callable[[Path], Run]] = {"onnx": _onnxruntime, "openvino": _openvino}
+
+
+def _cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _keepsakes(folder: Path) -> Arrays:
+    try:
+        return load_file(folder / KEEPSAKES) if (folder / KEEPSAKES).exists() else {}
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ModelError(f"{folder}: the model is damaged ({error})") from None

@@ -1,0 +1,59 @@
+"""A model's folder: what lies in it, whichever way it is run."""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from kizu.errors import ModelError, require
+from kizu.inference.inspector import Inspector
+
+__all__ = ["FORMAT", "THUMBNAILS", "description", "load", "thumbnails", "write_thumbnails"]
+
+FORMAT = 2
+THUMBNAILS = "thumbnails.safetensors"
+
+
+def load(folder: str | os.PathLike[str]) -> Inspector:
+    """Read a model, trained or exported; the former needs torch. Nothing in it is executed.
+
+    Raises `ModelError` when it is none, is damaged, or, exported, does not reproduce itself.
+    """
+    home = "kizu.inference.exported" if "export" in description(folder) else "kizu.detectors.base"
+    model: Inspector = require(home).load(folder)
+    return model
+
+
+def description(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """What model.json says. Raises `ModelError` where it does not, or says it in another version's way."""
+    try:
+        about = json.loads((Path(folder) / "model.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise ModelError(f"{folder} is not a kizu model: model.json is missing") from None
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder}: the model is damaged ({error})") from None
+    if not isinstance(about, dict):
+        raise ModelError(f"{folder}: the model is damaged (model.json holds no object)")
+    if about.get("format") != FORMAT:
+        raise ModelError(f"{folder}: written by another version of kizu (format {about.get('format')}, not {FORMAT})")
+    return about
+
+
+def thumbnails(folder: Path) -> list[bytes]:
+    """The encoded pictures of the training images, as far as the model keeps them."""
+    try:
+        encoded = load_file(folder / THUMBNAILS) if (folder / THUMBNAILS).exists() else {}
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ModelError(f"{folder}: the model is damaged ({error})") from None
+    return [encoded[key].tobytes() for key in sorted(encoded)]
+
+
+def write_thumbnails(folder: Path, pictures: Sequence[bytes]) -> None:
+    """Write encoded pictures as `thumbnails` reads them."""
+    encoded = {f"{number:06}": np.frombuffer(picture, np.uint8) for number, picture in enumerate(pictures)}
+    save_file(encoded, folder / THUMBNAILS)

@@ -1,0 +1,136 @@
+"""One photograph at a time in, batches through the model: a bounded queue with a thread behind it."""
+
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from kizu.data import image as images
+from kizu.errors import BadImage, KizuError
+from kizu.inference.evidence import Evidence
+
+if TYPE_CHECKING:
+    from kizu.inference.inspector import Inspector, Prediction
+
+__all__ = ["Answer", "Loaded", "Microbatcher", "QueueFull", "Upload"]
+
+
+class QueueFull(KizuError):
+    """More photographs are waiting than may wait."""
+
+
+@dataclass(frozen=True)
+class Upload:
+    """An encoded photograph and what its sender calls it."""
+
+    content: bytes
+    name: str
+
+    def read(self, at_least: tuple[int, int] | None = None) -> tuple[npt.NDArray[np.uint8], tuple[int, int]]:
+        return images.read_at_least(self.content, at_least)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model as it was read at some time."""
+
+    model: "Inspector"
+    version: str
+    time: float  # seconds since 1970
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model says of an upload, and which model it was."""
+
+    outcome: "Prediction | BadImage"
+    loaded: Loaded
+    evidence: Sequence[Evidence] = ()
+
+
+@dataclass(frozen=True)
+class _Job:
+    upload: Upload
+    explain: bool
+    answer: Future[Answer] = field(default_factory=Future)
+
+
+class Microbatcher:
+    """Judges uploads in the order in which they come, as many at once as are waiting, up to a batch.
+
+    Nobody waits for a batch to fill: while the model is at work, the next batch gathers. Replacing `loaded` lets the
+    next batch run on another model.
+    """
+
+    def __init__(
+        self,
+        loaded: Loaded,
+        *,
+        room: int = 64,
+        batch: int = 8,
+        seen: Callable[[int], None] = lambda size: None,
+    ) -> None:
+        """Up to `room` photographs may wait; `seen` is told the size of each batch."""
+        self.loaded = loaded
+        self.room = room
+        self._batch = batch
+        self._seen = seen
+        self._waiting: deque[_Job] = deque()
+        self._changed = threading.Condition()
+        self._closed = False
+        self._thread = threading.Thread(target=self._work, name="judge", daemon=True)
+        self._thread.start()
+
+    def __len__(self) -> int:
+        """Photographs that wait."""
+        return len(self._waiting)
+
+    def submit(self, uploads: Sequence[Upload], *, explain: bool = False) -> list[Future[Answer]]:
+        """Put all of them into the queue or none. Raises `QueueFull`; a future that is cancelled is not judged."""
+        jobs = [_Job(upload, explain) for upload in uploads]
+        with self._changed:
+            if self._closed or len(self._waiting) + len(jobs) > self.room:
+                raise QueueFull(f"{len(self._waiting)} photographs are waiting, and at most {self.room} may")
+            self._waiting.extend(jobs)
+            self._changed.notify()
+        return [job.answer for job in jobs]
+
+    def close(self) -> None:
+        """Take nothing more, answer what waits."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _work(self) -> None:
+        while (jobs := self._take()) is not None:
+            jobs = [job for job in jobs if job.answer.set_running_or_notify_cancel()]
+            if jobs:
+                self._seen(len(jobs))
+                self._judge(jobs)
+
+    def _take(self) -> list[_Job] | None:
+        """The next batch, or None when there will be no other."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting or self._closed)
+            if not self._waiting:
+                return None
+            return [self._waiting.popleft() for _ in range(min(self._batch, len(self._waiting)))]
+
+    def _judge(self, jobs: Sequence[_Job]) -> None:
+        loaded = self.loaded
+        asked = {id(job.upload): job for job in jobs}
+        try:
+            for upload, outcome in loaded.model.judge([job.upload for job in jobs], batch_size=self._batch):
+                job = asked[id(upload)]
+                evidence = outcome.why() if job.explain and not isinstance(outcome, BadImage) else ()
+                job.answer.set_result(Answer(outcome, loaded, evidence))
+        except Exception as error:  # whatever it is, those who wait hear of it, and the next batch goes on
+            for job in jobs:
+                if not job.answer.done():
+                    job.answer.set_exception(error)

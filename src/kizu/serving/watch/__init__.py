@@ -1,0 +1,1 @@
+"""Judges what a camera drops into a folder, each photograph once, and tells others."""

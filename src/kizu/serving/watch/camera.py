@@ -1,0 +1,81 @@
+"""Frames of a camera or a video file, through OpenCV (extra camera)."""
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from kizu.errors import OptionError, require
+from kizu.inference.inspector import Photo
+from kizu.serving.watch.incoming import Arrival
+from kizu.serving.watch.ledger import Identity
+
+__all__ = ["frames"]
+
+PAUSE = 2.0  # seconds until a camera that fell silent is tried again
+
+
+def frames(source: str, every: float, known: Callable[[Identity], bool], first: int) -> Iterator[list[Arrival]]:
+    """A frame every so many seconds: of a video file to its end, of a camera (its number or address) for ever.
+
+    Frames of a file that are known are left out; a camera's are numbered from `first` on. While there is nothing to
+    give, an empty list comes. Raises `OptionError` where the source cannot be opened.
+    """
+    cv2 = require("cv2")
+    if source.isdigit() or "://" in source:
+        address = int(source) if source.isdigit() else source
+        video = cv2.VideoCapture(address)
+        if not video.isOpened():
+            raise OptionError(f"--camera {source}: there is no camera that OpenCV can open")
+        return _camera(cv2, video, address, every, first)
+    path = Path(source)
+    if not path.is_file():
+        raise OptionError(f"--camera {path}: there is no such file (a camera is a number or an address)")
+    video = cv2.VideoCapture(str(path))
+    if not video.isOpened():
+        raise OptionError(f"--camera {path}: OpenCV cannot read it as a video")
+    return _file(cv2, video, path, every, known)
+
+
+def _file(cv2: Any, video: Any, path: Path, every: float, known: Callable[[Identity], bool]) -> Iterator[list[Arrival]]:
+    state = path.stat()
+    try:
+        rate = video.get(cv2.CAP_PROP_FPS) or 25.0
+        step = max(1, round(rate * every))
+        number = 0
+        while video.grab():
+            identity = f"{path.name}-{number:06}", state.st_size, state.st_mtime_ns
+            if number % step == 0 and not known(identity):
+                read, frame = video.retrieve()
+                if read:
+                    yield [Arrival(identity, Photo(_rgb(frame)), facts={"seconds": number / rate})]
+            number += 1
+    finally:
+        video.release()
+
+
+def _camera(cv2: Any, video: Any, address: int | str, every: float, first: int) -> Iterator[list[Arrival]]:
+    name = f"camera-{address}" if isinstance(address, int) else "camera"
+    number, due = first, time.monotonic()
+    try:
+        while True:
+            if not video.grab():  # frames are taken as they come, so that the one judged is never an old one
+                video.release()
+                yield []
+                time.sleep(PAUSE)
+                video = cv2.VideoCapture(address)
+                continue
+            if time.monotonic() < due:
+                yield []
+                continue
+            due = time.monotonic() + every
+            read, frame = video.retrieve()
+            if read:
+                yield [Arrival((f"{name}-{number:06}", 0, time.time_ns()), Photo(_rgb(frame)))]
+                number += 1
+    finally:
+        video.release()
+
+
+def _rgb(frame: Any) -> Any:
+    return frame[:, :, ::-1].copy() if frame.ndim == 3 else frame

@@ -1,0 +1,130 @@
+"""Photographs as they arrive in a folder, each when it is all there."""
+
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from kizu.data import image as images
+from kizu.inference.inspector import Photo
+from kizu.serving.watch.ledger import Identity
+
+__all__ = ["Arrival", "Arrivals"]
+
+PAUSE = 0.5  # seconds between two tries to read a file
+MOST = 8  # photographs given at once
+UNFINISHED = (".tmp", ".part", ".partial", ".filepart", ".crdownload")
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """A photograph that came in."""
+
+    identity: Identity
+    photo: Photo
+    path: Path | None = None  # where its file lies, if it has one
+    final: bool = True  # False: what cannot be read of it may still come
+    facts: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class _Wait:
+    state: tuple[int, int]  # bytes, time of change
+    since: float
+    due: float  # not looked at before
+
+
+class Arrivals:
+    """Looks into a folder and all below it again and again, and gives what is new, oldest first.
+
+    A file is given when its size and time have stayed the same for `settle` seconds. One that cannot be read then is
+    given again and again until `patience` seconds have passed without a change, the last time as final.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        known: Callable[[Identity], bool],
+        *,
+        leave_out: Iterable[Path] = (),
+        settle: float = 0.5,
+        patience: float = 10.0,
+    ) -> None:
+        self._folder = folder
+        self._known = known
+        self._leave_out = {path.resolve() for path in leave_out}
+        self._settle = settle
+        self._patience = patience
+        self._waiting: dict[Path, _Wait] = {}
+        self._now: list[Path] = []
+
+    @property
+    def settling(self) -> bool:
+        """Whether there are files that were not given for good yet."""
+        return bool(self._waiting)
+
+    def take(self) -> list[Arrival]:
+        """What is ready now, a few at most."""
+        if not self._now:
+            self._now = self._look()
+        some, self._now = self._now[:MOST], self._now[MOST:]
+        return [arrival for path in some if (arrival := self._read(path)) is not None]
+
+    def _look(self) -> list[Path]:
+        """Files that have settled, in the order in which they were written."""
+        found = {path: (state.st_size, state.st_mtime_ns) for path, state in _files(self._folder, self._leave_out)}
+        now = time.monotonic()
+        for path in [path for path in self._waiting if path not in found]:
+            del self._waiting[path]
+        ready = []
+        for path, state in found.items():
+            if self._known((self._name(path), *state)):
+                self._waiting.pop(path, None)
+                continue
+            wait = self._waiting.get(path)
+            if wait is None or wait.state != state:
+                self._waiting[path] = wait = _Wait(state, now, now + self._settle)
+            if now >= wait.due:
+                ready.append((state[1], path))
+        return [path for _, path in sorted(ready)]
+
+    def _read(self, path: Path) -> Arrival | None:
+        """A file's content, if it is still what it was when it settled."""
+        wait = self._waiting.get(path)
+        if wait is None:
+            return None
+        now = time.monotonic()
+        final = now - wait.since >= self._patience
+        wait.due = now + max(self._settle, PAUSE)
+        identity = self._name(path), *wait.state
+        try:
+            content = path.read_bytes()
+            state = path.stat()
+        except OSError:
+            return Arrival(identity, Photo(path), path) if final and path.exists() else None
+        if (state.st_size, state.st_mtime_ns) != wait.state:
+            return None
+        return Arrival(identity, Photo(content), path, final)
+
+    def _name(self, path: Path) -> str:
+        return path.relative_to(self._folder).as_posix()
+
+
+def _files(folder: Path, leave_out: set[Path]) -> Iterator[tuple[Path, os.stat_result]]:
+    """Image files below a folder; hidden ones, unfinished downloads and what goes away meanwhile are left out."""
+    try:
+        entries = list(os.scandir(folder))
+    except OSError:
+        return
+    for entry in entries:
+        if entry.name.startswith(".") or entry.name.lower().endswith(UNFINISHED):
+            continue
+        try:
+            if entry.is_dir():
+                if Path(entry.path).resolve() not in leave_out:
+                    yield from _files(Path(entry.path), leave_out)
+            elif images.is_image_name(entry.name):
+                yield Path(entry.path), entry.stat()
+        except OSError:
+            continue
