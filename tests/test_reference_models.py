@@ -19,9 +19,9 @@ import kizu
 from kizu.cli.main import cli
 from kizu.cli.reference import scoring
 from kizu.data.dataset import find
-from kizu.detectors.patchcore.feature_table import as_rows
 from kizu.export import faiss_file as flatindex
 from kizu.export.reference_files import found_models, read_reference, write_reference
+from kizu.features.patch_features import as_rows
 from test_detectors import GOOD, part
 
 LAYERS = ["blocks.2", "blocks.4"]

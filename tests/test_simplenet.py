@@ -10,10 +10,10 @@ from torch import nn
 import kizu
 from kizu.config import SimpleNetConfig
 from kizu.data.dataset import find
-from kizu.detectors.patchcore.feature_table import as_rows
 from kizu.detectors.simplenet.feature_store import FeatureStore
 from kizu.detectors.simplenet.networks import Discriminator, judge, noise
 from kizu.features import backbone
+from kizu.features.patch_features import as_rows
 from kizu.features.pickles import read_plain, write_plain
 from test_detectors import GOOD, SETTINGS, part
 

@@ -1,4 +1,7 @@
-"""What can go wrong, as sentences that name the file or option and the way out.
+"""What can go wrong, as sentences that name the file or the setting, and the way out.
+
+In a sentence, a setting stands between backquotes as Python spells it: `size=8`, `search="exact"`, `skip_bad`. Whoever
+shows the sentence elsewhere asks `worded` for another spelling: the command line makes flags of them.
 
 KizuError
 ├── OptionError    an option or argument has a value that cannot work
@@ -9,14 +12,30 @@ KizuError
 """
 
 import importlib
+import re
+from collections.abc import Callable
 from types import ModuleType
 
 __all__ = ["BadImage", "DataError", "KizuError", "MissingExtra", "ModelError", "OptionError"]
-__all__ += ["EXTRAS", "missing_extra", "require"]
+__all__ += ["EXTRAS", "missing_extra", "require", "worded"]
+
+
+_SETTING = re.compile(r"`(\w+)(?:=([^`]*))?`")
+
+
+def worded(sentence: str, spell: Callable[[str, str | None], str]) -> str:
+    """A sentence with its settings spelled by `spell(name, value)`; the value is None where only the name stands."""
+    return _SETTING.sub(lambda setting: spell(setting[1], setting[2]), sentence)
 
 
 class KizuError(Exception):
     """Base of every error that kizu raises on purpose; its message is meant for the user."""
+
+    @property
+    def field(self) -> str | None:
+        """The name of the setting that the message is about, if it is about one: the first that it names."""
+        setting = _SETTING.search(str(self))
+        return None if setting is None else setting[1]
 
 
 class OptionError(KizuError):

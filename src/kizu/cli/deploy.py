@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kizu.cli.arguments import model_folder, quiet_option
+from kizu.cli.arguments import quiet_option
 from kizu.errors import OptionError
+from kizu.inference.model_folder import model_folder
 
 if TYPE_CHECKING:
     from kizu.serving.watch.sinks import Sink

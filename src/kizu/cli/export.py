@@ -8,8 +8,9 @@ from typing import Any
 import click
 
 from kizu.cli import terminal
-from kizu.cli.arguments import json_option, model_folder, quiet_option
+from kizu.cli.arguments import json_option, quiet_option
 from kizu.errors import ModelError, OptionError
+from kizu.inference.model_folder import model_folder
 
 __all__ = ["export", "verify"]
 

@@ -17,11 +17,13 @@ from kizu.cli import deploy as services
 from kizu.cli import export as delivery
 from kizu.cli import quality as commands
 from kizu.cli import terminal
-from kizu.cli.arguments import json_option, model_folder, quiet_option
+from kizu.cli.arguments import json_option, quiet_option
 from kizu.cli.options import PASSED_ON, config_option, run_options
 from kizu.cli.reference.commands import import_models, reference
+from kizu.cli.wording import flagged
 from kizu.detectors import DETECTORS
 from kizu.errors import KizuError, OptionError, missing_extra
+from kizu.inference.model_folder import model_folder
 
 if TYPE_CHECKING:
     from kizu.data.dataset import Dataset
@@ -102,7 +104,7 @@ def main() -> None:
         error.show()
         code = 2
     except KizuError as error:
-        click.echo(f"kizu: {error}", err=True)
+        click.echo(f"kizu: {flagged(str(error))}", err=True)
         code = 2
     except ModuleNotFoundError as error:
         if isinstance(missing := missing_extra(error), ModuleNotFoundError):

@@ -9,9 +9,10 @@ import click
 
 from kizu.calibration.threshold import calibrate, percent
 from kizu.cli import terminal
-from kizu.cli.arguments import json_option, model_folder, quiet_option
+from kizu.cli.arguments import json_option, quiet_option
 from kizu.data import files
 from kizu.errors import DataError, OptionError
+from kizu.inference.model_folder import model_folder
 
 if TYPE_CHECKING:
     from kizu.calibration.drift import DriftTest

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from kizu.errors import OptionError
 
-__all__ = ["PatchFeatures"]
+__all__ = ["PatchFeatures", "as_rows"]
 
 
 class PatchFeatures(nn.Module):
@@ -97,3 +97,8 @@ def _pool_channels(values: Tensor, dimension: int) -> Tensor:
     rows = values.flatten(2).transpose(1, 2)  # (B, positions, C)
     pooled = F.adaptive_avg_pool1d(rows, dimension)
     return pooled.transpose(1, 2).reshape(values.shape[0], dimension, *values.shape[2:])
+
+
+def as_rows(features: Tensor) -> Tensor:
+    """(B, D, h, w) → (B · h · w, D)."""
+    return features.permute(0, 2, 3, 1).flatten(0, 2)

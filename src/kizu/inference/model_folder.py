@@ -10,10 +10,10 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from kizu.errors import ModelError, require
+from kizu.errors import ModelError, OptionError, require
 from kizu.inference.inspector import Inspector
 
-__all__ = ["FORMAT", "THUMBNAILS", "description", "load", "thumbnails", "write_thumbnails"]
+__all__ = ["FORMAT", "THUMBNAILS", "description", "load", "model_folder", "thumbnails", "write_thumbnails"]
 
 FORMAT = 2
 THUMBNAILS = "thumbnails.safetensors"
@@ -57,3 +57,19 @@ def write_thumbnails(folder: Path, pictures: Sequence[bytes]) -> None:
     """Write encoded pictures as `thumbnails` reads them."""
     encoded = {f"{number:06}": np.frombuffer(picture, np.uint8) for number, picture in enumerate(pictures)}
     save_file(encoded, folder / THUMBNAILS)
+
+
+def model_folder(path: str, category: str | None = None) -> Path:
+    """A model's folder from itself, or from a run or its models folder, by category where there are several."""
+    folder = Path(path)
+    if (folder / "model.json").exists():
+        return folder
+    models = folder / "models" if (folder / "models").is_dir() else folder
+    names = sorted(candidate.parent.name for candidate in models.glob("*/model.json")) if models.is_dir() else []
+    if category in names:
+        return models / str(category)
+    if len(names) == 1:
+        return models / names[0]
+    if not names:
+        raise OptionError(f"{path}: there is no kizu model (a folder with model.json and model.safetensors)")
+    raise OptionError(f"{path} holds {len(names)} models; name one: {', '.join(str(models / name) for name in names)}")

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from kizu import load
-from kizu.cli.arguments import model_folder
 from kizu.errors import ModelError, OptionError
+from kizu.inference.model_folder import model_folder
 from kizu.serving.batcher import Loaded, Microbatcher
 
 __all__ = ["Served", "folders_by_name", "read_model"]

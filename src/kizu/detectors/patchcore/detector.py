@@ -23,7 +23,7 @@ from kizu.config import PatchCoreConfig
 from kizu.data.preprocessing import Stack
 from kizu.detectors.base import Detector, Learned, Progress
 from kizu.detectors.patchcore import coreset
-from kizu.detectors.patchcore.feature_table import Rows, as_rows
+from kizu.detectors.patchcore.feature_table import Rows
 from kizu.detectors.patchcore.graph import EnsembleGraph
 from kizu.detectors.patchcore.leave_one_out import LeaveOneOut
 from kizu.detectors.patchcore.memory_bank import Bank, Hits
@@ -33,7 +33,7 @@ from kizu.errors import DataError, ModelError
 from kizu.features import backbone
 from kizu.features.anomaly_map import MapUpsampling
 from kizu.features.backbone import weights_hash
-from kizu.features.patch_features import PatchFeatures
+from kizu.features.patch_features import PatchFeatures, as_rows
 from kizu.inference.evidence import Lookalike
 
 __all__ = ["PatchCore"]

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["Rows", "as_rows"]
+from kizu.features.patch_features import as_rows
+
+__all__ = ["Rows"]
 
 Shape = tuple[int, int, int]  # channels, height, width
 
@@ -78,11 +80,6 @@ class Rows:
         if len(self.layers) == 1:
             return self.layers[0][start:stop]
         return self.take(torch.arange(start, min(stop, len(self)), device=self.device))
-
-
-def as_rows(features: Tensor) -> Tensor:
-    """(B, D, h, w) → (B · h · w, D)."""
-    return features.permute(0, 2, 3, 1).flatten(0, 2)
 
 
 def _taps(shape: Shape, finest: Shape, device: torch.device | None) -> tuple[Tensor, Tensor] | None:

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from kizu.config import SimpleNetConfig
 from kizu.data.preprocessing import Stack
 from kizu.detectors.base import Detector, Learned, Progress, load
-from kizu.detectors.patchcore.feature_table import as_rows
 from kizu.detectors.simplenet import published
 from kizu.detectors.simplenet.feature_store import FeatureStore
 from kizu.detectors.simplenet.networks import Discriminator, Projection
@@ -27,7 +26,7 @@ from kizu.detectors.simplenet.training import DIVISION, ORDER, Training, generat
 from kizu.errors import ModelError, OptionError
 from kizu.features import backbone
 from kizu.features.anomaly_map import MapUpsampling
-from kizu.features.patch_features import PatchFeatures
+from kizu.features.patch_features import PatchFeatures, as_rows
 
 __all__ = ["SimpleNet", "SimpleNetGraph"]
 
