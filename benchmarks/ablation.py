@@ -14,7 +14,7 @@ from accuracy import present
 from kizu.cli.terminal import print_table
 from kizu.config import PatchCoreConfig
 from kizu.data import dataset
-from kizu.data.files import write_rows
+from kizu.data.files import write_csv
 from kizu.detectors.base import Prediction
 from kizu.detectors.patchcore.detector import PatchCore
 from kizu.evaluation.experiment import machine
@@ -57,7 +57,7 @@ def main() -> None:
     print_table(rows)
     print(f"\n{machine()['summary']}")
     if not options.only:
-        write_rows(TARGET, rows)
+        write_csv(TARGET, rows[0], map(dict.values, rows))
 
 
 def image_auroc(data: dataset.Dataset, category: str, settings: dict[str, Any]) -> float:

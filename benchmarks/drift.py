@@ -12,7 +12,7 @@ import numpy as np
 
 from kizu.calibration.drift import DriftTest
 from kizu.cli.terminal import print_table
-from kizu.data.files import write_rows
+from kizu.data.files import write_csv
 
 TARGET = Path(__file__).parent / "results" / "drift.csv"
 BEFORE, GOOD, DEVIATION = 200, 209, 2**0.5
@@ -22,7 +22,7 @@ def main() -> None:
     rows = [row(0.0, alarm, runs=400, parts=600) for alarm in (0.1, 0.01)]
     rows += [row(shift, 0.01, runs=100, parts=600) for shift in (0.5, 1.0, 1.5, 2.0, 3.0)]
     print_table(rows)
-    write_rows(TARGET, rows)
+    write_csv(TARGET, rows[0], map(dict.values, rows))
 
 
 def row(shift: float, alarm: float, runs: int, parts: int) -> dict[str, str]:

@@ -39,7 +39,7 @@ from kizu.calibration.threshold import calibrate
 from kizu.cli.terminal import print_table
 from kizu.config import CONFIGS, build
 from kizu.data import dataset, demo
-from kizu.data.files import write_rows
+from kizu.data.files import write_csv
 from kizu.data.preprocessing import Preprocessing, batches
 from kizu.detectors import detector_class
 from kizu.detectors.base import Detector
@@ -118,7 +118,7 @@ def main() -> None:
     print_table(table)
     print(f"\n{machine()['summary']}; {time.perf_counter() - start:.0f} s")
     if not options.quick:
-        write_rows(RESULTS / f"false_alarms_{options.method}.csv", table)
+        write_csv(RESULTS / f"false_alarms_{options.method}.csv", table[0], map(dict.values, table))
 
 
 def fits(

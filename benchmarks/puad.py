@@ -24,7 +24,7 @@ import kizu
 from accuracy import SHARED
 from kizu.cli.terminal import print_table
 from kizu.data import dataset, demo
-from kizu.data.files import write_rows
+from kizu.data.files import write_csv
 from kizu.detectors.base import Prediction
 from kizu.evaluation.experiment import machine, versions
 from kizu.evaluation.metrics import ranking
@@ -66,7 +66,7 @@ def main() -> None:
                     sys.exit(f"There are no images of {category}: name the textile's folder with --textile")
                 new = measure(category, folder)
             rows = [row for row in rows if row["category"].split(", ")[0] != category] + new
-            write_rows(TARGET, rows)
+            write_csv(TARGET, rows[0], map(dict.values, rows))
     print_table(rows)
     print(f"\n{machine()['summary']}; " + ", ".join(f"{name} {value}" for name, value in versions().items()))
 

@@ -9,9 +9,7 @@ A second run is told to stop in the middle.
 """
 
 import argparse
-import csv
 import http.client
-import io
 import json
 import random
 import re
@@ -32,7 +30,7 @@ import numpy as np
 import kizu
 from kizu.cli.terminal import print_table
 from kizu.data import dataset
-from kizu.data.files import write_text
+from kizu.data.files import write_csv
 from kizu.evaluation.experiment import machine
 from kizu.export.onnx import export
 
@@ -80,11 +78,7 @@ def main() -> None:
         rows.append(stopped(models, load, options.requests // 5, options.clients, folder))
     print_table([{"measured": name, **{r["run"]: r.get(name, "") for r in rows}} for name in rows[0] if name != "run"])
     print(machine()["summary"])
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text(TARGET, text.getvalue())
+    write_csv(TARGET, rows[0], [[row.get(name, "") for name in rows[0]] for row in rows])
 
 
 def prepare(data: str, size: int, folder: Path) -> tuple[list[Path], Load]:

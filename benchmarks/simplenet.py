@@ -24,7 +24,7 @@ from accuracy import SHARED
 from kizu.cli.terminal import print_table
 from kizu.config import SimpleNetConfig, build
 from kizu.data import dataset
-from kizu.data.files import write_rows
+from kizu.data.files import write_csv
 from kizu.data.preprocessing import Stack
 from kizu.detectors.simplenet.networks import judge, noise
 from kizu.evaluation.evaluate import evaluate
@@ -58,12 +58,12 @@ def main() -> None:
             key = (config.backbone, category, str(seed))
             if options.fresh or key not in rows:
                 rows[key] = accuracy(config, options.data / category)
-                write_rows(target, [rows[key] for key in sorted(rows)])
+                write_csv(target, next(iter(rows.values())), (rows[key].values() for key in sorted(rows)))
     print_table([summary(rows, *pair) for pair in sorted({key[:2] for key in rows})])
     if options.speed:
         speeds = speed(options.data / "bottle")
         print_table(speeds)
-        write_rows(RESULTS / "simplenet_speed.csv", speeds)
+        write_csv(RESULTS / "simplenet_speed.csv", speeds[0], map(dict.values, speeds))
     print(f"\n{machine()['summary']}; " + ", ".join(f"{name} {value}" for name, value in versions().items()))
 
 

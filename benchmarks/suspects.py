@@ -11,7 +11,7 @@ import numpy as np
 from accuracy import present
 from kizu.cli.terminal import print_table
 from kizu.data import dataset
-from kizu.data.files import write_rows
+from kizu.data.files import write_csv
 from kizu.detectors.patchcore.detector import PatchCore
 
 TARGET = Path(__file__).parent / "results" / "suspects.csv"
@@ -24,7 +24,7 @@ def main() -> None:
     found = [dataset.find(Path(folder)) for folder in parser.parse_args().data or present()]
     rows = [row(data, category) for data in found for category in data.categories]
     print_table(rows)
-    write_rows(TARGET, rows)
+    write_csv(TARGET, rows[0], map(dict.values, rows))
 
 
 def row(data: dataset.Dataset, category: str) -> dict[str, str]:

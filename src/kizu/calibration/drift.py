@@ -9,7 +9,6 @@ little of its stake at every part (Herbster and Warmuth, 1998) reacts also after
 
 import bisect
 import csv
-import io
 import math
 import os
 from collections.abc import Sequence
@@ -122,11 +121,8 @@ def read_history(path: str | os.PathLike[str]) -> list[Step]:
 
 def write_history(path: str | os.PathLike[str], steps: Sequence[Step]) -> None:
     """A row a part, in order; written whole or not at all."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["image", "score", "p_value", "evidence_log10"])
-    writer.writerows([s.image, repr(s.score), f"{s.p_value:.6g}", f"{s.evidence:.6g}"] for s in steps)
-    files.write_text(path, text.getvalue())
+    rows = ([step.image, repr(step.score), f"{step.p_value:.6g}", f"{step.evidence:.6g}"] for step in steps)
+    files.write_csv(path, ["image", "score", "p_value", "evidence_log10"], rows)
 
 
 def _odds(evidence: float) -> str:

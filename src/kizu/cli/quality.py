@@ -58,7 +58,7 @@ def check(model: str, images: tuple[str, ...], most: int, output: str | None, **
     caveats = [_learned_from(known, len(chosen))] if known else []
     rows = [_outcome_row(outcome) for outcome in outcomes]
     if output:
-        files.write_rows(Path(output) / "check.csv", rows)
+        files.write_csv(Path(output) / "check.csv", rows[0], [row.values() for row in rows])
         _check_page(Path(output) / "check.html", detector, outcomes, caveats)
     if options["as_json"]:
         click.echo(json.dumps({"finding": _check_finding(outcomes), "caveats": caveats, "steps": rows}, indent=1))
@@ -345,7 +345,8 @@ def _show_trade(
         else "Nothing was changed; --set puts the level into the model.",
     ]
     if output:
-        files.write_rows(Path(output) / "tune.csv", [_point_row("", point) for point in curve])
+        table = [_point_row("", point) for point in curve]
+        files.write_csv(Path(output) / "tune.csv", table[0], [row.values() for row in table])
         levels = np.linspace(curve[0].threshold, curve[-1].threshold, DRAWN)
         drawn = [at(float(level), *scores, costs) for level in levels]
         _tune_page(Path(output) / "tune.html", drawn, chosen, now, rows, sentences)

@@ -5,11 +5,11 @@ import io
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["new_file", "new_folder", "write_rows", "write_text"]
+__all__ = ["csv_text", "new_file", "new_folder", "write_csv", "write_text"]
 
 
 @contextmanager
@@ -50,13 +50,16 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def write_rows(path: str | os.PathLike[str], rows: Sequence[Mapping[str, object]]) -> None:
-    """Write a CSV file of rows that have the first one's keys, which are the header."""
+def write_csv(path: str | os.PathLike[str], header: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
+    """Write a CSV file, whole or not at all."""
+    write_text(path, csv_text([header, *rows]))
+
+
+def csv_text(rows: Iterable[Iterable[object]]) -> str:
+    """Rows as lines of CSV; None is an empty cell."""
     table = io.StringIO()
-    writer = csv.DictWriter(table, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text(path, table.getvalue())
+    csv.writer(table, lineterminator="\n").writerows(rows)
+    return table.getvalue()
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

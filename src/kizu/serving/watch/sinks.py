@@ -110,9 +110,7 @@ class Table:
         self._file.close()
 
     def _write(self, cells: Any) -> None:
-        line = io.StringIO()
-        csv.writer(line, lineterminator="\n").writerow(cells)
-        self._file.write(line.getvalue())
+        self._file.write(files.csv_text([cells]))
         self._file.flush()
 
 
