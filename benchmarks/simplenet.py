@@ -26,6 +26,7 @@ from kizu.config import SimpleNetConfig, build
 from kizu.data import dataset
 from kizu.data.files import write_csv
 from kizu.data.preprocessing import Stack
+from kizu.detectors.fitting import FitContext
 from kizu.detectors.simplenet.networks import judge, noise
 from kizu.evaluation.evaluate import evaluate
 from kizu.evaluation.experiment import machine, versions
@@ -103,11 +104,12 @@ def speed(folder: Path) -> list[dict[str, str]]:
     """A pass with kept features against one that computes them; steps and prediction against plain matrix products."""
     data = dataset.find(folder)
     detector = kizu.SimpleNet(meta_epochs=1)
-    photos, _ = detector.read(data.select(split="train"), 10**9, False, lambda stage, done, total: None)
-    learned = detector.learn(photos, Stack(0, photos.batch(0, 1).shape[2:], 1), 10**9, lambda *_: None)
+    photos, _ = detector.read(data.select(split="train"), 10**9)
+    context = FitContext(photos, Stack(0, photos.batch(0, 1).shape[2:], 1), 10**9)
+    learned = detector.learn(context)
     graph: Any = learned.graph
     numbers = list(range(learned.facts["images learned from"]))
-    store = detector._start(graph, photos, numbers, 10**9, lambda *_: None)
+    store = detector._start(graph, numbers, context)
     config = detector.config
     optimiser = torch.optim.Adam([*graph.projection.parameters(), *graph.discriminator.parameters()], lr=1e-9)
     for module in (graph.projection, graph.discriminator):

@@ -111,7 +111,7 @@ def test_training_stops_with_the_list_of_all_bad_files_or_skips_them(method, tmp
     (tmp_path / "y.png").write_bytes(b"no image")
     with pytest.raises(kizu.DataError) as caught:
         detector_class(method)(**SETTINGS[method]).fit(tmp_path)
-    assert "x.png" in str(caught.value) and "y.png" in str(caught.value) and "--skip-bad" in str(caught.value)
+    assert "x.png" in str(caught.value) and "y.png" in str(caught.value) and "`skip_bad=True`" in str(caught.value)
     assert detector_class(method)(**SETTINGS[method]).fit(tmp_path, skip_bad=True).training["images"] == 4
 
 

@@ -90,8 +90,7 @@ def test_the_oracle_keeps_the_round_with_the_best_image_and_then_pixel_auroc(tmp
         masks = [sample.mask((96, 96)) for sample, _ in judged]
         seen.append((image_value, pixel_metrics([p.anomaly_map for _, p in judged], masks)[0]["pixel_auroc"]))
 
-    detector.after_round = look
-    detector.fit(data.select(split="train"))
+    detector.fit(data.select(split="train"), after_round=look)
     assert oracle.round == 1 + max(range(5), key=lambda number: (seen[number], -number))
     assert oracle.best == pytest.approx(max(seen))
 

@@ -325,8 +325,6 @@ def update(model: str, images: str | None, rollback: bool, skip_bad: bool, quiet
         detector = load(folder / "previous")
     else:
         detector = load(folder)
-        if not hasattr(detector, "update"):
-            raise OptionError(f"{detector.method} cannot be updated: train it again with all images")
         with terminal.progress(quiet) as progress:
             detector.update(images, skip_bad=skip_bad, progress=progress("Updating"))
     detector.save(folder, keep_previous=not rollback)
@@ -344,13 +342,12 @@ def merge(models: tuple[str, ...], output: str, quiet: bool) -> None:
     \b
     Example:  kizu merge results/a/group/run results/b/group/run --output models/both
     """
-    from kizu import PatchCore, load
+    from kizu.detectors.base import load
 
     parts = [load(model_folder(model)) for model in models]
-    fitting = [part for part in parts if isinstance(part, PatchCore)]
-    if len(fitting) != len(parts):
-        raise OptionError("Only PatchCore models can be merged")
-    merged = PatchCore.merge(fitting)
+    if len({part.method for part in parts}) > 1:
+        raise OptionError("Only models of the same method can be merged")
+    merged = parts[0].merge(parts)
     merged.save(output)
     if not quiet:
         click.echo(f"{output}: {merged.training['images']} good images. {merged.threshold.statement}")

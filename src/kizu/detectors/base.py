@@ -5,11 +5,10 @@ import math
 import os
 import shutil
 import statistics
-import time
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -23,35 +22,25 @@ from torch import Tensor, nn
 
 from kizu.calibration.outliers import suspects
 from kizu.calibration.threshold import calibrate, refuse
-from kizu.config import CONFIGS, Config, build
+from kizu.config import BackboneConfig, Config, build
 from kizu.data import dataset, files
 from kizu.data import image as images
 from kizu.data.preprocessing import Preprocessing, Readable, Stack, batches
+from kizu.data.progress import Progress, silent
 from kizu.detectors import detector_class
 from kizu.detectors.augmentation import Augmentation
-from kizu.detectors.ram import budget, release
+from kizu.detectors.fitting import AfterRound, FitContext, FitResult, ignore_round, timed
+from kizu.detectors.ram import budget
 from kizu.errors import BadImage, DataError, ModelError, OptionError
 from kizu.features.backbone import weights_hash
 from kizu.inference import model_folder as saved
 from kizu.inference.inspector import BATCH, Inspector, Photo, Prediction, name_of, readable
 
-__all__ = ["Detector", "Learned", "Photo", "Prediction", "gpu_device", "load", "name_of"]
+__all__ = ["Detector", "Photo", "Prediction", "gpu_device", "load", "name_of"]
 
-LEARNED = {"cpu": 4, "cuda": 32}  # images at a time: on a CPU more are no faster and take more memory
-Progress = Callable[[str, int, int], None]  # stage, done, total
-
-
-@dataclass
-class Learned:
-    """What a method makes of good images: the finished graph, and what the graph says of images held out."""
-
-    graph: nn.Module
-    scores: list[float]
-    map_peaks: list[float]  # the maximum of each held-out image's map
-    map_median: float  # the typical value of a good pixel
-    facts: dict[str, Any] = field(default_factory=dict)  # worth knowing, e.g. the size of a memory bank
-    as_new: dict[int, float] = field(default_factory=dict)  # scores of training images as if they had not been learned
-    judged: list[int] = field(default_factory=list)  # which of the held-out images, or else photos, the scores are of
+BATCH_SIZE = {"cpu": 4, "cuda": 32}  # while learning: on a CPU more images are no faster and take more memory
+CALIBRATION_BYTES = 1 << 30  # of photographs kept in memory to set a threshold by
+UNFITTED = "This detector has learned nothing yet: call fit first, or kizu.load a saved model."
 
 
 class Detector(Inspector):
@@ -61,23 +50,21 @@ class Detector(Inspector):
     (B, 1, H, W) out.
     """
 
-    learns_in_rounds: ClassVar[bool] = False
+    config_class: ClassVar[type[Config]]
+    learns_in_rounds: ClassVar[bool] = False  # trains, tells `after_round` how far it is, and fills `curves`
 
     def __init__(self, config: Config | None = None, **settings: Any) -> None:
         """From a config, or from its fields as keyword arguments. Raises `OptionError` for a wrong one."""
-        kind = CONFIGS[self.method]
-        self.config: Any = config if config is not None else build(kind, settings)
+        self.config: Any = config if config is not None else build(self.config_class, settings)
         super().__init__(Preprocessing(self.config.size, self.config.resize), self.config.false_alarms)
         self.augmentation = Augmentation.of(self.config)
         self.graph: nn.Module | None = None
-        self.checkpoint: Path | None = None
-        self.after_round: Callable[[nn.Module, int], None] = lambda graph, number: None
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.batch_size: int | None = None  # photographs at a time, instead of what suits the device
 
     @abstractmethod
-    def learn(self, photos: Stack, held_out: Stack, memory: int, progress: Progress) -> Learned:
-        """Learn from photos; held_out may be empty. Working data should stay below `memory` bytes."""
+    def learn(self, context: FitContext) -> FitResult:
+        """Learn from the context's photographs."""
 
     @classmethod
     @abstractmethod
@@ -93,54 +80,96 @@ class Detector(Inspector):
         skip_bad: bool = False,
         checkpoint: str | os.PathLike[str] | None = None,
         progress: Progress | None = None,
+        after_round: AfterRound | None = None,
     ) -> Self:
         """Learn from good images: a folder, or any of paths, arrays, PIL images, encoded bytes and samples.
 
         Images in `held_out`, if there are any, are not learned from but set the threshold; otherwise each method
         holds out its own. `memory` ("2GB") bounds the working data; without it, half of what is free may be used.
-        A method that trains for long writes where it is to the file `checkpoint`, and goes on from there if it exists.
+        A method that trains for long writes its state to the file `checkpoint`, and goes on from there if it exists.
+        One that learns in rounds calls `after_round` with the graph and the number of the round.
         Raises `DataError` with the list of all images that cannot be read, before any work, unless `skip_bad`, and
         `OptionError` for a rate of false alarms that was asked for and that so few images cannot carry.
         """
-        progress = progress or (lambda stage, done, total: None)
-        self.checkpoint = None if checkpoint is None else Path(checkpoint)
-        self.remarks = []
-        most = budget(memory)
+        progress = progress or silent
+        self.remarks, self.seconds = [], {}
+        memory_bytes = budget(memory)
         if self.device.type == "cuda":
-            most = min(most, torch.cuda.mem_get_info(self.device)[0])
-        self.seconds = {}
-        self.checkpoint = None if checkpoint is None else Path(checkpoint)
+            memory_bytes = min(memory_bytes, torch.cuda.mem_get_info(self.device)[0])
         with ExitStack() as open_files:
-            with self.timed("decode"):
-                photos, items = self.read(good, most // 8, skip_bad, progress)
+            with timed("decode", self.seconds):
+                photos, items = self.read(good, memory_bytes // 8, skip_bad, progress)
                 open_files.enter_context(photos)
-                others, _ = self.read(held_out, most // 8, skip_bad, progress)
+                others, _ = self.read(held_out, memory_bytes // 8, skip_bad, progress)
                 open_files.enter_context(others)
             if len(photos) == 0:
                 raise DataError("There is no image to learn from.")
             self.check_promise(len(photos), len(others))
-            learned = self.learn(photos, others, most, progress)
+            context = FitContext(
+                photos,
+                others,
+                memory_bytes,
+                progress,
+                None if checkpoint is None else Path(checkpoint),
+                after_round or ignore_round,
+                self.seconds,
+            )
+            result = self.learn(context)
         self.training = {"images": 0, "names": [], "digests": [], "suspects": []}
-        self.remember(photos, items, learned.as_new)
+        self.remember(photos, items, result.loo_scores)
         self.training["hash"] = photos.hash
-        return self.adopt(learned)
+        return self.adopt(result)
 
-    def remember(self, photos: Stack, items: Sequence[Readable], as_new: Mapping[int, float]) -> None:
+    def update(
+        self,
+        good: Any,
+        *,
+        memory: str | int | None = None,
+        skip_bad: bool = False,
+        progress: Progress | None = None,
+    ) -> Self:
+        """Learn more good images without the old ones. Raises `ModelError` where a method cannot."""
+        raise ModelError(f"{self.method} cannot be updated: train it again with all images.")
+
+    @classmethod
+    def merge(cls, parts: Sequence[Self]) -> Self:
+        """One detector from several that learned from different images. Raises `ModelError` where a method cannot."""
+        raise ModelError(f"Models of {cls.method} cannot be merged.")
+
+    def calibrate(self, good: str | os.PathLike[str] | Iterable[Any], *, progress: Progress = silent) -> Self:
+        """Set the threshold of a finished detector by photographs of good parts that it did not learn from.
+
+        Raises `DataError` where there are none, or some of them cannot be read.
+        """
+        if self.graph is None:
+            raise ModelError(UNFITTED)
+        photos, _ = self.read(good, CALIBRATION_BYTES, progress=progress)
+        with photos:
+            if len(photos) == 0:
+                raise DataError("There is no photograph of a good part to set the threshold with.")
+            return self.adopt(self.score_held_out(self.graph, photos, progress))
+
+    def remember(self, photos: Stack, items: Sequence[Readable], loo_scores: Mapping[int, float]) -> None:
         """What the images just learned from are called and look like, and which of them look unlike the others."""
         before, names = self.training["images"], [name_of(item) for item in items]
-        unlike = [{**asdict(one), "number": before + one.number} for one in suspects(as_new, names)]
+        outliers = suspects(loo_scores, names)
         self.training["images"] += len(items)
         self.training["names"] += names
         self.training["digests"] += photos.digests
-        self.training["suspects"] += unlike
+        self.training["suspects"] += [{**asdict(image), "number": before + image.number} for image in outliers]
         self.good_items += [item if _is_file(item) else None for item in items]
-        if getattr(self.config, "thumbnails", False):
+        if self.keeps_thumbnails:
             for start in range(0, len(photos), BATCH):
-                some = photos.batch(start, start + BATCH).transpose(0, 2, 3, 1)
-                self.thumbnails += [images.encode(picture, "JPEG", quality=85) for picture in some]
+                pictures = photos.batch(start, start + BATCH).transpose(0, 2, 3, 1)
+                self.thumbnails += [images.encode(picture, "JPEG", quality=85) for picture in pictures]
+
+    @property
+    def keeps_thumbnails(self) -> bool:
+        """Whether the model keeps small pictures of what it learned from, to show them beside what it finds."""
+        return False
 
     def calibrates_with(self, photos: int, held_out: int) -> int:
-        """How many good images set the level: those held out, or else all, where none is lost by judging it as new."""
+        """How many good images set the threshold: those held out, or else all, each scored as if it were new."""
         return held_out or photos
 
     def check_promise(self, photos: int, held_out: int) -> None:
@@ -148,21 +177,21 @@ class Detector(Inspector):
         if "false_alarms" in self.config.model_fields_set:
             refuse(self.config.false_alarms, self.calibrates_with(photos, held_out))
 
-    def adopt(self, learned: Learned) -> Self:
-        """Take what was learned, and set the levels from it."""
+    def adopt(self, result: FitResult) -> Self:
+        """Take what was learned, and set the thresholds from it."""
         rate = self.config.false_alarms
-        self.graph = learned.graph.eval()
-        self.facts = learned.facts
-        self.calibration_scores, self.map_peaks = learned.scores, learned.map_peaks
-        self.threshold = calibrate(learned.scores, rate)
-        self.map_level = calibrate(learned.map_peaks, rate).value
-        top = self.map_level if math.isfinite(self.map_level) else learned.map_median + 1
-        self.scale = (learned.map_median, 2 * top - learned.map_median)  # the level lies in the middle
+        self.graph = result.graph.eval()
+        self.facts = result.facts
+        self.calibration_scores, self.map_peaks = result.scores, result.map_peaks
+        self.threshold = calibrate(result.scores, rate)
+        self.map_level = calibrate(result.map_peaks, rate).value
+        top = self.map_level if math.isfinite(self.map_level) else result.map_median + 1
+        self.scale = (result.map_median, 2 * top - result.map_median)  # the pixel threshold lies in the middle
         return self
 
     def __call__(self, pixels: npt.NDArray[np.uint8]) -> tuple[images.Float, images.Float]:
         if self.graph is None:
-            raise ModelError("This detector has learned nothing yet: call fit first, or kizu.load a saved model.")
+            raise ModelError(UNFITTED)
         with torch.inference_mode():
             scores, maps = self.graph(torch.from_numpy(pixels).to(self.device))
         return scores.numpy(force=True), maps.numpy(force=True)
@@ -226,13 +255,23 @@ class Detector(Inspector):
             "versions": {name: version(name) for name in ("kizu", "torch", "timm", "numpy", "pillow")},
         }
 
+    @classmethod
+    def pretrained_name(cls, config: Any) -> str:
+        """The network, trained on other photographs, that a method with this config looks through."""
+        return config.backbone if isinstance(config, BackboneConfig) else "none"
+
     def pretrained(self) -> dict[str, str]:
-        """The network inside that was trained on other photographs: its name and the hash of its weights."""
+        """That network's name and the hash of its weights."""
         assert self.graph is not None
-        return {"name": self.config.backbone, "weights": weights_hash(self.graph)}
+        return {"name": self.pretrained_name(self.config), "weights": weights_hash(self.graph)}
+
+    def check_exportable(self) -> None:
+        """Raise `ModelError` where the model has no exported form."""
+        if self.graph is None:
+            raise ModelError("There is nothing to export: call fit first.")
 
     @torch.inference_mode()
-    def judged(
+    def score_held_out(
         self,
         graph: nn.Module,
         photos: Stack,
@@ -240,84 +279,79 @@ class Detector(Inspector):
         *,
         only: Sequence[int] | None = None,
         facts: dict[str, Any] | None = None,
-        usual: float = 0.0,
-    ) -> Learned:
-        """A finished graph, and what it says of photos, or only of some, that it was not trained on.
+        default_median: float = 0.0,
+    ) -> FitResult:
+        """A finished graph, and what it says of photos, or of `only` these, that it did not learn from.
 
-        `usual` is the typical value of a good pixel where there are no photos.
+        `default_median` stands for the typical value of a good pixel where there are no photos.
         """
         scores: list[float] = []
         peaks: list[float] = []
         medians: list[float] = []
         for _, pixels in self.stream(photos, "Threshold", progress, only=only):
-            some, maps = graph(pixels)
-            scores += some.tolist()
+            batch_scores, maps = graph(pixels)
+            scores += batch_scores.tolist()
             peaks += maps.flatten(1).amax(1).tolist()
             medians += maps.flatten(1).median(1).values.tolist()
-        median = statistics.median(medians) if medians else usual
-        numbers = list(range(len(photos)) if only is None else only)
-        return Learned(graph, scores, peaks, median, self.facts if facts is None else facts, judged=numbers)
+        median = statistics.median(medians) if medians else default_median
+        indices = list(range(len(photos)) if only is None else only)
+        return FitResult(graph, scores, peaks, median, self.facts if facts is None else facts, scored_indices=indices)
 
     def stream(
         self, photos: Stack, stage: str, progress: Progress, *, only: Sequence[int] | None = None, copies: int = 0
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Numbers (B,) and pixels (B, 3, h, w) of photos, or only of some, batch by batch on the device, with progress.
+        """Indices (B,) and pixels (B, 3, h, w) of photos, or of `only` these, batch by batch on the device.
 
-        After all of them come `copies` varied ones of each, numbered as their originals.
+        After all of them come `copies` varied ones of each, with their originals' indices.
         """
-        numbers = range(len(photos)) if only is None else only
-        total = len(numbers) * (1 + copies)
-        batch = self.batch_size or LEARNED.get(self.device.type, BATCH)
+        indices = range(len(photos)) if only is None else only
+        total = len(indices) * (1 + copies)
+        batch_size = self.batch_size or BATCH_SIZE.get(self.device.type, BATCH)
         for turn in range(1 + copies):
-            for start in range(0, len(numbers), batch):
-                some = numbers[start : start + batch]
-                yield torch.tensor(some, device=self.device), self.pixels(photos, some, turn)
-                progress(stage, turn * len(numbers) + start + len(some), total)
+            for start in range(0, len(indices), batch_size):
+                batch = indices[start : start + batch_size]
+                yield torch.tensor(batch, device=self.device), self.pixels(photos, batch, turn)
+                progress(stage, turn * len(indices) + start + len(batch), total)
 
-    def pixels(self, photos: Stack, numbers: Sequence[int], turn: int = 0) -> Tensor:
+    def pixels(self, photos: Stack, indices: Sequence[int], turn: int = 0) -> Tensor:
         """Photos (B, 3, h, w) on the device: as they are at turn 0, at any other varied in its own way."""
-        taken = torch.from_numpy(photos.take(numbers))
+        pixels = torch.from_numpy(photos.take(indices))
         if turn and self.augmentation is not None:
-            taken, _ = self.augmentation(taken, [(self.config.seed, number, turn) for number in numbers])
-        return taken.to(self.device)
-
-    @contextmanager
-    def timed(self, stage: str) -> Iterator[None]:
-        """Add the time spent inside to `seconds[stage]`; leave no freed memory behind."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            release()
-            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+            pixels, _ = self.augmentation(pixels, [(self.config.seed, index, turn) for index in indices])
+        return pixels.to(self.device)
 
     def read(
-        self, good: str | os.PathLike[str] | Iterable[Any], memory: int, skip_bad: bool, progress: Progress
+        self,
+        good: str | os.PathLike[str] | Iterable[Any],
+        memory_bytes: int,
+        skip_bad: bool = False,
+        progress: Progress = silent,
     ) -> tuple[Stack, list[Readable]]:
         """All photographs, scaled, and what they are from. Raises `DataError` with a list of the unreadable ones."""
         items = _items(good)
-        photos = Stack(len(items), self.preprocessing.size, memory)
-        read: list[Readable] = []
-        bad: list[BadImage] = []
+        photos = Stack(len(items), self.preprocessing.size, memory_bytes)
+        items_read: list[Readable] = []
+        errors: list[BadImage] = []
         for batch in batches(items, self.preprocessing, workers=self.workers):
             photos.append(batch.pixels)
-            read += batch.items
-            bad += [error for _, error in batch.failures]
-            progress("Reading", len(read) + len(bad), len(items))
-        if bad and not skip_bad:
+            items_read += batch.items
+            errors += [error for _, error in batch.failures]
+            progress("Reading", len(items_read) + len(errors), len(items))
+        if errors and not skip_bad:
             photos.__exit__()
-            listing = "\n".join(f"  {error}" for error in bad)
+            listing = "\n".join(f"  {error}" for error in errors)
             raise DataError(
-                f"{len(bad)} of {len(items)} training images cannot be used (--skip-bad leaves them out):\n{listing}"
+                f"{len(errors)} of {len(items)} training images cannot be used (`skip_bad=True` leaves them out):\n"
+                f"{listing}"
             )
-        return photos, read
+        return photos, items_read
 
 
 def gpu_device(number: int) -> torch.device:
     """A GPU by its number, or the CPU for -1. Raises `OptionError` where there is none of that number."""
     count = torch.cuda.device_count()
     if number >= count:
-        raise OptionError(f"--gpu {number}: this machine has {count} that torch can use; -1 is the CPU")
+        raise OptionError(f"`gpu={number}`: this machine has {count} that torch can use; -1 is the CPU")
     return torch.device("cpu" if number < 0 else f"cuda:{number}")
 
 
@@ -337,9 +371,9 @@ def load(folder: str | os.PathLike[str]) -> Detector:
         raise ModelError(f"{folder}: the model is damaged ({error})") from None
     tensors = {key: tensor.clone() for key, tensor in packed.items()}  # aligned: the last bit depends on it
     try:
-        kind = detector_class(about["method"])
-        detector = kind(build(CONFIGS[about["method"]], about["config"]))
-        graph = kind.restore_graph(detector.config, tensors)
+        method = detector_class(about["method"])
+        detector = method(build(method.config_class, about["config"]))
+        graph = method.restore_graph(detector.config, tensors)
         graph.load_state_dict(tensors, assign=True)
         detector.graph = graph.eval().requires_grad_(False).to(detector.device)
         detector.restore_levels(about)
@@ -352,10 +386,10 @@ def load(folder: str | os.PathLike[str]) -> Detector:
 def _items(good: str | os.PathLike[str] | Iterable[Any]) -> list[Readable]:
     """Whatever `fit` takes, as a list of things to read."""
     if isinstance(good, str | os.PathLike):
-        found = dataset.find(Path(good))
-        if len(found.categories) > 1:
-            raise DataError(f"{good} holds {len(found.categories)} categories; fit one: {', '.join(found.categories)}")
-        return list(found.select(split="train"))
+        data = dataset.find(Path(good))
+        if len(data.categories) > 1:
+            raise DataError(f"{good} holds {len(data.categories)} categories; fit one: {', '.join(data.categories)}")
+        return list(data.select(split="train"))
     return [readable(item) for item in good]
 
 

@@ -33,10 +33,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kizu.calibration.threshold import p_value
-from kizu.config import CONFIGS, Config, build
+from kizu.config import Config, build
 from kizu.data import files
 from kizu.data.dataset import Dataset, Sample
 from kizu.data.loco_masks import Saturations
+from kizu.data.progress import Progress, silent
 from kizu.errors import DataError, KizuError, OptionError
 from kizu.evaluation import tracking
 from kizu.evaluation.evaluate import CategoryResult, evaluate
@@ -47,7 +48,6 @@ if TYPE_CHECKING:
 __all__ = ["Run", "command_line", "fingerprint", "machine", "predictions_csv", "results_csv", "train", "write_tables"]
 
 log = logging.getLogger("kizu")
-Progress = Callable[[str, int, int], None]
 
 COLUMNS = ("image_auroc", "image_ap", "image_f1max", "pixel_auroc", "pixel_ap", "pixel_f1max", "au_pro", "pg2", "pb2")
 ORACLE = (*COLUMNS, "round")
@@ -130,7 +130,7 @@ def train(
     oracle: bool = False,
     save_segmentation_images: bool = False,
     track: Sequence[tracking.Service] = (),
-    progress: Callable[[str], Progress] = lambda category: lambda stage, done, total: None,
+    progress: Callable[[str], Progress] = lambda category: silent,
 ) -> tuple[Run, list[CategoryResult]]:
     """Fit and evaluate one detector a category, and write the results folder.
 
@@ -210,11 +210,15 @@ def _fit_and_evaluate(
 
     test = data.select(category, "test")
     watcher = Oracle(detector, test) if oracle else None
-    if watcher is not None:
-        detector.after_round = watcher.look
     checkpoint = None if oracle else run.checkpoint(category)
     held_out = data.select(category, "validation")
-    detector.fit(data.select(category, "train"), held_out=held_out, checkpoint=checkpoint, **learning)
+    detector.fit(
+        data.select(category, "train"),
+        held_out=held_out,
+        checkpoint=checkpoint,
+        after_round=None if watcher is None else watcher.look,
+        **learning,
+    )
     result = evaluate(
         detector,
         test,
@@ -252,16 +256,17 @@ def _finish(run: Run, about: dict[str, Any], results: Sequence[CategoryResult], 
 
 def write_tables(folder: Path, about: dict[str, Any], results: Sequence[CategoryResult]) -> None:
     """results.csv, predictions.csv and report.html."""
+    from kizu.detectors import detector_class
     from kizu.evaluation import report
 
     files.write_text(folder / "results.csv", results_csv(results))
     files.write_text(folder / "predictions.csv", predictions_csv(results))
-    config = about["config"]
+    method, config = detector_class(about["method"]), about["config"]
     summary = report.RunSummary(
         title=", ".join(result.category for result in results[:3]) + (" …" if len(results) > 3 else ""),
         method=about["method"],
         data=about["data"],
-        backbone=_eyes(about["method"], config),
+        backbone=method.pretrained_name(build(method.config_class, config)),
         size="×".join(str(side) for side in config["size"]),
         settings={key: str(value) for key, value in config.items()},
         machine=about["machine"]["summary"],
@@ -282,13 +287,6 @@ def _told(folder: Path, about: dict[str, Any], results: Sequence[CategoryResult]
         {result.category: result.metrics for result in results},
         {result.category: result.curves for result in results},
     )
-
-
-def _eyes(method: str, config: dict[str, Any]) -> str:
-    """The pretrained network that a method looks through."""
-    if method == "puad":
-        method, config = config["base"], build(CONFIGS[method], config).base_config.model_dump()
-    return config.get("backbone") or f"teacher {Path(config['teacher']).name}"
 
 
 def results_csv(results: Sequence[CategoryResult]) -> str:

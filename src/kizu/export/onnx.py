@@ -7,7 +7,7 @@ import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from kizu.data import files
 from kizu.data.preprocessing import batches
+from kizu.data.progress import Progress
 from kizu.data.streams import drawn, endless
 from kizu.detectors.base import Detector
 from kizu.detectors.base import load as load_trained
@@ -38,7 +39,6 @@ __all__ = ["Format", "Precision", "export", "spoilt"]
 Format = Literal["onnx", "openvino"]
 Precision = Literal["float32", "float16", "int8"]
 Pixels = npt.NDArray[np.uint8]  # (N, 3, H, W)
-Progress = Callable[[str, int, int], None]  # stage, done, total
 
 OPSET = 20
 MOST = 32  # photographs that are compared, each with a spoilt copy
@@ -163,10 +163,7 @@ def _check_measurable(detector: Detector, photos: Pixels, precision: str) -> Non
 
 def _copy(detector: Detector) -> Detector:
     """The same model on the CPU, free of whatever it learned under."""
-    if detector.graph is None:
-        raise ModelError("There is nothing to export: call fit first.")
-    if getattr(detector.config, "search", "exact") != "exact":
-        raise ModelError("A model with --search ivfpq has no exported form: train it with --search exact")
+    detector.check_exportable()
     with tempfile.TemporaryDirectory(prefix="kizu") as scratch:
         copy = load_trained(detector.save(Path(scratch, "model")))
     assert copy.graph is not None

@@ -72,7 +72,7 @@ def read_reference(
     The files do not say what photographs were scaled to before the centre was cut out (`resize`; by default what the
     published recipes take for the `size`), and those of the published SimpleNet do not name the backbone and its layers
     (`settings`, of our config). They hold no backbone: its weights come from timm's hub or from the file `weights`; of
-    several, separated by commas. There is no threshold in them: nothing is stopped until `calibration.set_levels` has
+    several, separated by commas. There is no threshold in them: nothing is stopped until `Detector.calibrate` has
     set one. `neighbours` count instead of as many as PatchCore's files say.
 
     Raises `ModelError` for files that are missing, damaged, do not fit together, or would run code.

@@ -73,7 +73,6 @@ def import_models(path: str, output: str, good: str | None, quiet: bool, **optio
     \b
     Example:  kizu import results/project/group/models --output models --good photos/more_good
     """
-    from kizu.detectors.levels import set_levels
     from kizu.export import reference_files as models
     from kizu.inference.batch import listing
 
@@ -96,7 +95,7 @@ def import_models(path: str, output: str, good: str | None, quiet: bool, **optio
         )
         if good is not None:
             with terminal.progress(quiet) as progress:
-                set_levels(detector, listing([good]), progress(folder.name))
+                detector.calibrate(listing([good]), progress=progress(folder.name))
         detector.save(target)
         if not quiet:
             seen = "×".join(map(str, detector.config.size))

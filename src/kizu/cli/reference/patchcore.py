@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from kizu.cli.reference.scoring import Row
     from kizu.config import PatchCoreConfig
     from kizu.data.dataset import Sample
-    from kizu.detectors.base import Detector, Progress
+    from kizu.data.progress import Progress
+    from kizu.detectors.base import Detector
 
 __all__ = ["evaluate", "run"]
 

@@ -3,7 +3,7 @@
 import csv
 import io
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from scipy import ndimage
 
 from kizu.data import image as images
 from kizu.data.dataset import Sample
+from kizu.data.progress import Progress, silent
 from kizu.detectors.base import Detector, Prediction
 from kizu.detectors.patchcore.graph import EnsembleGraph
 from kizu.errors import BadImage
@@ -24,7 +25,6 @@ __all__ = ["Row", "as_published", "auroc", "judge", "measured", "results_csv", "
 
 log = logging.getLogger("kizu")
 Judged = list[tuple[Sample, Prediction]]
-Progress = Callable[[str, int, int], None]
 Floats = npt.NDArray[np.float32]
 Bools = npt.NDArray[np.bool_]
 
@@ -43,9 +43,7 @@ class Row:
     anomaly_pixel_auroc: float | None
 
 
-def judge(
-    detector: Detector, samples: Sequence[Sample], progress: Progress = lambda stage, done, total: None
-) -> Judged:
+def judge(detector: Detector, samples: Sequence[Sample], progress: Progress = silent) -> Judged:
     """What a detector says of test images, in their order; those that cannot be read are named in the log."""
     found: Judged = []
     for number, (sample, outcome) in enumerate(detector.judge(samples, batch_size=detector.batch_size or 8), 1):
@@ -71,7 +69,7 @@ def as_published(
     name: str,
     detector: Detector,
     samples: Sequence[Sample],
-    progress: Progress = lambda stage, done, total: None,
+    progress: Progress = silent,
     *,
     pro: bool = False,
 ) -> Row:

@@ -206,17 +206,17 @@ def _fit(
     progress: Any,
 ) -> None:
     """Learn; with the published protocol from all images, keeping the round that is the best on the test images."""
-    from kizu.detectors.base import Learned
+    from kizu.detectors.fitting import FitResult
     from kizu.evaluation.oracle import Oracle
 
     oracle = Oracle(detector, test) if original else None
-    if oracle is not None:
-        detector.after_round = oracle.look
-    detector.fit(training, held_out=held_out or (training[:1] if original else ()), progress=progress)
+    others = held_out or (training[:1] if original else ())
+    after_round = None if oracle is None else oracle.look
+    detector.fit(training, held_out=others, progress=progress, after_round=after_round)
     say(detector)
     if oracle is not None and oracle.state and detector.graph is not None:
         detector.graph.load_state_dict(oracle.state)
-        detector.adopt(Learned(detector.graph, [], [], 0.0, detector.facts))  # no level: it was another round's
+        detector.adopt(FitResult(detector.graph, [], [], 0.0, detector.facts))  # no level: it was another round's
         click.echo(
             f"--as-original: round {oracle.round} of {oracle.rounds} is kept, the best on the test images", err=True
         )

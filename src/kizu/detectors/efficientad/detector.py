@@ -9,6 +9,7 @@ in the mean colour of good ones' borders (`border`), so that the map reaches to 
 import logging
 import math
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,12 +21,14 @@ from torch.nn import functional as F
 from kizu.config import EfficientADConfig
 from kizu.data import streams as supply
 from kizu.data.preprocessing import Preprocessing, Stack
-from kizu.detectors.base import Detector, Learned, Progress
+from kizu.data.progress import Progress
+from kizu.detectors.base import Detector
 from kizu.detectors.colours import greyed, varied
 from kizu.detectors.efficientad import teacher
 from kizu.detectors.efficientad.channels import ChannelStatistics
 from kizu.detectors.efficientad.networks import FIELD, FRAME, PDN, STRIDE, Autoencoder, grid_of, normalised
 from kizu.detectors.efficientad.training import Pace
+from kizu.detectors.fitting import FitContext, FitResult
 from kizu.errors import ModelError
 from kizu.features.anomaly_map import MapUpsampling
 from kizu.features.training_state import Checkpoint, Stateful
@@ -178,9 +181,11 @@ class EfficientAD(Detector):
     """Student, teacher and autoencoder (EfficientAD). Settings: the fields of `EfficientADConfig`."""
 
     method = "efficientad"
+    config_class = EfficientADConfig
 
-    def learn(self, photos: Stack, held_out: Stack, memory: int, progress: Progress) -> Learned:
+    def learn(self, context: FitContext) -> FitResult:
         config: EfficientADConfig = self.config
+        photos, held_out, progress = context.photos, context.held_out, context.progress
         if config.teacher is None:
             raise ModelError(teacher.MISSING)
         network, origin = teacher.load(config.teacher, config.network)
@@ -189,18 +194,20 @@ class EfficientAD(Detector):
         with torch.random.fork_rng(devices):
             torch.manual_seed(config.seed)
             graph = EfficientADGraph(config, network).to(self.device)
-            with self.timed("teacher"):
+            with context.timed("teacher"):
                 self._measure(graph, photos, learned, progress)
-            with self.timed("training"):
-                trained = self._train(graph, photos, learned, origin, progress)
+            with context.timed("training"):
+                trained = self._train(graph, learned, origin, context)
         graph.eval().requires_grad_(False)
-        with self.timed("calibration"), torch.inference_mode():
+        with context.timed("calibration"), torch.inference_mode():
             numbers = range(len(held_out)) if len(held_out) else judging
             self._scale(graph, *((photos, scaling) if scaling else (held_out, numbers)), progress)
         images = {"learned from": len(learned), "scale of the maps": len(scaling or numbers), "threshold": len(numbers)}
         facts = {"teacher": origin, "network": f"PDN-{network.size.upper()}", "images": images, **trained}
-        with self.timed("calibration"):
-            return self.judged(graph, held_out if len(held_out) else photos, progress, only=numbers, facts=facts)
+        with context.timed("calibration"):
+            return self.score_held_out(
+                graph, held_out if len(held_out) else photos, progress, only=numbers, facts=facts
+            )
 
     def calibrates_with(self, photos: int, held_out: int) -> int:
         return held_out or len(parted(photos, 0, self.config.validation, self.config.seed)[2])
@@ -221,7 +228,7 @@ class EfficientAD(Detector):
         graph.std.copy_(std)
 
     def _train(
-        self, graph: EfficientADGraph, photos: Stack, numbers: Sequence[int], origin: dict[str, Any], progress: Progress
+        self, graph: EfficientADGraph, numbers: Sequence[int], origin: dict[str, Any], context: FitContext
     ) -> dict[str, Any]:
         """Train student and autoencoder; what there is to tell of it."""
         config: EfficientADConfig = self.config
@@ -231,7 +238,7 @@ class EfficientAD(Detector):
         optimiser = torch.optim.Adam(trainable, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
         about = {
             "settings": config.model_dump_json(),
-            "images": photos.hash,
+            "images": context.photos.hash,
             "teacher": teacher.fingerprint(graph.teacher),
         }
         parts: dict[str, Stateful] = {
@@ -239,7 +246,7 @@ class EfficientAD(Detector):
             "autoencoder": graph.autoencoder,
             "optimiser": optimiser,
         }
-        checkpoint = Checkpoint(self.checkpoint, about, parts)
+        checkpoint = Checkpoint(context.checkpoint, about, parts)
         start, extra = checkpoint.restore()
         curve: list[list[float]] = extra.get("curve", [])
         sums = torch.tensor(extra.get("sums", [0.0] * len(LOSSES)), dtype=torch.float64, device=self.device)
@@ -252,7 +259,7 @@ class EfficientAD(Detector):
             for group in optimiser.param_groups:
                 group["lr"] = LEARNING_RATE * (0.1 if step >= int(FALL * config.steps) else 1)
             chosen = [numbers[next(order)] for _ in range(config.batch_size)]
-            pixels = self.pixels(photos, chosen, turn=step + 1)
+            pixels = self.pixels(context.photos, chosen, turn=step + 1)
             unrelated = None if others is None else greyed(torch.from_numpy(next(others)).to(self.device), GREY_PENALTY)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "mixed"):
                 losses = graph.losses(pixels, unrelated)
@@ -268,7 +275,7 @@ class EfficientAD(Detector):
             if checkpoint.due or step + 1 == config.steps:
                 checkpoint.write(step + 1, {"curve": curve, "sums": sums.tolist()})
             pace.step()
-            progress("Training", step + 1, config.steps)
+            context.progress("Training", step + 1, config.steps)
         return {"penalty": penalty, "steps": config.steps, "loss": _first_and_last(curve)}
 
     def _others(self, start: int) -> tuple[Iterator[npt.NDArray[np.uint8]] | None, str]:
@@ -303,6 +310,10 @@ class EfficientAD(Detector):
             chosen = numbers[start : start + batch_size]
             yield self.pixels(photos, chosen)
             progress(stage, start + len(chosen), len(numbers))
+
+    @classmethod
+    def pretrained_name(cls, config: Any) -> str:
+        return f"teacher {Path(config.teacher).name}"
 
     def pretrained(self) -> dict[str, str]:
         assert isinstance(self.graph, EfficientADGraph)

@@ -10,7 +10,7 @@ import hashlib
 import io
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from kizu.config import DistillationConfig
 from kizu.data import files
 from kizu.data import streams as supply
 from kizu.data.preprocessing import Preprocessing
+from kizu.data.progress import Progress, silent
 from kizu.detectors.colours import greyed
 from kizu.detectors.efficientad import teacher
 from kizu.detectors.efficientad.channels import ChannelStatistics
@@ -40,7 +41,6 @@ from kizu.features.training_state import Checkpoint
 __all__ = ["distill"]
 
 log = logging.getLogger("kizu")
-Progress = Callable[[str, int, int], None]
 
 LEARNING_RATE, WEIGHT_DECAY = 1e-4, 1e-5
 GREY = 0.1  # share of the photographs that lose their colour
@@ -75,7 +75,7 @@ def distill(
     resume: bool = False,
     overwrite: bool = False,
     statistics: tuple[Tensor, Tensor] | None = None,
-    progress: Progress = lambda stage, done, total: None,
+    progress: Progress = silent,
 ) -> Path:
     """Make a teacher from the photographs below a folder; returns its file, efficientad-s.safetensors or -m.
 

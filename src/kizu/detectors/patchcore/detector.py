@@ -20,8 +20,9 @@ from torch.nn import functional as F
 
 from kizu.calibration.threshold import images_needed
 from kizu.config import PatchCoreConfig
-from kizu.data.preprocessing import Stack
-from kizu.detectors.base import Detector, Learned, Progress
+from kizu.data.progress import Progress, silent
+from kizu.detectors.base import Detector
+from kizu.detectors.fitting import FitContext, FitResult
 from kizu.detectors.patchcore import coreset
 from kizu.detectors.patchcore.feature_table import Rows
 from kizu.detectors.patchcore.graph import EnsembleGraph
@@ -198,10 +199,12 @@ class PatchCore(Detector):
     """Memory banks of good patches (PatchCore). Settings: the fields of `PatchCoreConfig`."""
 
     method = "patchcore"
+    config_class = PatchCoreConfig
 
-    def learn(self, photos: Stack, held_out: Stack, memory: int, progress: Progress) -> Learned:
+    def learn(self, context: FitContext) -> FitResult:
+        photos, held_out = context.photos, context.held_out
         with torch.inference_mode():
-            learned = [self._learn_one(config, photos, held_out, memory, progress) for config in self.config.members()]
+            learned = [self._learn_one(config, context) for config in self.config.members()]
             graphs, rated, as_new, facts = zip(*learned, strict=True)
             searched = self._searched(len(photos), len(as_new[0]) == len(photos))
             numbers = range(len(held_out)) if len(held_out) else searched
@@ -215,27 +218,29 @@ class PatchCore(Detector):
             return _learned(ensemble, graphs, rated, together, {"members": list(facts)}, numbers, searched)
 
     def _learn_one(
-        self, config: PatchCoreConfig, photos: Stack, held_out: Stack, memory: int, progress: Progress
+        self, config: PatchCoreConfig, context: FitContext
     ) -> tuple[PatchCoreGraph, tuple[Tensor, Tensor], Tensor, dict[str, Any]]:
         """One member: its graph, its scores and patch scores of good images held out, its scores of the training images
         as if each were new, and facts."""
         network = backbone.create(config.backbone, config.layers, config.weights, config.size)
         graph = PatchCoreGraph(config, network.to(self.device))
         summaries: list[coreset.Summary] = []
-        copies = self._copies()
-        with self.timed("features"):
-            for numbers, pixels in self.stream(photos, "Features", progress, copies=copies):
+        photos, copies = context.photos, self._copies()
+        with context.timed("features"):
+            for numbers, pixels in self.stream(photos, "Features", context.progress, copies=copies):
                 each = graph.parts(pixels)
                 if not summaries:
                     grids = [(parts[0].shape[2], parts[0].shape[3]) for parts in each]
                     self.remarks += graph.patches.remarks(grids[0])
-                    summaries = _summaries(config, each, len(photos) * (1 + copies), memory)
+                    summaries = _summaries(config, each, len(photos) * (1 + copies), context.memory_bytes)
                 for summary, parts in zip(summaries, each, strict=True):
                     summary.add(parts, _patch_numbers(numbers, parts[0].shape[2] * parts[0].shape[3]))
-        with self.timed("coreset"), tidy():
+        with context.timed("coreset"), tidy():
             banks, radii = [], []
             for summary, (height, width) in zip(summaries, grids, strict=True):
-                entries, patches, radius = summary.choose(lambda done, total: progress("Memory bank", done, total))
+                entries, patches, radius = summary.choose(
+                    lambda done, total: context.progress("Memory bank", done, total)
+                )
                 banks.append(Bank.of(entries, patches // (height * width), patches % (height * width)))
                 radii.append(radius)
             del entries, patches
@@ -246,24 +251,20 @@ class PatchCore(Detector):
             "patches": [summary.total for summary in summaries],
             "radius": radii,
         }
-        with self.timed("calibration"), tidy():
-            outcome, as_new = self._calibrate(graph, photos, summaries, held_out, progress)
+        with context.timed("calibration"), tidy():
+            outcome, as_new = self._calibrate(graph, summaries, context)
             if config.search != "exact":
                 facts["recall"] = _recalls(graph, torch.from_numpy(photos.batch(0, 4)).to(self.device))
         return graph, outcome, as_new, facts
 
     def _calibrate(
-        self,
-        graph: PatchCoreGraph,
-        photos: Stack,
-        summaries: Sequence[coreset.Summary],
-        held_out: Stack,
-        progress: Progress,
+        self, graph: PatchCoreGraph, summaries: Sequence[coreset.Summary], context: FitContext
     ) -> tuple[tuple[Tensor, Tensor], Tensor]:
         """Scores (M,) and patch scores of the held-out images, or else of the training images; and the latter's scores.
 
         Training images are judged each as if it were new.
         """
+        photos, held_out, progress = context.photos, context.held_out, context.progress
         at_hand = all(summary.is_whole for summary in summaries)
         places = [height * width for height, width in graph.grids]
 
@@ -284,6 +285,17 @@ class PatchCore(Detector):
         """The training images that are judged as if they were new; fewer where each costs time."""
         enough = max(CALIBRATED, images_needed(self.config.false_alarms))
         return range(0, images, 1 if at_hand else max(1, images // enough))
+
+    @property
+    def keeps_thumbnails(self) -> bool:
+        return bool(self.config.thumbnails)
+
+    def check_exportable(self) -> None:
+        super().check_exportable()
+        if self.config.search != "exact":
+            raise ModelError(
+                f'A model with `search="{self.config.search}"` has no exported form: train it with `search="exact"`'
+            )
 
     def tell(self, images: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         assert isinstance(self.graph, PatchCoreGraph | EnsembleGraph)
@@ -324,7 +336,7 @@ class PatchCore(Detector):
         images' scores, as they were, and the new ones', each as if it were new. Raises `ModelError` for an ensemble.
         """
         graph = self._single("updated")
-        progress = progress or (lambda stage, done, total: None)
+        progress = progress or silent
         photos, items = self.read(good, budget(memory) // 8, skip_bad, progress)
         if len(photos) == 0:
             raise DataError("There is no image to learn from.")
@@ -347,7 +359,7 @@ class PatchCore(Detector):
             judged = LeaveOneOut(graph, added, features).judged(lambda *done: progress("Threshold", *done))
             every = range(len(photos))
             new = _learned(graph, [graph], [judged], judged[0], self.facts, every, every)
-            self.remember(photos, items, new.as_new)
+            self.remember(photos, items, new.loo_scores)
         both = (self.training["hash"] + photos.hash).encode()
         self.training["hash"] = hashlib.blake2b(both, digest_size=16).hexdigest()
         new.scores = self.calibration_scores + new.scores
@@ -356,7 +368,7 @@ class PatchCore(Detector):
         return self.adopt(new)
 
     @classmethod
-    def merge(cls, parts: "Sequence[PatchCore]") -> "PatchCore":
+    def merge(cls, parts: Sequence[Self]) -> Self:
         """One detector from several that were fitted on shards of the good images: their banks side by side.
 
         The levels follow from all their scores, which were measured against each shard's bank alone and are therefore
@@ -388,7 +400,7 @@ class PatchCore(Detector):
         scores = [score for part in parts for score in part.calibration_scores]
         peaks = [peak for part in parts for peak in part.map_peaks]
         facts = {**first.facts, "bank": [len(bank.entries) for bank in banks]}
-        return merged.adopt(Learned(graph, scores, peaks, first.scale[0], facts))
+        return merged.adopt(FitResult(graph, scores, peaks, first.scale[0], facts))
 
     def _copies(self) -> int:
         """Varied copies of each image, whose patches compete for the bank like its own."""
@@ -450,7 +462,7 @@ def _learned(
     facts: dict[str, Any],
     numbers: Sequence[int],
     searched: Sequence[int],
-) -> Learned:
+) -> FitResult:
     """What follows from the members' scores (M,) and patch scores of good images of these numbers.
 
     `as_new` are scores of the training images that were searched for. Maps are made a few at a time.
@@ -469,4 +481,4 @@ def _learned(
     pairs = zip(searched, as_new.tolist(), strict=True)
     known_as_new = {number: score for number, score in pairs if math.isfinite(score)}
     judged = [numbers[row] for row in known.nonzero()[:, 0].tolist()]
-    return Learned(graph, scores, peaks, median, facts, known_as_new, judged)
+    return FitResult(graph, scores, peaks, median, facts, known_as_new, judged)

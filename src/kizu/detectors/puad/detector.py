@@ -18,8 +18,10 @@ from kizu.calibration.threshold import calibrate
 from kizu.config import PUADConfig
 from kizu.data import image as images
 from kizu.data.preprocessing import Stack
+from kizu.data.progress import Progress
 from kizu.detectors import detector_class
-from kizu.detectors.base import Detector, Learned, Progress
+from kizu.detectors.base import Detector
+from kizu.detectors.fitting import FitContext, FitResult
 from kizu.detectors.puad.gaussian import ROUNDING, Gaussian, cross_fitted
 from kizu.errors import ModelError
 from kizu.inference.image_features import Wholes
@@ -88,18 +90,19 @@ class PUAD(Detector):
     """Another method and a head that sees the whole image (PUAD). Settings: the fields of `PUADConfig`."""
 
     method = "puad"
+    config_class = PUADConfig
     over: Detector | None = None  # a base that has learned already: it stays as it is, and judges what is held out
 
-    def learn(self, photos: Stack, held_out: Stack, memory: int, progress: Progress) -> Learned:
+    def learn(self, context: FitContext) -> FitResult:
+        photos, held_out, progress = context.photos, context.held_out, context.progress
         base = self._base()
-        base.checkpoint, base.seconds = self.checkpoint, self.seconds
         if self.over is None:
-            learned = base.learn(photos, held_out, memory, progress)
+            learned = base.learn(context)
         else:
             assert self.over.graph is not None
-            learned = self.over.judged(self.over.graph, held_out, progress)
+            learned = self.over.score_held_out(self.over.graph, held_out, progress)
         self.curves, self.remarks = base.curves, [*self.remarks, *base.remarks]
-        with self.timed("whole images"), torch.inference_mode():
+        with context.timed("whole images"), torch.inference_mode():
             good, groups = self._wholes(learned.graph, photos, progress)
             others = self._wholes(learned.graph, held_out, progress)[0] if len(held_out) else None
             return self._with_head(learned, good, others, groups)
@@ -114,9 +117,9 @@ class PUAD(Detector):
         found = [graph.wholes(pixels, self.config.whole) for _, pixels in self.stream(photos, "Whole images", progress)]
         return torch.cat([joined(wholes) for wholes in found]), {name: w.shape[1] for name, w in found[0].items()}
 
-    def _with_head(self, learned: Learned, good: Tensor, others: Tensor | None, groups: dict[str, int]) -> Learned:
+    def _with_head(self, learned: FitResult, good: Tensor, others: Tensor | None, groups: dict[str, int]) -> FitResult:
         """The base's result with the head fitted to whole images' features (N, D), and the scores of both."""
-        head, places, distances, usual = self._judged_as_new(good, others, learned.judged)
+        head, places, distances, usual = self._judged_as_new(good, others, learned.scored_indices)
         graph = PUADGraph(self.config, learned.graph, head, min(len(good), REMEMBERED), len(groups))
         graph.to(good.device)
         graph.sizes = torch.tensor(list(groups.values()), device=good.device)
@@ -220,6 +223,10 @@ class PUAD(Detector):
     def wholes(self) -> Wholes:
         kept = {name: tensor.numpy(force=True) for name, tensor in self.keepsakes().items()}
         return Wholes(**kept, groups=list(self.facts["groups"]), names=self.training["names"])
+
+    @classmethod
+    def pretrained_name(cls, config: Any) -> str:
+        return detector_class(config.base).pretrained_name(config.base_config)
 
     def pretrained(self) -> dict[str, str]:
         assert isinstance(self.graph, PUADGraph)

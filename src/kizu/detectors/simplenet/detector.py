@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from kizu.config import SimpleNetConfig
 from kizu.data.preprocessing import Stack
-from kizu.detectors.base import Detector, Learned, Progress, load
+from kizu.detectors.base import Detector, load
+from kizu.detectors.fitting import FitContext, FitResult
 from kizu.detectors.simplenet import published
 from kizu.detectors.simplenet.feature_store import FeatureStore
 from kizu.detectors.simplenet.networks import Discriminator, Projection
@@ -90,24 +91,26 @@ class SimpleNet(Detector):
     """A discriminator of good and noisy features (SimpleNet). Settings: the fields of `SimpleNetConfig`."""
 
     method = "simplenet"
+    config_class = SimpleNetConfig
     learns_in_rounds = True
 
-    def learn(self, photos: Stack, held_out: Stack, memory: int, progress: Progress) -> Learned:
+    def learn(self, context: FitContext) -> FitResult:
         config: SimpleNetConfig = self.config
+        photos, held_out = context.photos, context.held_out
         learning, selecting, calibrating = _divided(len(photos), len(held_out) > 0, config)
         network = backbone.create(config.backbone, config.layers, config.weights, config.size)
         graph = SimpleNetGraph(config, network).to(self.device)
-        with self.timed("features"):
-            store = self._start(graph, photos, learning, memory, progress)
+        with context.timed("features"):
+            store = self._start(graph, learning, context)
         training = Training(graph, config, self.device)
-        with self.timed("training"):
+        with context.timed("training"):
             training.run(
                 lambda number: self._steps(graph, photos, learning, store, number),
                 self._rows(graph, photos, selecting) if selecting else None,
-                checkpoint=self.checkpoint,
+                checkpoint=context.checkpoint,
                 key=self._key(photos),
-                progress=progress,
-                after_round=lambda number: self.after_round(graph.eval(), number),
+                progress=context.progress,
+                after_round=lambda number: context.after_round(graph.eval(), number),
             )
         self.curves = {name: [facts[name] for facts in training.history] for name in training.history[0]}
         facts = {
@@ -116,17 +119,18 @@ class SimpleNet(Detector):
             "images learned from": len(learning),
             "rounds": training.best["round"] if training.best else len(training.history),
         }
-        with self.timed("calibration"):
+        with context.timed("calibration"):
             photos, only = (held_out, None) if len(held_out) else (photos, calibrating)
-            return self.judged(graph, photos, progress, only=only, facts=facts, usual=-self.config.dsc_margin)
+            return self.score_held_out(
+                graph, photos, context.progress, only=only, facts=facts, default_median=-config.dsc_margin
+            )
 
     def calibrates_with(self, photos: int, held_out: int) -> int:
         return held_out or len(_divided(photos, False, self.config)[2])
 
-    def _start(
-        self, graph: SimpleNetGraph, photos: Stack, learning: Sequence[int], memory: int, progress: Progress
-    ) -> FeatureStore | None:
+    def _start(self, graph: SimpleNetGraph, learning: Sequence[int], context: FitContext) -> FeatureStore | None:
         """Measure features and complete the graph; keep all features where each pass would compute the same ones."""
+        photos = context.photos
         some = learning[:: math.ceil(len(learning) / MEASURED)]
         with torch.inference_mode():
             features = torch.cat([graph.embed(self.pixels(photos, [number])) for number in some])
@@ -136,9 +140,9 @@ class SimpleNet(Detector):
         graph.complete(features.shape[1], (features.shape[2], features.shape[3]))
         if self.config.train_backbone or self.augmentation is not None:
             return None
-        store = FeatureStore(len(learning), features[0, 0].numel(), features.shape[1], memory // 3)
+        store = FeatureStore(len(learning), features[0, 0].numel(), features.shape[1], context.memory_bytes // 3)
         with torch.inference_mode():
-            for _, pixels in self.stream(photos, "Features", progress, only=learning):
+            for _, pixels in self.stream(photos, "Features", context.progress, only=learning):
                 store.append(graph.embed(pixels))
         return store
 
