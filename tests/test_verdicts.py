@@ -72,14 +72,14 @@ def test_the_nearest_good_patch_is_known_by_image_and_place(fitted):
 def test_a_saved_model_shows_why_and_merging_and_updating_keep_it(trained, tmp_path):
     detector = kizu.load(trained / "model")
     found = detector.predict(trained / "bad" / "00.png").why()
-    assert found[0].region == 1 and found[0].there is not None and found[0].nearest.distance > 1
+    assert found[0].region == 1 and found[0].match_crop is not None and found[0].nearest.distance > 1
     assert found[0].nearest.image in {f"{seed}.png" for seed in range(24)}
     detector.update([part(seed) for seed in range(60, 64)])
     assert detector.training["images"] == len(detector.training["names"]) == len(detector.thumbnails) == 28
     again = kizu.load(detector.save(tmp_path / "again"))
     assert again.thumbnails == detector.thumbnails and again.picture(27).shape == (64, 64, 3)
     both = kizu.PatchCore.merge([again, again])
-    assert len(both.thumbnails) == 56 and both.predict(part(5, spot=True)).why()[0].there is not None
+    assert len(both.thumbnails) == 56 and both.predict(part(5, spot=True)).why()[0].match_crop is not None
 
 
 def test_a_defect_among_the_training_images_is_listed_with_its_number(tmp_path):

@@ -9,8 +9,9 @@ if TYPE_CHECKING:
     from kizu.detectors.puad.detector import PUAD
     from kizu.detectors.simplenet.detector import SimpleNet
     from kizu.errors import BadImage, DataError, KizuError, MissingExtra, ModelError, OptionError
-    from kizu.inference.inspector import Inspector, Photo, Prediction
+    from kizu.inference.inspector import Inspector
     from kizu.inference.model_folder import load
+    from kizu.inference.prediction import Photo, Prediction
 
 __all__ = ["PUAD", "BadImage", "DataError", "Detector", "EfficientAD", "Inspector", "KizuError", "MissingExtra"]
 __all__ += ["ModelError", "OptionError", "PatchCore", "Photo", "Prediction", "SimpleNet", "__version__", "load"]
@@ -24,8 +25,9 @@ _HOMES = {
     "kizu.detectors.puad.detector": ("PUAD",),
     "kizu.detectors.simplenet.detector": ("SimpleNet",),
     "kizu.errors": ("BadImage", "DataError", "KizuError", "MissingExtra", "ModelError", "OptionError"),
-    "kizu.inference.inspector": ("Inspector", "Photo", "Prediction"),
+    "kizu.inference.inspector": ("Inspector",),
     "kizu.inference.model_folder": ("load",),
+    "kizu.inference.prediction": ("Photo", "Prediction"),
 }
 
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from kizu.errors import OptionError
 
-__all__ = ["CONFIDENCE", "Threshold", "calibrate", "images_needed", "interval", "one_in", "p_value"]
-__all__ += ["percent", "refuse", "upper"]
+__all__ = ["CONFIDENCE", "Threshold", "calibrate", "finite", "from_finite", "images_needed", "interval", "one_in"]
+__all__ += ["p_value", "percent", "refuse", "upper"]
 
 CONFIDENCE = 0.95
 
@@ -75,6 +75,16 @@ def calibrate(scores: Sequence[float], rate: float) -> Threshold:
     ordered = sorted(scores)
     value = float(ordered[-_allowed(rate, len(ordered))]) if ordered else math.inf
     return Threshold(value, rate, len(ordered))
+
+
+def finite(value: float) -> float | None:
+    """A threshold as JSON can say it: None where it is infinite, so that nothing is stopped."""
+    return value if math.isfinite(value) else None
+
+
+def from_finite(value: float | None) -> float:
+    """The threshold that `finite` wrote."""
+    return math.inf if value is None else value
 
 
 def p_value(score: float, good: Iterable[float]) -> float:

@@ -49,9 +49,9 @@ def export(model: str, to: Any, output: str | None, images: str | None, **option
         return
     from kizu.detectors.base import load
     from kizu.export import onnx as exporting
-    from kizu.inference.batch import listing
+    from kizu.inference.batch import image_paths
 
-    photographs = listing([images]) if images else []
+    photographs = image_paths([images]) if images else []
     with terminal.progress(options["quiet"]) as progress:
         exported = exporting.export(
             load(folder),

@@ -371,13 +371,13 @@ def predict(model: str, images: tuple[str, ...], csv_file: str | None, overlays:
     Example:  kizu predict results/project/group/run new/*.png --csv verdicts.csv --overlays seen
     """
     from kizu import load
-    from kizu.inference.batch import judge, listing, profile, write_csv
+    from kizu.inference.batch import image_paths, predict_files, profile, write_csv
 
     detector = load(model_folder(model))
-    paths = listing(images)
+    paths = image_paths(images)
     with terminal.progress(options["quiet"] or options["as_json"]) as progress:
-        seen, why = (Path(folder) if folder else None for folder in (overlays, options["why"]))
-        rows = judge(detector, paths, seen, progress("Predicting"), why=why)
+        overlay_folder, why = (Path(folder) if folder else None for folder in (overlays, options["why"]))
+        rows = predict_files(detector, paths, overlays=overlay_folder, why=why, progress=progress("Predicting"))
     if csv_file:
         write_csv(Path(csv_file), rows)
     if options["as_json"]:

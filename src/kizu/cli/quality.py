@@ -43,11 +43,11 @@ def check(model: str, images: tuple[str, ...], most: int, output: str | None, **
     """
     from kizu import load
     from kizu.evaluation.robustness import check as run_check
-    from kizu.inference.batch import listing
-    from kizu.inference.inspector import Photo
+    from kizu.inference.batch import image_paths
+    from kizu.inference.prediction import Photo
 
     detector = load(model_folder(model))
-    paths = listing(images)
+    paths = image_paths(images)
     if most < 1:
         raise OptionError("--images must be at least 1")
     chosen = [paths[number * len(paths) // most] for number in range(most)] if len(paths) > most else paths
@@ -90,7 +90,7 @@ def drift(
     """
     from kizu import load
     from kizu.calibration.drift import DriftTest, read_history, write_history
-    from kizu.inference.batch import judge, listing
+    from kizu.inference.batch import image_paths, predict_files
 
     if not 0 < alarm < 1:
         raise OptionError(f"--alarm {alarm}: a probability between 0 and 1")
@@ -100,12 +100,12 @@ def drift(
     test = DriftTest(detector.calibration_scores, alarm, steps=read_history(history) if history else [])
     before = len(test.steps)
     with terminal.progress(options["quiet"] or options["as_json"]) as progress:
-        rows = judge(detector, listing(images), None, progress("Drift"))
+        rows = predict_files(detector, image_paths(images), progress=progress("Drift"))
     for row in rows:
         if row.score is not None:
-            test.add(row.path, row.score)
+            test.add(row.image, row.score)
         elif not options["as_json"]:
-            click.echo(f"error  {row.path}: {row.error}", err=True)
+            click.echo(f"error  {row.image}: {row.error}", err=True)
     if history:
         write_history(history, test.steps)
     if output:
@@ -146,7 +146,7 @@ def tune(model: str, good: str | None, bad: str | None, output: str | None, **op
     from kizu import load
     from kizu.evaluation.operating_point import Costs, at, best, points
     from kizu.evaluation.operating_point import tune as set_point
-    from kizu.inference.batch import judge, listing
+    from kizu.inference.batch import image_paths, predict_files
 
     folder = model_folder(model)
     detector = load(folder)
@@ -164,12 +164,12 @@ def tune(model: str, good: str | None, bad: str | None, output: str | None, **op
     failed = False
     with terminal.progress(options["quiet"] or options["as_json"]) as progress:
         for name, place in (("Good", good), ("Defective", bad)):
-            rows = judge(detector, listing([place]), None, progress(name))
+            rows = predict_files(detector, image_paths([place]), progress=progress(name))
             scores.append([row.score for row in rows if row.score is not None])
             failed |= any(row.error for row in rows)
             for row in rows:
                 if row.error:
-                    click.echo(f"error  {row.path}: {row.error}", err=True)
+                    click.echo(f"error  {row.image}: {row.error}", err=True)
     good_scores, bad_scores = scores
     curve = points(good_scores, bad_scores, costs)
     now = at(detector.threshold.value, good_scores, bad_scores, costs)

@@ -13,6 +13,7 @@ import click
 if TYPE_CHECKING:
     from kizu.data.dataset import Dataset
     from kizu.evaluation.evaluate import CategoryResult
+    from kizu.inference.batch import FileVerdict
 
 __all__ = ["count", "messages", "print_facts", "print_results", "print_table", "print_verdicts", "progress", "summary"]
 
@@ -124,12 +125,12 @@ def _result_row(result: "CategoryResult", names: dict[str, str]) -> dict[str, st
     }
 
 
-def print_verdicts(rows: Sequence[Any], options: dict[str, Any]) -> None:
+def print_verdicts(rows: "Sequence[FileVerdict]", options: dict[str, Any]) -> None:
     for row in rows:
         if row.error:
-            click.echo(f"error  {row.path}: {row.error}")
+            click.echo(f"error  {row.image}: {row.error}")
         elif not options["quiet"] or row.verdict == "stop":
-            click.echo(f"{row.verdict:5}  {row.score:10.4f}  p {row.p_value:<7.3g} {row.path}")
+            click.echo(f"{row.verdict:5}  {row.score:10.4f}  p {row.p_value:<7.3g} {row.image}")
             if row.verdict == "stop" and row.parts:
                 click.echo(f"{'':19}{_explanation(row.parts)}")
     if not options["quiet"]:

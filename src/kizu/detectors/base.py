@@ -34,7 +34,8 @@ from kizu.detectors.ram import budget
 from kizu.errors import BadImage, DataError, ModelError, OptionError
 from kizu.features.backbone import weights_hash
 from kizu.inference import model_folder as saved
-from kizu.inference.inspector import BATCH, Inspector, Photo, Prediction, name_of, readable
+from kizu.inference.inspector import BATCH, Inspector
+from kizu.inference.prediction import Photo, Prediction, name_of, readable
 
 __all__ = ["Detector", "Photo", "Prediction", "gpu_device", "load", "name_of"]
 

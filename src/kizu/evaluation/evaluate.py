@@ -18,7 +18,8 @@ from kizu.evaluation import loco_metrics as loco
 from kizu.evaluation import metrics
 
 if TYPE_CHECKING:
-    from kizu.inference.inspector import Inspector, Prediction
+    from kizu.inference.inspector import Inspector
+    from kizu.inference.prediction import Prediction
 
 __all__ = ["Beside", "CategoryResult", "Judged", "Picture", "Unlike", "evaluate", "measure"]
 
@@ -295,7 +296,7 @@ def _picture(sample: Sample, prediction: "Prediction", root: Path, why: str) -> 
     beside = []
     if prediction.is_anomalous or prediction.regions:
         for one in prediction.why()[:EXPLAINED]:
-            here, there = ("" if part is None else _data_uri(part) for part in (one.here, one.there))
+            here, there = ("" if part is None else _data_uri(part) for part in (one.query_crop, one.match_crop))
             beside.append(Beside(one.region, here, there, one.nearest.image, one.nearest.distance))
     return Picture(sample.name(root), why, shown, heat, overlay, beside)
 

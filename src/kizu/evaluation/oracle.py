@@ -16,7 +16,7 @@ from kizu.evaluation.evaluate import CategoryResult, measure
 
 if TYPE_CHECKING:
     from kizu.detectors.base import Detector
-    from kizu.inference.inspector import Prediction
+    from kizu.inference.prediction import Prediction
 
 __all__ = ["Oracle"]
 

@@ -31,8 +31,8 @@ from kizu.export.precision import LARGE, halved, quantised
 from kizu.inference import model_folder as saved
 from kizu.inference.exported import CASES, KEEPSAKES, Exported, digest, open_graph, seal
 from kizu.inference.exported import load as load_exported
-from kizu.inference.inspector import readable
 from kizu.inference.parity import Cases, Tolerance
+from kizu.inference.prediction import readable
 
 __all__ = ["Format", "Precision", "export", "spoilt"]
 

@@ -1,117 +1,149 @@
-"""Judging photographs from anywhere, without ground truth: rows, tables, overlays."""
+"""Verdicts on many files at once, without ground truth: a list, a table, overlays, and where the time goes."""
 
-import csv
 import glob
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import Field
+
+from kizu.calibration.threshold import from_finite
 from kizu.data import files
 from kizu.data import image as images
 from kizu.errors import BadImage, DataError
-from kizu.inference.evidence import Lookalike, side_by_side
-from kizu.inference.inspector import Photo
+from kizu.inference.evidence import side_by_side
+from kizu.inference.prediction import NearestPatch, Photo, Prediction
+from kizu.inference.verdict import Verdict
 
 if TYPE_CHECKING:
     from kizu.inference.inspector import Inspector
-    from kizu.inference.regions import MarkedRegion
 
-__all__ = ["Row", "judge", "listing", "profile", "write_csv"]
+__all__ = ["FileVerdict", "image_paths", "predict_files", "profile", "write_csv"]
+
+MAX_DEPTH = 20  # folders in the name of an overlay
 
 
-@dataclass(frozen=True)
-class Row:
-    """One photograph's verdict, or why there is none."""
+class FileVerdict(Verdict):
+    """The verdict on a file; `image` is its path."""
 
-    path: str
-    score: float | None
-    p_value: float | None  # how often a good part looks so unusual, at most
-    verdict: str  # "stop", "pass" or "error"
-    threshold: float
-    seconds: float  # since the photograph before it, decoding included
-    error: str = ""
-    regions: Sequence["MarkedRegion"] = ()
-    nearest: Sequence[Lookalike] = ()  # good patches, to the first regions or the highest place of the map
-    parts: dict[str, Any] = field(default_factory=dict)  # what the score is made of, where the method says more
+    seconds: float = Field(description="since the photograph before it, decoding included")
+    nearest: list[NearestPatch] = Field([], description="good patches, to the first regions or the map's highest place")
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """What `kizu predict --json` prints."""
+        names = ("score", "p_value", "verdict", "threshold", "seconds", "error", "regions", "nearest", "parts")
+        values = self.model_dump() | {"threshold": from_finite(self.threshold)}
+        return {"path": self.image, **{name: values[name] for name in names}}
 
 
-def listing(arguments: Iterable[str]) -> list[Path]:
+def image_paths(arguments: Iterable[str]) -> list[Path]:
     """Files, the images below folders, and what globs match; each once, in order.
 
     Raises `DataError` for a folder without images or a glob without matches. A file that does not exist stays in the
-    list: judging says what is wrong with it.
+    list: its verdict says what is wrong with it.
     """
-    found: dict[Path, None] = {}
+    paths: dict[Path, None] = {}
     for argument in arguments:
         path = Path(argument)
         if path.is_dir():
             inside = list(images.scan(path))
             if not inside:
                 raise DataError(f"{argument}: there are no images in this folder")
-            found.update(dict.fromkeys(inside))
+            paths.update(dict.fromkeys(inside))
         elif not path.exists() and glob.has_magic(argument):
             matches = [Path(match) for match in sorted(glob.glob(argument, recursive=True))]  # noqa: PTH207
             if not matches:
                 raise DataError(f"{argument}: no file has such a name")
-            found.update(dict.fromkeys(match for match in matches if match.is_file()))
+            paths.update(dict.fromkeys(match for match in matches if match.is_file()))
         else:
-            found[path] = None
-    return list(found)
+            paths[path] = None
+    return list(paths)
 
 
-def judge(
-    detector: "Inspector",
+def predict_files(
+    model: "Inspector",
     paths: Sequence[Path],
-    overlays: Path | None = None,
-    progress: Callable[[str, int, int], None] | None = None,
     *,
+    overlays: Path | None = None,
     why: Path | None = None,
-) -> list[Row]:
-    """A row for each path, in their order; overlays as PNG under their names where a folder is given.
+    progress: Callable[[str, int, int], None] | None = None,
+) -> list[FileVerdict]:
+    """A verdict for each path, in their order.
 
-    In the folder `why`, for each photograph that is stopped or marked, what is marked beside the nearest good patches.
+    `overlays` and `why` are folders for PNG files named after the photographs: each photograph with its heat map, and,
+    for each that is stopped or marked, the marked places beside the nearest good patches.
     """
-    photos = [Photo(path) for path in paths]
-    targets = _overlay_names(paths, overlays) if overlays else {}
-    beside = _overlay_names(paths, why) if why else {}
-    rows: dict[Path, Row] = {}
+    overlay_files = _output_names(paths, overlays) if overlays else {}
+    why_files = _output_names(paths, why) if why else {}
+    verdicts: dict[Path, FileVerdict] = {}
     last = time.perf_counter()
-    for photo, outcome in detector.judge(photos):
+    for photo, outcome in model.judge([Photo(path) for path in paths]):
         path = Path(photo.name)
-        nearest: list[Lookalike] = []
-        if not isinstance(outcome, BadImage):
+        nearest: list[NearestPatch] = []
+        if isinstance(outcome, Prediction):
             try:
                 if overlays:
-                    images.write(targets[path], outcome.overlay())
-                if why and (outcome.is_anomalous or outcome.regions) and (found := outcome.why()):
-                    images.write(beside[path], side_by_side(found))
-                    nearest = [one.nearest for one in found]
+                    images.write(overlay_files[path], outcome.overlay())
+                if why and (outcome.is_anomalous or outcome.regions) and (evidence := outcome.why()):
+                    images.write(why_files[path], side_by_side(evidence))
+                    nearest = [item.nearest for item in evidence]
             except BadImage as error:
                 outcome = error
         now = time.perf_counter()
-        level = detector.threshold.value
-        if isinstance(outcome, BadImage):
-            rows[path] = Row(str(path), None, None, "error", level, now - last, outcome.reason)
-        else:
-            verdict = "stop" if outcome.is_anomalous else "pass"
-            p, regions = outcome.p_value, outcome.regions
-            seconds = now - last
-            rows[path] = Row(str(path), outcome.score, p, verdict, level, seconds, "", regions, nearest, outcome.parts)
+        verdicts[path] = FileVerdict.of(str(path), outcome, model, seconds=now - last, nearest=nearest)
         last = now
         if progress:
-            progress("", len(rows), len(paths))
-    return [rows[path] for path in paths]
+            progress("", len(verdicts), len(paths))
+    return [verdicts[path] for path in paths]
 
 
-def profile(detector: "Inspector", paths: Sequence[Path], most: int = 20) -> dict[str, float]:
-    """Milliseconds an image, one image at a time, of decoding, of each part of the graph, and of the rest."""
-    graph: Any = getattr(detector, "graph", None)  # an exported model's has no parts that could be told apart
-    spent: dict[str, float] = {"decode": 0.0}
+def profile(model: "Inspector", paths: Sequence[Path], max_images: int = 20) -> dict[str, float]:
+    """Milliseconds an image, one image at a time: decoding, each part of a trained model's graph, and the rest."""
+    graph: Any = getattr(model, "graph", None)  # the torch module; an exported model's graph has no parts to tell apart
+    spent: dict[str, float] = {}
+    total = 0.0
+    with _timed_parts(graph, spent):
+        for number, path in enumerate([paths[0], *paths[:max_images]]):
+            start = time.perf_counter()
+            rgb, _ = Photo(path).read(model.preprocessing.enough)
+            pixels = model.preprocessing(rgb).transpose(2, 0, 1)[None]
+            decoded = time.perf_counter()
+            model(pixels.copy())
+            if number == 0:  # the first image comes twice, because it warms up
+                spent.clear()
+                spent["decode"] = 0.0
+            else:
+                spent["decode"] += decoded - start
+                total += time.perf_counter() - start
+    spent["search and score" if graph else "graph"] = total - sum(spent.values())
+    return {name: 1000 * seconds / number for name, seconds in spent.items()}
+
+
+def write_csv(path: Path, verdicts: Sequence[FileVerdict]) -> None:
+    """image, score, p_value, verdict, threshold, seconds, error; written whole or not at all."""
+    rows = [
+        [
+            verdict.image,
+            None if verdict.score is None else f"{verdict.score:.9g}",
+            None if verdict.p_value is None else f"{verdict.p_value:.6g}",
+            verdict.verdict,
+            f"{from_finite(verdict.threshold):.9g}",
+            f"{verdict.seconds:.4f}",
+            verdict.error,
+        ]
+        for verdict in verdicts
+    ]
+    files.write_csv(path, ["image", "score", "p_value", "verdict", "threshold", "seconds", "error"], rows)
+
+
+@contextmanager
+def _timed_parts(graph: Any, spent: dict[str, float]) -> Iterator[None]:
+    """While it is open, add the seconds that each child of a torch module takes to `spent`.
+
+    This room imports no torch: the module and its hooks are used by the names of their methods alone.
+    """
     started: dict[str, float] = {}
 
     def before(name: str) -> Callable[..., None]:
@@ -123,41 +155,16 @@ def profile(detector: "Inspector", paths: Sequence[Path], most: int = 20) -> dic
     hooks = []
     for name, part in graph.named_children() if graph else ():
         hooks += [part.register_forward_pre_hook(before(name)), part.register_forward_hook(after(name))]
-    images_read = 0
-    whole = 0.0
-    for path in [paths[0], *paths[:most]]:  # the first one twice: it warms up
-        start = time.perf_counter()
-        rgb, _ = Photo(path).read(detector.preprocessing.enough)
-        pixels = detector.preprocessing(rgb).transpose(2, 0, 1)[None]
-        decoded = time.perf_counter()
-        detector(pixels.copy())
-        if images_read == 0:
-            spent = {"decode": 0.0}
-        else:
-            spent["decode"] += decoded - start
-            whole += time.perf_counter() - start
-        images_read += 1
-    for hook in hooks:
-        hook.remove()
-    spent["search and score" if graph else "graph"] = whole - sum(spent.values())
-    return {name: 1000 * seconds / (images_read - 1) for name, seconds in spent.items()}
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
-def write_csv(path: Path, rows: Sequence[Row]) -> None:
-    """image, score, p_value, verdict, threshold, seconds, error; written whole or not at all."""
-    with files.new_file(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["image", "score", "p_value", "verdict", "threshold", "seconds", "error"])
-        for row in rows:
-            score = "" if row.score is None else f"{row.score:.9g}"
-            p = "" if row.p_value is None else f"{row.p_value:.6g}"
-            level, seconds = f"{row.threshold:.9g}", f"{row.seconds:.4f}"
-            writer.writerow([row.path, score, p, row.verdict, level, seconds, row.error])
-
-
-def _overlay_names(paths: Sequence[Path], folder: Path) -> dict[Path, Path]:
-    """<folder>/<stem>.png, with as many parent folders in the name as it takes to tell the photographs apart."""
-    for depth in range(1, 20):
+def _output_names(paths: Sequence[Path], folder: Path) -> dict[Path, Path]:
+    """<folder>/<name>.png, with as many parent folders in the name as it takes to tell the photographs apart."""
+    for depth in range(1, MAX_DEPTH):
         names = {path: "_".join([*path.parts[-depth:-1], path.name]).strip("/_") for path in paths}
         if len(set(names.values())) == len(names):
             break

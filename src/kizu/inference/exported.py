@@ -21,10 +21,10 @@ from kizu.data import image as images
 from kizu.data.preprocessing import Preprocessing
 from kizu.errors import ModelError, require
 from kizu.inference import model_folder as saved
-from kizu.inference.evidence import Lookalike
 from kizu.inference.image_features import Wholes
 from kizu.inference.inspector import Inspector
 from kizu.inference.parity import Cases, Difference, Tolerance
+from kizu.inference.prediction import NearestPatch
 
 __all__ = ["BACKENDS", "CASES", "KEEPSAKES", "Exported", "digest", "load", "open_graph", "seal"]
 
@@ -86,7 +86,7 @@ class Exported(Inspector):
         wholes = Wholes(**self._keepsakes, groups=list(self.facts["groups"]), names=self.training["names"])
         return scores, maps, wholes.explain(*told)
 
-    def nearest_good(self, seen: npt.NDArray[np.uint8], place: tuple[float, float]) -> Lookalike | None:
+    def nearest_good(self, seen: npt.NDArray[np.uint8], place: tuple[float, float]) -> NearestPatch | None:
         banks = [name.removeprefix("entry ") for name in self.export["outputs"] if name.startswith("entry ")]
         if not banks:
             return None
@@ -101,7 +101,7 @@ class Exported(Inspector):
             number = int(self._keepsakes[f"images {bank}"][entry])
             found.append((float(distances[0][here]), number, ((column + 0.5) / width, (row + 0.5) / height)))
         distance, number, there = max(found)
-        return Lookalike(self.training["names"][number], number, there, distance)
+        return NearestPatch(self.training["names"][number], number, there, distance)
 
     def verify(self, most: int | None = None) -> Difference:
         """Judge the photographs that lie inside again, or the first of them, and compare with what torch said.

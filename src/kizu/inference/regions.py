@@ -2,9 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import Field
 
 from kizu.calibration.threshold import p_value
 
@@ -20,12 +22,15 @@ Mask = npt.NDArray[np.bool_]
 class MarkedRegion:
     """A connected region of the anomaly map above the level, in pixels of the photograph."""
 
-    box: tuple[int, int, int, int]  # left, top, width, height
-    area: int  # pixels
-    peak: float  # the map's largest value in it
-    place: tuple[int, int]  # x, y of the peak
-    p_value: float  # how often a good image has so high a peak anywhere, at most
-    contour: list[tuple[int, int]]  # corners (x, y) of its outer border, clockwise; pixel (0, 0) spans (0, 0)–(1, 1)
+    box: Annotated[tuple[int, int, int, int], Field(description="left, top, width, height")]
+    area: Annotated[int, Field(description="pixels")]
+    peak: Annotated[float, Field(description="the map's largest value in it")]
+    place: Annotated[tuple[int, int], Field(description="x, y of the peak")]
+    p_value: Annotated[float, Field(description="at most this share of good images has so high a peak anywhere")]
+    contour: Annotated[
+        list[tuple[int, int]],
+        Field(description="corners (x, y) of the outer border, clockwise; pixel (0, 0) spans (0, 0) to (1, 1)"),
+    ]
 
 
 def find_regions(values: npt.NDArray[np.float32], level: float, good_peaks: Sequence[float]) -> list[MarkedRegion]:

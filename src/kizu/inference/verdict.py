@@ -1,27 +1,18 @@
-"""What is said of one photograph, as plain values: one shape for the server, the watcher and what they keep."""
+"""The verdict on one photograph as plain values: the one shape for commands, server, watcher and what they keep."""
 
-import math
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import BaseModel, Field
 
+from kizu.calibration.threshold import finite
 from kizu.errors import BadImage
+from kizu.inference.regions import MarkedRegion
 
 if TYPE_CHECKING:
-    from kizu.inference.inspector import Inspector, Prediction
+    from kizu.inference.inspector import Inspector
+    from kizu.inference.prediction import Prediction
 
-__all__ = ["Region", "Verdict", "finite", "verdict_of"]
-
-
-class Region(BaseModel):
-    """A marked region, in pixels of the photograph."""
-
-    box: tuple[int, int, int, int] = Field(description="left, top, width, height")
-    area: int = Field(description="pixels")
-    peak: float = Field(description="the map's largest value in it")
-    place: tuple[int, int] = Field(description="x, y of the peak")
-    p_value: float = Field(description="how often a good image has so high a peak anywhere, at most")
-    contour: list[tuple[int, int]] = Field(description="corners (x, y) of the outer border, clockwise")
+__all__ = ["Verdict"]
 
 
 class Verdict(BaseModel):
@@ -30,29 +21,25 @@ class Verdict(BaseModel):
     image: str = Field(description="the photograph's name")
     verdict: Literal["pass", "stop", "error"]
     score: float | None = Field(None, description="how anomalous")
-    p_value: float | None = Field(None, description="how often a good part looks at least so unusual, at most")
+    p_value: float | None = Field(None, description="at most this share of good parts scores as high")
     threshold: float | None = Field(None, description="a part is stopped above it; null: the model stops nothing")
-    regions: list[Region] = Field([], description="what is marked, the most anomalous first")
+    regions: list[MarkedRegion] = Field([], description="what is marked, the most anomalous first")
     parts: dict[str, Any] = Field({}, description="what the score is made of, where a method says more")
     error: str = Field("", description="why there is no verdict")
 
-
-def verdict_of(name: str, outcome: "Prediction | BadImage", model: "Inspector") -> Verdict:
-    """The verdict on a photograph called `name`."""
-    level = finite(model.threshold.value)
-    if isinstance(outcome, BadImage):
-        return Verdict(image=name, verdict="error", threshold=level, error=outcome.reason)
-    return Verdict(
-        image=name,
-        verdict="stop" if outcome.is_anomalous else "pass",
-        score=outcome.score,
-        p_value=outcome.p_value,
-        threshold=level,
-        regions=[Region(**vars(region)) for region in outcome.regions],
-        parts=outcome.parts,
-    )
-
-
-def finite(value: float) -> float | None:
-    """Numbers that JSON knows."""
-    return value if math.isfinite(value) else None
+    @classmethod
+    def of(cls, image: str, outcome: "Prediction | BadImage", model: "Inspector", **values: Any) -> Self:
+        """What the model says of a photograph called `image`; a subclass takes its other fields as `values`."""
+        threshold = finite(model.threshold.value)
+        if isinstance(outcome, BadImage):
+            return cls(image=image, verdict="error", threshold=threshold, error=outcome.reason, **values)
+        return cls(
+            image=image,
+            verdict="stop" if outcome.is_anomalous else "pass",
+            score=outcome.score,
+            p_value=outcome.p_value,
+            threshold=threshold,
+            regions=outcome.regions,
+            parts=outcome.parts,
+            **values,
+        )

@@ -12,10 +12,10 @@ import numpy.typing as npt
 
 from kizu.data import image as images
 from kizu.errors import BadImage, KizuError
-from kizu.inference.evidence import Evidence
+from kizu.inference.prediction import Evidence, Prediction
 
 if TYPE_CHECKING:
-    from kizu.inference.inspector import Inspector, Prediction
+    from kizu.inference.inspector import Inspector
 
 __all__ = ["Answer", "Loaded", "Microbatcher", "QueueFull", "Upload"]
 

@@ -9,12 +9,11 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from kizu.calibration.threshold import Threshold, calibrate, p_value
+from kizu.calibration.threshold import Threshold, calibrate, finite, p_value
 from kizu.data import image as images
 from kizu.errors import BadImage
-from kizu.inference.evidence import Evidence
-from kizu.inference.inspector import Inspector, Prediction
-from kizu.inference.verdict import finite, verdict_of
+from kizu.inference.inspector import Inspector
+from kizu.inference.prediction import Evidence, Prediction
 from kizu.serving.batcher import Answer, Loaded, Upload
 from kizu.serving.schemas import Judged, Map, Model, Pair, Promise
 
@@ -38,7 +37,7 @@ class Wishes:
 def judged(upload: Upload, answer: Answer, wishes: Wishes) -> Judged:
     """The whole answer about one photograph."""
     outcome, model = answer.outcome, answer.loaded.model
-    found = Judged(**vars(verdict_of(upload.name, outcome, model)))
+    found = Judged.of(upload.name, outcome, model)
     if isinstance(outcome, BadImage):
         return found
     found.height, found.width = outcome.shape
@@ -109,9 +108,9 @@ def _map(prediction: Prediction, model: Inspector, format: Literal["png", "npy"]
 
 
 def _pair(one: Evidence) -> Pair:
-    there = None if one.there is None else _jpeg(one.there)
+    there = None if one.match_crop is None else _jpeg(one.match_crop)
     near = one.nearest
-    return Pair(region=one.region, image=near.image, distance=near.distance, here=_jpeg(one.here), there=there)
+    return Pair(region=one.region, image=near.image, distance=near.distance, here=_jpeg(one.query_crop), there=there)
 
 
 def _shrunk(upload: Upload, side: int) -> npt.NDArray[np.uint8]:

@@ -74,7 +74,7 @@ def import_models(path: str, output: str, good: str | None, quiet: bool, **optio
     Example:  kizu import results/project/group/models --output models --good photos/more_good
     """
     from kizu.export import reference_files as models
-    from kizu.inference.batch import listing
+    from kizu.inference.batch import image_paths
 
     found = models.found_models(path)
     if not found:
@@ -95,7 +95,7 @@ def import_models(path: str, output: str, good: str | None, quiet: bool, **optio
         )
         if good is not None:
             with terminal.progress(quiet) as progress:
-                detector.calibrate(listing([good]), progress=progress(folder.name))
+                detector.calibrate(image_paths([good]), progress=progress(folder.name))
         detector.save(target)
         if not quiet:
             seen = "×".join(map(str, detector.config.size))

@@ -35,7 +35,7 @@ from kizu.features import backbone
 from kizu.features.anomaly_map import MapUpsampling
 from kizu.features.backbone import weights_hash
 from kizu.features.patch_features import PatchFeatures, as_rows
-from kizu.inference.evidence import Lookalike
+from kizu.inference.prediction import NearestPatch
 
 __all__ = ["PatchCore"]
 
@@ -313,14 +313,14 @@ class PatchCore(Detector):
         assert isinstance(graph, PatchCoreGraph)
         return graph
 
-    def nearest_good(self, seen: npt.NDArray[np.uint8], place: tuple[float, float]) -> Lookalike | None:
+    def nearest_good(self, seen: npt.NDArray[np.uint8], place: tuple[float, float]) -> NearestPatch | None:
         graph = self._first()
         with torch.inference_mode():
             pixels = torch.from_numpy(seen.transpose(2, 0, 1)[None].copy()).to(self.device)
             distance, number, (x, y) = graph.nearest(pixels, (place[0] / seen.shape[1], place[1] / seen.shape[0]))
         if number < 0:  # of an image that another program learned from
             return None
-        return Lookalike(self.training["names"][number], number, (x, y), distance)
+        return NearestPatch(self.training["names"][number], number, (x, y), distance)
 
     def update(
         self,

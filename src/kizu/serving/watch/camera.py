@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from kizu.errors import OptionError, require
-from kizu.inference.inspector import Photo
+from kizu.inference.prediction import Photo
 from kizu.serving.watch.incoming import Arrival
 from kizu.serving.watch.ledger import Identity
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kizu.data import image as images
-from kizu.inference.inspector import Photo
+from kizu.inference.prediction import Photo
 from kizu.serving.watch.ledger import Identity
 
 __all__ = ["Arrival", "Arrivals"]

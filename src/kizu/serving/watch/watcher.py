@@ -12,7 +12,7 @@ from kizu.data import files
 from kizu.data import image as images
 from kizu.errors import BadImage
 from kizu.inference.inspector import Inspector
-from kizu.inference.verdict import Verdict, verdict_of
+from kizu.inference.verdict import Verdict
 from kizu.serving.watch.incoming import Arrival, Arrivals
 from kizu.serving.watch.ledger import Ledger, rows
 from kizu.serving.watch.sinks import Courier, Sink
@@ -61,7 +61,7 @@ class Watch:
             arrival = asked[id(photo)]
             if isinstance(outcome, BadImage) and not arrival.final:
                 continue
-            judged[id(photo)] = _row(arrival, verdict_of(arrival.identity[0], outcome, model), name)
+            judged[id(photo)] = _row(arrival, Verdict.of(arrival.identity[0], outcome, model), name)
             if self._aside is not None and arrival.path is None and judged[id(photo)]["verdict"] == "stop":
                 images.write(self._aside / f"{arrival.identity[0]}.png", photo.read()[0])
         written = [arrival for arrival in some if id(arrival.photo) in judged]

@@ -1,0 +1,120 @@
+"""A photograph, what a model says of it, and why."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kizu.calibration.threshold import p_value
+from kizu.data import image as images
+from kizu.data.preprocessing import Readable
+from kizu.data.sample import Sample
+from kizu.inference.regions import MarkedRegion, find_regions
+
+if TYPE_CHECKING:
+    from kizu.inference.inspector import Inspector
+
+__all__ = ["Evidence", "NearestPatch", "Photo", "Prediction", "name_of", "readable"]
+
+RGB = npt.NDArray[np.uint8]  # (H, W, 3)
+
+
+@dataclass(frozen=True)
+class Photo:
+    """A photograph from anywhere: a file's path, encoded bytes, an array or a PIL image."""
+
+    source: images.Source
+
+    def read(self, at_least: tuple[int, int] | None = None) -> tuple[RGB, tuple[int, int]]:
+        return images.read_at_least(self.source, at_least)
+
+    @property
+    def name(self) -> str:
+        return images.name_of(self.source)
+
+
+@dataclass(frozen=True)
+class NearestPatch:
+    """The patch of a good training image that is nearest to a patch of the photograph."""
+
+    image: str  # name of the training image
+    number: int  # of the training image
+    place: tuple[float, float]  # x, y of the patch's centre, shares of the width and height that the network sees
+    distance: float  # in units of what is typical of good parts there
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """A marked place, the nearest good patch, and both as pictures."""
+
+    region: int  # number of the marked region, from 1; 0: the highest place of a photograph without marked regions
+    nearest: NearestPatch
+    query_crop: RGB  # what the network sees around the marked place
+    match_crop: RGB | None  # what it saw around the nearest good patch, where a picture of that image is at hand
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a model says of one photograph. Unpacks to (score, anomaly map)."""
+
+    score: float
+    threshold: float
+    input_map: images.Float  # (h, w), of the network's input
+    shape: tuple[int, int]  # of the photograph
+    item: Readable
+    detector: "Inspector"
+    parts: dict[str, Any] = field(default_factory=dict)  # what the score is made of, where the method says more
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.score, self.anomaly_map))
+
+    @property
+    def is_anomalous(self) -> bool:
+        """Whether to stop the part."""
+        return self.score > self.threshold
+
+    @property
+    def p_value(self) -> float:
+        """At most this share of good parts scores as high. At or below the promised rate, the part is stopped."""
+        return p_value(self.score, self.detector.calibration_scores)
+
+    @cached_property
+    def anomaly_map(self) -> images.Float:
+        """(H, W) float32 over the photograph: how anomalous each pixel's surroundings are."""
+        return self.detector.preprocessing.restore(self.input_map, self.shape)
+
+    @property
+    def marked(self) -> npt.NDArray[np.bool_]:
+        """(H, W): the pixels above the pixel threshold, which as few good images reach as may be stopped."""
+        return self.anomaly_map > self.detector.map_level
+
+    @cached_property
+    def regions(self) -> list[MarkedRegion]:
+        """What is marked, region by region, the most anomalous first."""
+        level = self.detector.map_level
+        return find_regions(self.anomaly_map, level, self.detector.map_peaks) if self.input_map.max() > level else []
+
+    def why(self) -> list[Evidence]:
+        """For the most anomalous places, the good patches from training that look most like them.
+
+        Empty for methods that remember no patches. Raises `BadImage` when the photograph cannot be read any more.
+        """
+        return self.detector.explain(self)
+
+    def overlay(self) -> RGB:
+        """The photograph, its map glowing over it, contours and numbered boxes where it is marked. (H, W, 3) uint8."""
+        glow = images.overlay(self.item.read()[0], self.anomaly_map, *self.detector.scale, self.detector.map_level)
+        return images.framed(glow, [region.box for region in self.regions])
+
+
+def readable(image: images.Source | Sample | Photo) -> Sample | Photo:
+    """Samples and photos as they are; paths, arrays, bytes and PIL images as photos."""
+    return image if isinstance(image, Sample | Photo) else Photo(image)
+
+
+def name_of(item: Readable) -> str:
+    """What to call a photograph in a list."""
+    return item.path.name if isinstance(item, Sample) else getattr(item, "name", "image")
