@@ -60,7 +60,7 @@ class Remembering(nn.Module):
         super().__init__()
         self.network, self.layers = network, network.layers
 
-    def with_wholes(self, images: Tensor, kind: str) -> tuple[list[Tensor], dict[str, Tensor]]:
+    def forward_with_global_features(self, images: Tensor, kind: str) -> tuple[list[Tensor], dict[str, Tensor]]:
         maps = self(images)
         return maps, {name: layer.mean((2, 3)) for name, layer in zip(self.layers, maps, strict=True)}
 

@@ -78,7 +78,7 @@ def test_exact_over_efficientad_uses_its_student(tmp_path):
         with torch.inference_mode():
             taught, answers, _ = graph.base.views(pixels)
             seen = taught if extractor == "teacher" else answers[:, : taught.shape[1]]
-            torch.testing.assert_close(joined(graph.base.wholes(pixels, extractor)), seen.mean((2, 3)))
+            torch.testing.assert_close(joined(graph.base.global_features(pixels, extractor)), seen.mean((2, 3)))
         check_exact(detector, GOOD[:6], held_out)
 
 
@@ -89,7 +89,7 @@ def check_exact(detector, good, held_out):
     def looked_at(pictures):
         with torch.inference_mode():  # in the batches that the detector learned in: rounding depends on it
             found = [
-                base.with_wholes(torch.from_numpy(pixels(pictures[n : n + 4])), detector.config.whole)
+                base.forward_with_global_features(torch.from_numpy(pixels(pictures[n : n + 4])), detector.config.whole)
                 for n in range(0, len(pictures), 4)
             ]
         features = torch.cat([joined(wholes) for _, _, wholes in found])
@@ -198,7 +198,7 @@ def test_with_a_transformer_the_whole_may_be_its_class_token(feature, dimensions
             for number, block in enumerate(network.blocks[:4]):
                 x = block(x)
                 tokens += [x[:, 0]] if number in (1, 3) else []
-            ours = torch.cat(list(detector.graph.base.wholes(pixels.permute(0, 3, 1, 2), "token").values()), 1)
+            ours = torch.cat(list(detector.graph.base.global_features(pixels.permute(0, 3, 1, 2), "token").values()), 1)
         torch.testing.assert_close(ours, torch.cat(tokens, 1), rtol=1e-3, atol=1e-4)
     loaded = kizu.load(detector.save(tmp_path / "model"))
     assert loaded.predict(part(5)).parts == detector.predict(part(5)).parts

@@ -60,7 +60,7 @@ def bank(count, seed=0):
     """Features of real shape and size: of rows that the network gives, with noise."""
     settings = {"size": 64, "fusion": "stack", "local_scale": False, "layers": LAYERS}
     detector = kizu.PatchCore(**settings, pretrain_embed_dimension=48, target_embed_dimension=32, coreset=1).fit(GOOD)
-    rows = detector.graph.memory[0].entries.numpy()
+    rows = detector.graph.banks[0].entries.numpy()
     random = np.random.default_rng(seed)
     return (rows[random.integers(len(rows), size=count)] + random.normal(0, 0.3, (count, 32))).astype(np.float32)
 

@@ -197,13 +197,13 @@ class Detector(Inspector):
             scores, maps = self.graph(torch.from_numpy(pixels).to(self.device))
         return scores.numpy(force=True), maps.numpy(force=True)
 
-    def tell(self, images: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """The graph on a batch (B, 3, h, w), and by name whatever else an exported graph shall give of each image."""
+    def forward_with_extras(self, images: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Scores and maps of a batch (B, 3, h, w), and by name what else an exported graph puts out for each image."""
         assert self.graph is not None
         return *self.graph(images), {}
 
-    def keepsakes(self) -> dict[str, Tensor]:
-        """What an exported model needs beside its graph to say more than scores and maps."""
+    def export_tables(self) -> dict[str, Tensor]:
+        """Tables that an exported model needs beside its graph, to explain what scores and maps alone do not."""
         return {}
 
     def save(self, folder: str | os.PathLike[str], *, keep_previous: bool = False) -> Path:

@@ -111,7 +111,7 @@ def export(
 
 
 class _Verdict(nn.Module):
-    """A detector's graph with everything that follows from it: score, p-value, verdict, map, and what else it tells."""
+    """A detector's graph with everything that follows from it: score, p-value, verdict, map, the method's extras."""
 
     good: Tensor
     level: Tensor
@@ -123,10 +123,10 @@ class _Verdict(nn.Module):
         self.register_buffer("level", torch.tensor(detector.threshold.value, dtype=torch.float64))
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        scores, maps, told = self.detector.tell(images)
+        scores, maps, extras = self.detector.forward_with_extras(images)
         exact = scores.double()
         reached = (self.good >= exact[:, None]).sum(1).double() if len(self.good) else torch.zeros_like(exact)
-        return scores, (1 + reached) / (1 + len(self.good)), exact > self.level, maps, *told.values()
+        return scores, (1 + reached) / (1 + len(self.good)), exact > self.level, maps, *extras.values()
 
 
 def spoilt(photos: Pixels) -> Pixels:
@@ -211,7 +211,7 @@ def _write_graph(detector: Detector, file: Path) -> list[str]:
     module = _Verdict(detector).eval()
     example = torch.zeros(2, 3, *detector.preprocessing.size, dtype=torch.uint8)
     with torch.no_grad():
-        names = ["score", "p_value", "verdict", "map", *detector.tell(example)[2]]
+        names = ["score", "p_value", "verdict", "map", *detector.forward_with_extras(example)[2]]
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
@@ -266,12 +266,12 @@ def _deliver(file: Path, folder: Path, to: Format) -> None:
 
 
 def _write_rest(detector: Detector, folder: Path, truth: Cases) -> None:
-    """What lies beside the graph: cases, of the lowest and the highest score first, keepsakes, thumbnails."""
+    """What lies beside the graph: cases, of the lowest and the highest score first, tables, thumbnails."""
     order = truth.scores.argsort().tolist()
     lowest, *others = (order[place] for place in _spread(order))
     truth.take([lowest, *reversed(others)]).write(folder / CASES)
-    if keepsakes := {name: tensor.contiguous() for name, tensor in detector.keepsakes().items()}:
-        save_file(keepsakes, folder / KEEPSAKES)
+    if tables := {name: tensor.contiguous() for name, tensor in detector.export_tables().items()}:
+        save_file(tables, folder / KEEPSAKES)
     if detector.thumbnails:
         saved.write_thumbnails(folder, detector.thumbnails)
 

@@ -175,7 +175,7 @@ def _read_patchcore(
         _patchcore_graph(config, folder / f"{prefix}{INDEX}")
         for config, prefix in zip(detector.config.members(), prefixes, strict=True)
     ]
-    units = [_between(graph.memory[0].entries) for graph in graphs]
+    units = [_between(graph.banks[0].entries) for graph in graphs]
     graph: PatchCoreGraph | EnsembleGraph = graphs[0]
     if len(graphs) > 1:
         graph = EnsembleGraph(graphs)
@@ -183,7 +183,7 @@ def _read_patchcore(
         graph.map_stats.copy_(graph.score_stats)
     detector.graph = graph.eval().requires_grad_(False).to(detector.device)
     detector.training = _unknown()
-    detector.facts = {"bank": [len(g.memory[0].entries) for g in graphs], "read from": str(folder)}
+    detector.facts = {"bank": [len(g.banks[0].entries) for g in graphs], "read from": str(folder)}
     detector.scale = (0.0, 2.0 if len(graphs) > 1 else 2 * units[0])
     return detector
 
@@ -254,7 +254,7 @@ def _write_patchcore(detector: PatchCore, folder: Path) -> Path:
         for number, member in enumerate(members, 1):
             assert isinstance(member, PatchCoreGraph)
             prefix = f"Ensemble-{number}-{len(members)}_" if len(members) > 1 else ""
-            bank = member.memory[0]
+            bank = member.banks[0]
             order = bank.places.argsort() if bool((bank.images == ELSEWHERE).all()) else slice(None)
             write_plain(temporary / f"{prefix}{PARAMETERS}", _published_parameters(member))
             flatindex.write(temporary / f"{prefix}{INDEX}", bank.entries[order].numpy(force=True))
@@ -281,7 +281,7 @@ def _published_parameters(graph: PatchCoreGraph) -> dict[str, Any]:
     config = graph.config
     dimensions = config.pretrain_embed_dimension, config.target_embed_dimension
     if dimensions == (None, None):
-        device = graph.memory[0].entries.device
+        device = graph.banks[0].entries.device
         with torch.inference_mode():
             maps = graph.backbone(torch.zeros(1, 3, *config.size, dtype=torch.uint8, device=device))
         channels = {layer.shape[1] for layer in maps}
@@ -290,7 +290,7 @@ def _published_parameters(graph: PatchCoreGraph) -> dict[str, Any]:
                 f"The published PatchCore pools all layers to as many channels, and these have {sorted(channels)}: "
                 "train with --pretrain-embed-dimension and --target-embed-dimension"
             )
-        dimensions = channels.pop(), graph.memory[0].entries.shape[1]
+        dimensions = channels.pop(), graph.banks[0].entries.shape[1]
     return {
         "backbone.name": names.published(config.backbone),
         "layers_to_extract_from": list(graph.backbone.layers),

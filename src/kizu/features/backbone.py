@@ -89,8 +89,8 @@ class Backbone(nn.Module):
     def _normalised(self, images: Tensor) -> Tensor:
         return (images.contiguous(memory_format=torch.channels_last) - self.mean) / self.std
 
-    def with_wholes(self, images: Tensor, kind: str) -> tuple[list[Tensor], dict[str, Tensor]]:
-        """As `forward`, and from the same pass what stands for the whole image at each layer, (B, C) by its name.
+    def forward_with_global_features(self, images: Tensor, kind: str) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """As `forward`, and from the same pass features of the whole image: (B, C) for each layer, by its name.
 
         `kind` is "mean", over the layer's places; "token", a transformer's class token; or "both".
         """
@@ -99,7 +99,7 @@ class Backbone(nn.Module):
             return maps, {name: layer.mean((2, 3)) for name, layer in zip(self.layers, maps, strict=True)}
         if getattr(getattr(self.network, "model", None), "cls_token", None) is None:
             raise OptionError(f"--feature {kind}: only transformers have a class token; use --feature mean")
-        found = self.network.model.forward_intermediates(
+        outputs = self.network.model.forward_intermediates(
             self._normalised(images),
             indices=self.network.out_indices,
             return_prefix_tokens=True,
@@ -107,11 +107,12 @@ class Backbone(nn.Module):
             output_fmt=self.network.output_fmt,
             intermediates_only=True,
         )
-        maps = [found[index][0] for index in self.order]
-        wholes = {f"{name} token": found[index][1][:, 0] for name, index in zip(self.layers, self.order, strict=True)}
+        maps = [outputs[index][0] for index in self.order]
+        tokens = [outputs[index][1][:, 0] for index in self.order]
+        global_features = {f"{name} token": token for name, token in zip(self.layers, tokens, strict=True)}
         if kind == "both":
-            wholes |= {name: layer.mean((2, 3)) for name, layer in zip(self.layers, maps, strict=True)}
-        return maps, wholes
+            global_features |= {name: layer.mean((2, 3)) for name, layer in zip(self.layers, maps, strict=True)}
+        return maps, global_features
 
     def fold(self) -> None:
         """Move each batch normalisation into the convolution before it, as a trial run shows the pairs; and padding.

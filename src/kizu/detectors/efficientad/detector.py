@@ -96,7 +96,7 @@ class EfficientADGraph(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         return self.rate(*self.views(images))
 
-    def with_wholes(self, images: Tensor, kind: str) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def forward_with_global_features(self, images: Tensor, kind: str) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """As `forward`, and from the same pass the mean over all places of what "student" or "teacher" sees, (B, C).
 
         Of the student it is the half that mimics the teacher; the teacher's is normalised.
@@ -105,7 +105,7 @@ class EfficientADGraph(nn.Module):
         wholes = self._means(views, kind)
         return *self.rate(*views), wholes
 
-    def wholes(self, images: Tensor, kind: str) -> dict[str, Tensor]:
+    def global_features(self, images: Tensor, kind: str) -> dict[str, Tensor]:
         """The last of these alone."""
         framed = self.framed(normalised(images))
         views = (self.taught(framed), None) if kind == "teacher" else (None, self.student(framed))

@@ -10,7 +10,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -45,6 +45,8 @@ CALIBRATED = 1000  # images that set scales and threshold where their features m
 class PatchCoreGraph(nn.Module):
     """uint8 images (B, 3, H, W) → scores (B,), anomaly maps (B, 1, H, W)."""
 
+    banks: Sequence[Bank]  # one for each tap; an nn.ModuleList, so that they are saved with the graph
+
     def __init__(self, config: PatchCoreConfig, network: backbone.Backbone) -> None:
         super().__init__()
         self.config = config
@@ -58,21 +60,16 @@ class PatchCoreGraph(nn.Module):
             config.patchstride,
             config.patchsize_aggregate,
         )
-        self.banks = nn.ModuleList()
+        self.banks = cast("Sequence[Bank]", nn.ModuleList())
 
     def complete(self, banks: Sequence[Bank], grids: Sequence[tuple[int, int]]) -> None:
         """Give it its memory, and the grid of patches (h, w) that each bank is for; the map is made from the first."""
-        self.banks, self.grids = nn.ModuleList(banks), list(grids)
+        self.banks, self.grids = cast("Sequence[Bank]", nn.ModuleList(banks)), list(grids)
         if self.config.search == "ivfpq":
             for bank in banks:
                 bank.quantise = partial(QuantisedCells, on_gpu=self.config.faiss_on_gpu)
         self.register_buffer("grid_sizes", torch.tensor(grids))  # so that a saved model knows them
         self.upsample = MapUpsampling(grids[0], self.config.size, self.config.smoothing).to(banks[0].entries.device)
-
-    @property
-    def memory(self) -> list[Bank]:
-        """The banks, one for each tap."""
-        return [bank for bank in self.banks if isinstance(bank, Bank)]
 
     def embed(self, images: Tensor) -> list[Tensor]:
         """(B, 3, H, W) → patch features (B, D, h, w) for each bank."""
@@ -92,28 +89,28 @@ class PatchCoreGraph(nn.Module):
         anomaly_maps: Tensor = self.upsample(grid)
         return scores, anomaly_maps
 
-    def with_wholes(self, images: Tensor, kind: str) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """As `forward`, and from the same pass what stands for the whole image, as `Backbone.with_wholes` gives it."""
-        maps, wholes = self.backbone.with_wholes(images, kind)
+    def forward_with_global_features(self, images: Tensor, kind: str) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """As `forward`, and the global features of `Backbone.forward_with_global_features` from the same pass."""
+        maps, global_features = self.backbone.forward_with_global_features(images, kind)
         scores, grid = self.rate_layers(self.gather(maps))
-        return scores, self.upsample(grid), wholes
+        return scores, self.upsample(grid), global_features
 
-    def wholes(self, images: Tensor, kind: str) -> dict[str, Tensor]:
-        """The last of these alone."""
-        return self.backbone.with_wholes(images, kind)[1]
+    def global_features(self, images: Tensor, kind: str) -> dict[str, Tensor]:
+        """Global features alone, as `forward_with_global_features` gives them."""
+        return self.backbone.forward_with_global_features(images, kind)[1]
 
-    def tell(self, images: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def forward_with_extras(self, images: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """As `forward`, and for each bank the entry nearest to each patch (B, h, w), and how unusually far it is."""
         layers = self.embed(images)
-        hits = [self.search(bank, as_rows(layer)) for bank, layer in zip(self.memory, layers, strict=True)]
+        hits = [self.search(bank, as_rows(layer)) for bank, layer in zip(self.banks, layers, strict=True)]
         scores, grid = self.judge(hits, [layer.shape for layer in layers])
-        told = {}
-        for number, (bank, hit, layer) in enumerate(zip(self.memory, hits, layers, strict=True)):
+        extras = {}
+        for number, (bank, hit, layer) in enumerate(zip(self.banks, hits, layers, strict=True)):
             entries, grid_shape = hit.entries[:, 0], (layer.shape[0], *layer.shape[2:])
             usual = bank.usual(self.config.local_scale)[entries]
-            told[f"entry {number}"] = entries.view(grid_shape)
-            told[f"distance {number}"] = (hit.distances[:, 0] / usual).view(grid_shape)
-        return scores, self.upsample(grid), told
+            extras[f"entry {number}"] = entries.view(grid_shape)
+            extras[f"distance {number}"] = (hit.distances[:, 0] / usual).view(grid_shape)
+        return scores, self.upsample(grid), extras
 
     def rate(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 3, H, W) → scores (B,) and patch scores (B, h, w)."""
@@ -121,7 +118,7 @@ class PatchCoreGraph(nn.Module):
 
     def rate_layers(self, layers: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """As `rate`, from patch features for each bank."""
-        hits = [self.search(bank, as_rows(layer)) for bank, layer in zip(self.memory, layers, strict=True)]
+        hits = [self.search(bank, as_rows(layer)) for bank, layer in zip(self.banks, layers, strict=True)]
         return self.judge(hits, [layer.shape for layer in layers])
 
     def search(self, bank: Bank, queries: Tensor, own: Tensor | None = None) -> Hits:
@@ -142,7 +139,7 @@ class PatchCoreGraph(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Scores and patch scores of images from their hits in each bank, for features of `shapes`."""
         grids = []
-        for number, (bank, hit, (count, _, height, width)) in enumerate(zip(self.memory, hits, shapes, strict=True)):
+        for number, (bank, hit, (count, _, height, width)) in enumerate(zip(self.banks, hits, shapes, strict=True)):
             rated = self.patch_scores(bank, hit, None if without is None else without[number])
             grids.append(rated.view(count, 1, height, width))
         grid = grids[0]
@@ -172,7 +169,7 @@ class PatchCoreGraph(nn.Module):
         of width and height.
         """
         found = []
-        for bank, layer, (height, width) in zip(self.memory, self.embed(image), self.grids, strict=True):
+        for bank, layer, (height, width) in zip(self.banks, self.embed(image), self.grids, strict=True):
             column, row = int(place[0] * width), int(place[1] * height)
             distances, entries = bank.search(layer[:, :, row, column], 1)
             entry = int(entries[0, 0])
@@ -186,7 +183,7 @@ class PatchCoreGraph(nn.Module):
 
         `worst` (B,) says which queries are the images' most anomalous patches m_t.
         """
-        bank = self.memory[0]
+        bank = self.banks[0]
         assert hit.queries is not None
         nearest_entries = bank.entries[hit.entries[worst, 0]]  # m* (B, D)
         own = None if hit.own is None else hit.own[worst]
@@ -297,13 +294,13 @@ class PatchCore(Detector):
                 f'A model with `search="{self.config.search}"` has no exported form: train it with `search="exact"`'
             )
 
-    def tell(self, images: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def forward_with_extras(self, images: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         assert isinstance(self.graph, PatchCoreGraph | EnsembleGraph)
-        return self.graph.tell(images)
+        return self.graph.forward_with_extras(images)
 
-    def keepsakes(self) -> dict[str, Tensor]:
+    def export_tables(self) -> dict[str, Tensor]:
         kept: dict[str, Tensor] = {}
-        for number, bank in enumerate(self._first().memory):
+        for number, bank in enumerate(self._first().banks):
             kept |= {f"images {number}": bank.images, f"places {number}": bank.places}
         return kept
 
@@ -345,7 +342,7 @@ class PatchCore(Detector):
             for numbers, pixels in self.stream(photos, "Features", progress, copies=self._copies()):
                 layers = [as_rows(layer) for layer in graph.embed(pixels)]
                 banks = []
-                for bank, rows in zip(graph.memory, layers, strict=True):
+                for bank, rows in zip(graph.banks, layers, strict=True):
                     count = len(rows) // len(numbers)
                     patches = _patch_numbers(numbers + before, count)
                     banks.append(bank.exchanged(rows, patches // count, patches % count))
@@ -382,7 +379,7 @@ class PatchCore(Detector):
         merged = cls(first.config)
         graph = PatchCoreGraph(first.config, graphs[0].backbone)
         starts = [sum(part.training["images"] for part in parts[:number]) for number in range(len(parts))]
-        banks = [Bank.joined(shards, starts) for shards in zip(*(graph.memory for graph in graphs), strict=True)]
+        banks = [Bank.joined(shards, starts) for shards in zip(*(graph.banks for graph in graphs), strict=True)]
         graph.complete(banks, graphs[0].grids)
         merged.training = {
             "images": sum(part.training["images"] for part in parts),
@@ -450,7 +447,7 @@ def _recalls(graph: PatchCoreGraph, images: Tensor) -> list[float]:
     """Of each bank's approximate search, for the first training images (B, 3, H, W)."""
     numbers = torch.arange(len(images), device=images.device)
     layers = [as_rows(layer) for layer in graph.embed(images)]
-    both = zip(graph.memory, layers, strict=True)
+    both = zip(graph.banks, layers, strict=True)
     return [bank.recall(rows, numbers.repeat_interleave(len(rows) // len(images))) for bank, rows in both]
 
 

@@ -24,24 +24,24 @@ class EnsembleGraph(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         return self.combine([member(images) for member in self.members])
 
-    def with_wholes(self, images: Tensor, kind: str) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """As `forward`, and what stands for the whole image in each member, by number and layer."""
-        outcomes = [member.with_wholes(images, kind) for member in self._members()]
+    def forward_with_global_features(self, images: Tensor, kind: str) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """As `forward`, and each member's global features, by number and layer."""
+        outcomes = [member.forward_with_global_features(images, kind) for member in self._members()]
         scores, maps = self.combine([(scores, maps) for scores, maps, _ in outcomes])
-        return scores, maps, _numbered([wholes for _, _, wholes in outcomes])
+        return scores, maps, _numbered([features for _, _, features in outcomes])
 
-    def wholes(self, images: Tensor, kind: str) -> dict[str, Tensor]:
-        """The last of these alone."""
-        return _numbered([member.wholes(images, kind) for member in self._members()])
+    def global_features(self, images: Tensor, kind: str) -> dict[str, Tensor]:
+        """Global features alone, as `forward_with_global_features` gives them."""
+        return _numbered([member.global_features(images, kind) for member in self._members()])
 
     def _members(self) -> list[Any]:
         return list(self.members)
 
-    def tell(self, images: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """As `forward`, and what the first member tells."""
+    def forward_with_extras(self, images: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """As `forward`, and the first member's extras."""
         first, *others = self._members()
-        scores, maps, told = first.tell(images)
-        return *self.combine([(scores, maps), *(member(images) for member in others)]), told
+        scores, maps, extras = first.forward_with_extras(images)
+        return *self.combine([(scores, maps), *(member(images) for member in others)]), extras
 
     def learn_stats(self, rated: Sequence[tuple[Tensor, Tensor]]) -> None:
         """From each member's scores (M,) and patch scores (M, h, w) of good images."""
@@ -59,4 +59,4 @@ class EnsembleGraph(nn.Module):
 
 
 def _numbered(members: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    return {f"{number}.{name}": whole for number, wholes in enumerate(members) for name, whole in wholes.items()}
+    return {f"{number}.{name}": values for number, features in enumerate(members) for name, values in features.items()}

@@ -24,9 +24,7 @@ class Searching(Protocol):
     """A graph with memory banks, for grids of patches (h, w)."""
 
     grids: list[tuple[int, int]]
-
-    @property
-    def memory(self) -> list[Bank]: ...
+    banks: Sequence[Bank]
 
     def search(self, bank: Bank, queries: Tensor, own: Tensor | None = None) -> Hits: ...
 
@@ -40,7 +38,7 @@ class LeaveOneOut:
         self, graph: Searching, numbers: Sequence[int], features: Callable[[Sequence[int]], list[Tensor]]
     ) -> None:
         self.graph, self.numbers, self.features = graph, numbers, features
-        self.standing_in = [_StandIns(bank) for bank in graph.memory]
+        self.standing_in = [_StandIns(bank) for bank in graph.banks]
         self.kept: list[tuple[Tensor, Tensor]] = []  # distances and entries (M, P, n) of all images, for each bank
 
     def judged(self, progress: Callable[[int, int], None]) -> tuple[Tensor, Tensor]:
@@ -50,7 +48,7 @@ class LeaveOneOut:
         for start in range(0, len(self.numbers), TOGETHER):
             among_others += self._search(start)
             progress(len(among_others), total)
-        entries = self.graph.memory[0].entries
+        entries = self.graph.banks[0].entries
         scores, grids = entries.new_empty(len(among_others)), entries.new_empty(len(among_others), *self.graph.grids[0])
         for start in range(0, len(self.numbers), TOGETHER):
             some = among_others[start : start + TOGETHER]
@@ -63,7 +61,7 @@ class LeaveOneOut:
         """For some images, what is nearest in each bank among other images' entries."""
         found = []
         numbers = self.numbers[start : start + TOGETHER]
-        for which, (bank, rows) in enumerate(zip(self.graph.memory, self.features(numbers), strict=True)):
+        for which, (bank, rows) in enumerate(zip(self.graph.banks, self.features(numbers), strict=True)):
             patches = len(rows) // len(numbers)
             own = torch.tensor(numbers, device=rows.device).repeat_interleave(patches)
             hits = self.graph.search(bank, rows, own)

@@ -62,8 +62,8 @@ class PUADGraph(nn.Module):
 
     def explained(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Scores, maps, both standardised scores (B, 2), and the whole images' whitened features (B, D)."""
-        structural, anomaly_maps, wholes = self.base.with_wholes(images, self.kind)
-        whitened = self.head.whitened(joined(wholes))
+        structural, anomaly_maps, global_features = self.base.forward_with_global_features(images, self.kind)
+        whitened = self.head.whitened(joined(global_features))
         parts = self.standardised(structural, whitened.norm(dim=1))
         return self.combined(parts).to(structural.dtype), anomaly_maps, parts, whitened
 
@@ -114,7 +114,10 @@ class PUAD(Detector):
 
     def _wholes(self, graph: Any, photos: Stack, progress: Progress) -> tuple[Tensor, dict[str, int]]:
         """Whole images' features (N, D), and how many are of each group."""
-        found = [graph.wholes(pixels, self.config.whole) for _, pixels in self.stream(photos, "Whole images", progress)]
+        found = [
+            graph.global_features(pixels, self.config.whole)
+            for _, pixels in self.stream(photos, "Whole images", progress)
+        ]
         return torch.cat([joined(wholes) for wholes in found]), {name: w.shape[1] for name, w in found[0].items()}
 
     def _with_head(self, learned: FitResult, good: Tensor, others: Tensor | None, groups: dict[str, int]) -> FitResult:
@@ -206,22 +209,22 @@ class PUAD(Detector):
         if self.graph is None:
             raise ModelError("This detector has learned nothing yet: call fit first, or kizu.load a saved model.")
         with torch.inference_mode():
-            scores, maps, told = self.tell(torch.from_numpy(pixels).to(self.device))
+            scores, maps, told = self.forward_with_extras(torch.from_numpy(pixels).to(self.device))
         said = self.wholes().explain(*(told[name].numpy(force=True) for name in ("parts", "contributions", "whitened")))
         return scores.numpy(force=True), maps.numpy(force=True), said
 
-    def tell(self, images: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def forward_with_extras(self, images: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         assert isinstance(self.graph, PUADGraph)
         scores, maps, parts, whitened = self.graph.explained(images)
         told = {"parts": parts, "contributions": self.graph.contributions(parts), "whitened": whitened}
         return scores, maps, told
 
-    def keepsakes(self) -> dict[str, Tensor]:
+    def export_tables(self) -> dict[str, Tensor]:
         assert isinstance(self.graph, PUADGraph)
         return {"good": self.graph.good, "numbers": self.graph.numbers, "sizes": self.graph.sizes}
 
     def wholes(self) -> Wholes:
-        kept = {name: tensor.numpy(force=True) for name, tensor in self.keepsakes().items()}
+        kept = {name: tensor.numpy(force=True) for name, tensor in self.export_tables().items()}
         return Wholes(**kept, groups=list(self.facts["groups"]), names=self.training["names"])
 
     @classmethod

@@ -69,14 +69,14 @@ class SimpleNetGraph(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         return self.rate(self.embed(images))
 
-    def with_wholes(self, images: Tensor, kind: str) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """As `forward`, and from the same pass what stands for the whole image, as `Backbone.with_wholes` gives it."""
-        maps, wholes = self.backbone.with_wholes(images, kind)
-        return *self.rate(self.patches(maps)), wholes
+    def forward_with_global_features(self, images: Tensor, kind: str) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """As `forward`, and the global features of `Backbone.forward_with_global_features` from the same pass."""
+        maps, global_features = self.backbone.forward_with_global_features(images, kind)
+        return *self.rate(self.patches(maps)), global_features
 
-    def wholes(self, images: Tensor, kind: str) -> dict[str, Tensor]:
-        """The last of these alone."""
-        return self.backbone.with_wholes(images, kind)[1]
+    def global_features(self, images: Tensor, kind: str) -> dict[str, Tensor]:
+        """Global features alone, as `forward_with_global_features` gives them."""
+        return self.backbone.forward_with_global_features(images, kind)[1]
 
     def rate(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Patch features (B, D, h, w) → scores (B,) and anomaly maps (B, 1, H, W)."""
