@@ -212,7 +212,7 @@ def test_another_threshold_promises_what_the_good_scores_say(web, model):
             peaks_above = sum(peak > told["map_level"] for peak in model.map_peaks)
             assert peaks_above == min(above, len(good) - 1)
     told = web.get(f"/v1/models/disc/promise?threshold={model.threshold.value!r}").json()
-    assert told["statement"] == model.threshold.statement and told["map_level"] == model.map_level
+    assert told["statement"] == model.threshold.statement and told["map_level"] == model.pixel_threshold
 
 
 def test_the_metrics_count_what_was_done(web):

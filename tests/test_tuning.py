@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from kizu.calibration.outliers import suspects
+from kizu.calibration.outliers import find_outliers
 from kizu.errors import DataError
 from kizu.evaluation.operating_point import Costs, best, points
 
@@ -27,11 +27,11 @@ def test_where_nothing_is_mixed_the_level_lies_in_between():
         points([1.0], [], Costs())
 
 
-def test_images_outside_the_others_are_suspects_the_worst_first():
+def test_images_far_above_the_others_are_outliers_the_worst_first():
     rng = np.random.default_rng(0)
     scores = dict(enumerate(rng.normal(1, 0.1, 100).tolist()))
     names = [f"{number}.png" for number in range(100)]
-    assert len(suspects(scores, names)) <= 2
+    assert len(find_outliers(scores, names)) <= 2
     scores[7], scores[50] = 2.0, 3.0
-    assert [one.name for one in suspects(scores, names)][:2] == ["50.png", "7.png"]
-    assert suspects({0: 1.0, 1: 99.0}, names) == []  # two images say nothing of each other
+    assert [one.name for one in find_outliers(scores, names)][:2] == ["50.png", "7.png"]
+    assert find_outliers({0: 1.0, 1: 99.0}, names) == []  # two images say nothing of each other

@@ -1,4 +1,4 @@
-"""Verdicts on photographs: promises, evidence, suspects; check, drift and tune from the command line."""
+"""Verdicts on photographs: promises, evidence, outliers; check, drift and tune from the command line."""
 
 import json
 
@@ -42,7 +42,7 @@ def test_a_prediction_has_a_p_value_and_the_regions_that_are_marked(fitted):
     assert left <= 56 <= left + width and top <= 36 <= top + height
     assert first.peak == pytest.approx(bad.anomaly_map.max()) and first.area <= bad.marked.sum()
     assert sum(region.area for region in bad.regions) == bad.marked.sum()
-    assert good.regions == [] or good.anomaly_map.max() > fitted.map_level
+    assert good.regions == [] or good.anomaly_map.max() > fitted.pixel_threshold
 
 
 def test_a_promise_that_was_asked_for_is_kept_or_refused_before_any_work(monkeypatch):

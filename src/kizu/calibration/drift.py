@@ -1,7 +1,7 @@
-"""Do recent parts still look like those that set the level? A test that may be looked at after every part, for ever.
+"""Do recent parts still look like those that set the threshold? A test that may be read after every part, for ever.
 
-Each new score is ranked among all before it, those behind the level first. If nothing has changed these p-values are
-independent and uniform, and capital that is bet against that is a martingale: the probability that it ever reaches
+Each new score is ranked among all before it, those behind the threshold first. If nothing has changed, these p-values
+are independent and uniform, and capital that is bet against that is a martingale: the probability that it ever reaches
 1 / a is at most a (Ville). The bets are on small p-values, scores higher than before; a mixture of them that moves a
 little of its stake at every part (Herbster and Warmuth, 1998) reacts also after a long quiet time. See Vovk et al.,
 "Retrain or not retrain: conformal test martingales for change-point detection", COPA 2021.
@@ -22,9 +22,9 @@ from kizu.errors import DataError
 
 __all__ = ["DriftTest", "Step", "read_history", "write_history"]
 
-POWERS = (0.85, 0.6, 0.35)  # of bets κ p^(κ − 1); the remaining bet keeps the stake
-SHARED = 0.01  # of the stake that moves on at every part
-LEAST = 1e-12
+POWERS = (0.85, 0.6, 0.35)  # κ of the bets κ p^(κ − 1); the remaining bet keeps the stake
+SHARED = 0.01  # of the stake that moves to the other bets at every part
+MIN_P_VALUE = 1e-12
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Step:
 class DriftTest:
     """Capital bet against "nothing has changed", part after part. An alarm stays one."""
 
-    calibration: Sequence[float]  # scores of good images, behind the level
+    calibration: Sequence[float]  # scores of good images, behind the threshold
     alarm: float = 0.01  # probability of ever a false alarm, at most
     seed: int = 0
     steps: list[Step] = field(default_factory=list)
@@ -61,7 +61,7 @@ class DriftTest:
         above, equal = len(self._ranked) - high, high - low
         p = (above + self._rng.random() * (equal + 1)) / (len(self._ranked) + 1)
         bisect.insort(self._ranked, score)
-        bets = np.array([power * max(p, LEAST) ** (power - 1) for power in POWERS] + [1.0])
+        bets = np.array([power * max(p, MIN_P_VALUE) ** (power - 1) for power in POWERS] + [1.0])
         stakes = self._stakes * bets
         self._log_capital += math.log10(stakes.sum())
         stakes /= stakes.sum()
@@ -71,21 +71,21 @@ class DriftTest:
         return step
 
     @property
-    def level(self) -> float:
+    def alarm_evidence(self) -> float:
         """log10 of the capital at which an alarm is raised."""
         return -math.log10(self.alarm)
 
     @property
     def alarm_at(self) -> int | None:
         """The number of the part, from 0, at which the alarm was raised."""
-        return next((number for number, step in enumerate(self.steps) if step.evidence >= self.level), None)
+        return next((number for number, step in enumerate(self.steps) if step.evidence >= self.alarm_evidence), None)
 
     @property
     def since(self) -> int | None:
-        """Where the change most likely began, if there was an alarm: where the evidence up to it gathers best."""
+        """If there was an alarm, the part where the change most likely began: the evidence grew most from there."""
         if self.alarm_at is None:
             return None
-        gains = [math.log(0.35 * max(step.p_value, LEAST) ** -0.65) for step in self.steps[: self.alarm_at + 1]]
+        gains = [math.log(0.35 * max(step.p_value, MIN_P_VALUE) ** -0.65) for step in self.steps[: self.alarm_at + 1]]
         gathered = np.cumsum(gains[::-1])[::-1]
         return int(gathered.argmax())
 
@@ -98,15 +98,15 @@ class DriftTest:
                 f"{count}); it was certain enough at number {self.alarm_at + 1}. Where nothing changes, at most "
                 f"{promise} such tests ever say so."
             )
-        most = max((step.evidence for step in self.steps), default=0.0)
+        strongest = max((step.evidence for step in self.steps), default=0.0)
         return (
-            f"No sign of a change in {count} parts: the evidence was never stronger than {_odds(most)}, and the alarm "
-            f"is at {round(1 / self.alarm):,} to 1."
+            f"No sign of a change in {count} parts: the evidence was never stronger than {_odds(strongest)}, and the "
+            f"alarm is at {round(1 / self.alarm):,} to 1."
         )
 
 
 def read_history(path: str | os.PathLike[str]) -> list[Step]:
-    """What `write_history` wrote; nothing if there is no file. Raises `DataError` when it is something else."""
+    """Read what `write_history` wrote; no file is an empty history. Raises `DataError` for a file of another kind."""
     path = Path(path)
     if not path.exists():
         return []
@@ -116,7 +116,7 @@ def read_history(path: str | os.PathLike[str]) -> list[Step]:
             Step(row["image"], float(row["score"]), float(row["p_value"]), float(row["evidence_log10"])) for row in rows
         ]
     except (KeyError, ValueError, TypeError, OSError):
-        raise DataError(f"{path} is no history of kizu drift: name another file with --history") from None
+        raise DataError(f"{path} is no history of kizu drift: name another file with `history`") from None
 
 
 def write_history(path: str | os.PathLike[str], steps: Sequence[Step]) -> None:

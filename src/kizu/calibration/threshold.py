@@ -1,8 +1,9 @@
-"""The pass/stop level, from scores of good images only, and what it promises.
+"""The threshold between pass and stop, from scores of good images only, and what it promises.
 
 Split conformal prediction (Papadopoulos et al., 2002; Vovk et al., 2005): if a new good part's score is exchangeable
-with the n scores behind the level, it is stopped with probability at most j / (n + 1), where j − 1 of the n scores lie
-above the level. Over the draw of the n images, the share of good parts stopped follows Beta(j, n + 1 − j).
+with the n scores behind the threshold, the part is stopped with probability at most j / (n + 1), where j − 1 of the n
+scores lie above the threshold. Over the draw of the n images, the share of good parts stopped follows
+Beta(j, n + 1 − j).
 """
 
 import math
@@ -51,23 +52,23 @@ class Threshold:
         if self.tuned:
             return self.tuned
         if self.count == 0:
-            return "No good image was left over to set a level from, so nothing is stopped: train on more images."
+            return "No good image was left over to set a threshold from, so nothing is stopped: train on more images."
         bound, rate = _at_most(self.bound), one_in(self.rate).replace("%", "% of")
         if self.rate >= self.supported - 1e-12:
             return (
                 f"At most {rate} good parts will be stopped on average, with 95 % confidence at most "
                 f"{bound}, as long as they come about and are photographed like the {self.count} good images behind "
-                f"the level, which carry at best {one_in(self.supported)}."
+                f"the threshold, which carry at best {one_in(self.supported)}."
             )
         return (
             f"{one_in(self.rate)} was asked for, but {self.count} good images carry at best {one_in(self.supported)} "
-            f"on average (with 95 % confidence at most {bound}), and that is where the level lies; "
+            f"on average (with 95 % confidence at most {bound}), and that is where the threshold lies; "
             f"{images_needed(self.rate)} good images are needed."
         )
 
 
 def calibrate(scores: Sequence[float], rate: float) -> Threshold:
-    """The level that a new good part passes with probability at least 1 − rate, if it is like these (n of them).
+    """The threshold that a new good part passes with probability at least 1 − rate, if it is like these (n of them).
 
     It is the ⌈(n + 1)(1 − rate)⌉-th smallest score, or the largest where n is too small, or infinite where there is
     none.
@@ -88,7 +89,7 @@ def from_finite(value: float | None) -> float:
 
 
 def p_value(score: float, good: Iterable[float]) -> float:
-    """How often a good part looks at least so unusual, at most: (1 + how many of n good scores reach it) / (n + 1).
+    """At most this share of good parts scores as high: (1 + how many of n good scores reach it) / (n + 1).
 
     It is at most α exactly where the score is above `calibrate(good, α)`, for every α that n carries.
     """
@@ -107,9 +108,9 @@ def refuse(rate: float, count: int) -> None:
     if count < needed:
         carried = f"carry at best {one_in(1 / (count + 1))}" if count else "carry no promise"
         raise OptionError(
-            f"--false-alarms {rate:g}: {count} good images that set the level {carried}; "
+            f"`false_alarms={rate:g}`: {count} good images that set the threshold {carried}; "
             f"{one_in(rate)} needs {needed}, {needed - count} more. "
-            "Without --false-alarms the best that they carry is taken."
+            "Without `false_alarms` the best that they carry is taken."
         )
 
 
@@ -145,22 +146,22 @@ def _at_most(rate: float) -> str:
 
 
 def _allowed(rate: float, count: int) -> int:
-    """j: one more than the scores that may lie above the level."""
+    """j: one more than the scores that may lie above the threshold."""
     return max(1, math.floor(rate * (count + 1) + 1e-9))
 
 
 def _at_most_hits(hits: int, total: int, rate: float) -> float:
     """P(X ≤ hits) for X ~ Binomial(total, rate), 0 < rate < 1."""
-    both = math.lgamma(total + 1)
-    logs = (
-        both - math.lgamma(k + 1) - math.lgamma(total - k + 1) + k * math.log(rate) + (total - k) * math.log1p(-rate)
-        for k in range(hits + 1)
-    )
-    return math.fsum(map(math.exp, logs))
+
+    def log_probability(k: int) -> float:
+        log_ways = math.lgamma(total + 1) - math.lgamma(k + 1) - math.lgamma(total - k + 1)
+        return log_ways + k * math.log(rate) + (total - k) * math.log1p(-rate)
+
+    return math.fsum(math.exp(log_probability(k)) for k in range(hits + 1))
 
 
 def _solve(below: Callable[[float], bool]) -> float:
-    """The rate in (0, 1) up to which something holds."""
+    """The rate in (0, 1) up to which `below` holds, by bisection."""
     low, high = 0.0, 1.0
     while high - low > 1e-12:
         middle = (low + high) / 2

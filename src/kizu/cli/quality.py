@@ -280,7 +280,7 @@ def _drift_page(path: Path, detector: "Inspector", test: "DriftTest") -> None:
                 "Powers of ten ↑: 2 is 100 to 1. Part after part →",
                 numbers,
                 [evidence],
-                across=[(test.level, "alarm")],
+                across=[(test.alarm_evidence, "alarm")],
                 down=marks,
             ),
             chart(

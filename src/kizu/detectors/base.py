@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from kizu.calibration.outliers import suspects
+from kizu.calibration.outliers import find_outliers
 from kizu.calibration.threshold import calibrate, refuse
 from kizu.config import BackboneConfig, Config, build
 from kizu.data import dataset, files
@@ -153,7 +153,7 @@ class Detector(Inspector):
     def remember(self, photos: Stack, items: Sequence[Readable], loo_scores: Mapping[int, float]) -> None:
         """What the images just learned from are called and look like, and which of them look unlike the others."""
         before, names = self.training["images"], [name_of(item) for item in items]
-        outliers = suspects(loo_scores, names)
+        outliers = find_outliers(loo_scores, names)
         self.training["images"] += len(items)
         self.training["names"] += names
         self.training["digests"] += photos.digests
@@ -185,9 +185,9 @@ class Detector(Inspector):
         self.facts = result.facts
         self.calibration_scores, self.map_peaks = result.scores, result.map_peaks
         self.threshold = calibrate(result.scores, rate)
-        self.map_level = calibrate(result.map_peaks, rate).value
-        top = self.map_level if math.isfinite(self.map_level) else result.map_median + 1
-        self.scale = (result.map_median, 2 * top - result.map_median)  # the pixel threshold lies in the middle
+        self.pixel_threshold = calibrate(result.map_peaks, rate).value
+        top = self.pixel_threshold if math.isfinite(self.pixel_threshold) else result.map_median + 1
+        self.heat_map_range = (result.map_median, 2 * top - result.map_median)  # the pixel threshold lies in the middle
         return self
 
     def __call__(self, pixels: npt.NDArray[np.uint8]) -> tuple[images.Float, images.Float]:
@@ -247,8 +247,8 @@ class Detector(Inspector):
             },
             "calibration_scores": self.calibration_scores,
             "map": {
-                "level": self.map_level if self.threshold.count else None,
-                "scale": list(self.scale),
+                "level": self.pixel_threshold if self.threshold.count else None,
+                "scale": list(self.heat_map_range),
                 "peaks": self.map_peaks,
             },
             "facts": self.facts,
@@ -377,7 +377,7 @@ def load(folder: str | os.PathLike[str]) -> Detector:
         graph = method.restore_graph(detector.config, tensors)
         graph.load_state_dict(tensors, assign=True)
         detector.graph = graph.eval().requires_grad_(False).to(detector.device)
-        detector.restore_levels(about)
+        detector.restore_thresholds(about)
     except (KeyError, TypeError, RuntimeError) as error:
         raise ModelError(f"{folder}: the model is damaged ({error})") from None
     detector.thumbnails = saved.thumbnails(folder)

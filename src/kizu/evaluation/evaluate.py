@@ -170,8 +170,8 @@ def evaluate(
         threshold=detector.threshold.value,
         statement=detector.threshold.statement,
         calibration_scores=detector.calibration_scores,
-        scale=detector.scale,
-        map_level=detector.map_level,
+        scale=detector.heat_map_range,
+        map_level=detector.pixel_threshold,
         pictures=_pictures(predictions, root, seed=detector.config.seed),
         seconds={**detector.seconds, "evaluation": elapsed, "per image": elapsed / max(1, len(judged))},
         notes=[*detector.remarks, *notes],
@@ -290,8 +290,8 @@ def _picture(sample: Sample, prediction: "Prediction", root: Path, why: str) -> 
     size = max(1, round(photo.shape[0] * factor)), max(1, round(photo.shape[1] * factor))
     photo = images.resize(photo, size)
     anomaly_map = images.resize_map(prediction.anomaly_map, size)
-    low, high = prediction.detector.scale
-    glow = images.overlay(photo, anomaly_map, low, high, prediction.detector.map_level)
+    low, high = prediction.detector.heat_map_range
+    glow = images.overlay(photo, anomaly_map, low, high, prediction.detector.pixel_threshold)
     shown, heat, overlay = (_data_uri(part) for part in (photo, images.heat(anomaly_map, low, high), glow))
     beside = []
     if prediction.is_anomalous or prediction.regions:

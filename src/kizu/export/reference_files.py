@@ -184,7 +184,7 @@ def _read_patchcore(
     detector.graph = graph.eval().requires_grad_(False).to(detector.device)
     detector.training = _unknown()
     detector.facts = {"bank": [len(g.banks[0].entries) for g in graphs], "read from": str(folder)}
-    detector.scale = (0.0, 2.0 if len(graphs) > 1 else 2 * units[0])
+    detector.heat_map_range = (0.0, 2.0 if len(graphs) > 1 else 2 * units[0])
     return detector
 
 

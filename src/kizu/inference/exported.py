@@ -49,7 +49,7 @@ class Exported(Inspector):
         self.folder, self.about = folder, about
         self.export: dict[str, Any] = about["export"]
         self._run, self._keepsakes = run, keepsakes
-        self.restore_levels(about)
+        self.restore_thresholds(about)
 
     @cached_property
     def config(self) -> Any:
@@ -78,10 +78,10 @@ class Exported(Inspector):
         scores, maps = self.outputs(pixels, ("score", "map"))
         return scores, maps
 
-    def explained(self, pixels: npt.NDArray[np.uint8]) -> tuple[images.Float, images.Float, list[dict[str, Any]]]:
+    def score_in_parts(self, pixels: npt.NDArray[np.uint8]) -> tuple[images.Float, images.Float, list[dict[str, Any]]]:
         names = ("parts", "contributions", "whitened")
         if names[0] not in self.export["outputs"]:
-            return super().explained(pixels)
+            return super().score_in_parts(pixels)
         scores, maps, *told = self.outputs(pixels, ("score", "map", *names))
         wholes = Wholes(**self._keepsakes, groups=list(self.facts["groups"]), names=self.training["names"])
         return scores, maps, wholes.explain(*told)

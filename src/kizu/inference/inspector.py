@@ -34,8 +34,8 @@ class Inspector(ABC):
         self.threshold = Threshold(float("inf"), rate, 0)
         self.calibration_scores: list[float] = []
         self.map_peaks: list[float] = []
-        self.map_level = float("inf")
-        self.scale = (0.0, 1.0)
+        self.pixel_threshold = float("inf")
+        self.heat_map_range = (0.0, 1.0)
         self.training: dict[str, Any] = {}
         self.facts: dict[str, Any] = {}
         self.thumbnails: list[bytes] = []  # of the training images, encoded, if they are kept
@@ -69,11 +69,11 @@ class Inspector(ABC):
             yield from batch.failures
             if not batch.items:
                 continue
-            judged = zip(batch.items, batch.shapes, *self.explained(batch.pixels), strict=True)
+            judged = zip(batch.items, batch.shapes, *self.score_in_parts(batch.pixels), strict=True)
             for item, shape, score, anomaly_map, parts in judged:
                 yield item, Prediction(float(score), self.threshold.value, anomaly_map[0], shape, item, self, parts)
 
-    def explained(self, pixels: npt.NDArray[np.uint8]) -> tuple[images.Float, images.Float, list[dict[str, Any]]]:
+    def score_in_parts(self, pixels: npt.NDArray[np.uint8]) -> tuple[images.Float, images.Float, list[dict[str, Any]]]:
         """As a call, and what each image's score is made of: nothing to say, unless a method has more."""
         return *self(pixels), [{} for _ in pixels]
 
@@ -118,10 +118,10 @@ class Inspector(ABC):
         learned = set(self.training["digests"])
         return sum(d in learned for batch in batches(items, self.preprocessing) for d in digests(batch.pixels))
 
-    def restore_levels(self, about: dict[str, Any]) -> None:
+    def restore_thresholds(self, about: dict[str, Any]) -> None:
         """Take levels and facts as `describe` gave them."""
         level = about["threshold"]
         self.threshold = Threshold(from_finite(level["value"]), level["rate"], level["count"], level["tuned"])
         self.calibration_scores, self.map_peaks = about["calibration_scores"], about["map"]["peaks"]
-        self.map_level, self.scale = from_finite(about["map"]["level"]), tuple(about["map"]["scale"])
+        self.pixel_threshold, self.heat_map_range = from_finite(about["map"]["level"]), tuple(about["map"]["scale"])
         self.facts, self.training = about["facts"], about["training"]

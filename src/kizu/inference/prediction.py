@@ -88,14 +88,16 @@ class Prediction:
 
     @property
     def marked(self) -> npt.NDArray[np.bool_]:
-        """(H, W): the pixels above the pixel threshold, which as few good images reach as may be stopped."""
-        return self.anomaly_map > self.detector.map_level
+        """(H, W): the pixels above the pixel threshold, which no more good images reach than may be stopped."""
+        return self.anomaly_map > self.detector.pixel_threshold
 
     @cached_property
     def regions(self) -> list[MarkedRegion]:
         """What is marked, region by region, the most anomalous first."""
-        level = self.detector.map_level
-        return find_regions(self.anomaly_map, level, self.detector.map_peaks) if self.input_map.max() > level else []
+        threshold = self.detector.pixel_threshold
+        if not self.input_map.max() > threshold:
+            return []
+        return find_regions(self.anomaly_map, threshold, self.detector.map_peaks)
 
     def why(self) -> list[Evidence]:
         """For the most anomalous places, the good patches from training that look most like them.
@@ -106,7 +108,9 @@ class Prediction:
 
     def overlay(self) -> RGB:
         """The photograph, its map glowing over it, contours and numbered boxes where it is marked. (H, W, 3) uint8."""
-        glow = images.overlay(self.item.read()[0], self.anomaly_map, *self.detector.scale, self.detector.map_level)
+        glow = images.overlay(
+            self.item.read()[0], self.anomaly_map, *self.detector.heat_map_range, self.detector.pixel_threshold
+        )
         return images.framed(glow, [region.box for region in self.regions])
 
 

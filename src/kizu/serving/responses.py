@@ -62,9 +62,9 @@ def about(name: str, loaded: Loaded) -> Model:
         threshold=finite(model.threshold.value),
         statement=model.threshold.statement,
         good_scores=sorted(model.calibration_scores),
-        map_level=finite(model.map_level),
+        map_level=finite(model.pixel_threshold),
         map_peaks=sorted(model.map_peaks),
-        scale=model.scale,
+        scale=model.heat_map_range,
     )
 
 
@@ -80,7 +80,7 @@ def promise(model: Inspector, value: float) -> Promise:
     if value > max(good) > 0:
         level *= value / max(good)
     if value == model.threshold.value:
-        there, level = model.threshold, model.map_level
+        there, level = model.threshold, model.pixel_threshold
     statement = there.statement if expected < 1 else "Every good part may be stopped: all good images lie above it."
     bound = there.bound if not there.tuned else None
     return Promise(threshold=value, expected=expected, bound=bound, statement=statement, map_level=finite(level))
@@ -97,8 +97,8 @@ def _map(prediction: Prediction, model: Inspector, format: Literal["png", "npy"]
     factor = min(1.0, longest / max(height, width)) if longest else 1.0
     shape = max(1, round(height * factor)), max(1, round(width * factor))
     values = model.preprocessing.restore(prediction.input_map, shape)
-    low = min(model.scale[0], float(values.min()))
-    high = max(model.scale[1], float(values.max()), low + 1e-9)
+    low = min(model.heat_map_range[0], float(values.min()))
+    high = max(model.heat_map_range[1], float(values.max()), low + 1e-9)
     buffer = io.BytesIO()
     if format == "npy":
         np.save(buffer, values.astype(np.float32))

@@ -361,7 +361,7 @@ class PatchCore(Detector):
         self.training["hash"] = hashlib.blake2b(both, digest_size=16).hexdigest()
         new.scores = self.calibration_scores + new.scores
         new.map_peaks = self.map_peaks + new.map_peaks
-        new.map_median = self.scale[0]
+        new.map_median = self.heat_map_range[0]
         return self.adopt(new)
 
     @classmethod
@@ -397,7 +397,7 @@ class PatchCore(Detector):
         scores = [score for part in parts for score in part.calibration_scores]
         peaks = [peak for part in parts for peak in part.map_peaks]
         facts = {**first.facts, "bank": [len(bank.entries) for bank in banks]}
-        return merged.adopt(FitResult(graph, scores, peaks, first.scale[0], facts))
+        return merged.adopt(FitResult(graph, scores, peaks, first.heat_map_range[0], facts))
 
     def _copies(self) -> int:
         """Varied copies of each image, whose patches compete for the bank like its own."""

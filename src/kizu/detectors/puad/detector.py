@@ -204,7 +204,7 @@ class PUAD(Detector):
                 f"(shrinkage {head.shrinkage:.2f}); more than {dimension} images settle it."
             )
 
-    def explained(self, pixels: npt.NDArray[np.uint8]) -> tuple[images.Float, images.Float, list[dict[str, Any]]]:
+    def score_in_parts(self, pixels: npt.NDArray[np.uint8]) -> tuple[images.Float, images.Float, list[dict[str, Any]]]:
         """Scores, maps, and of each image what `Wholes.explain` says."""
         if self.graph is None:
             raise ModelError("This detector has learned nothing yet: call fit first, or kizu.load a saved model.")

@@ -194,7 +194,7 @@ class SimpleNet(Detector):
             loaded = SimpleNet(config)
             loaded.graph = graph.to(self.device)
             if levels:
-                loaded.restore_levels(levels)
+                loaded.restore_thresholds(levels)
         self.__dict__.update(loaded.__dict__)
         return self
 
