@@ -27,7 +27,7 @@ from kizu.data import dataset
 from kizu.data.files import write_csv
 from kizu.data.preprocessing import Stack
 from kizu.detectors.fitting import FitContext
-from kizu.detectors.simplenet.networks import judge, noise
+from kizu.detectors.simplenet.networks import hinge_loss, noise
 from kizu.evaluation.evaluate import evaluate
 from kizu.evaluation.experiment import machine, versions
 
@@ -119,7 +119,7 @@ def speed(folder: Path) -> list[dict[str, str]]:
         good = graph.adapt(rows)
         noisy = good + noise(good, config.noise_std, 1, torch.Generator().manual_seed(0))
         optimiser.zero_grad()
-        judge(graph.discriminator, good, noisy, config.dsc_margin).loss.backward()
+        hinge_loss(graph.discriminator, good, noisy, config.dsc_margin).loss.backward()
         optimiser.step()
 
     def once(kept: Any) -> None:

@@ -71,7 +71,7 @@ def test_a_killed_distillation_goes_on_to_the_same_teacher(photographs, tmp_path
         distill(photographs, config, parts, progress=kill)
     with pytest.raises(kizu.OptionError, match="--resume"):
         distill(photographs, config, parts)
-    with pytest.raises(kizu.ModelError, match="another steps"):
+    with pytest.raises(kizu.ModelError, match="other steps"):
         distill(photographs, config.model_copy(update={"steps": 5}), parts, resume=True)
     resumed = distill(photographs, config, parts, resume=True)
     assert resumed.read_bytes() == whole.read_bytes()

@@ -298,7 +298,7 @@ def test_a_killed_training_goes_on_to_the_same_result(taught, tmp_path, monkeypa
 
     with pytest.raises(KeyboardInterrupt):
         kizu.EfficientAD(**settings).fit(GOOD, checkpoint=state, progress=kill)
-    with pytest.raises(kizu.ModelError, match="another settings"):
+    with pytest.raises(kizu.ModelError, match="other settings"):
         kizu.EfficientAD(**settings, seed=1).fit(GOOD, checkpoint=state)
     seen = []
     resumed = kizu.EfficientAD(**settings)

@@ -10,8 +10,8 @@ from torch import nn
 import kizu
 from kizu.config import SimpleNetConfig
 from kizu.data.dataset import find
-from kizu.detectors.simplenet.feature_store import FeatureStore
-from kizu.detectors.simplenet.networks import Discriminator, judge, noise
+from kizu.detectors.simplenet.detector import FeatureStore
+from kizu.detectors.simplenet.networks import Discriminator, hinge_loss, noise
 from kizu.features import backbone
 from kizu.features.patch_features import as_rows
 from kizu.features.pickles import read_plain, write_plain
@@ -38,12 +38,12 @@ def test_the_loss_is_the_truncated_hinge_of_equation_6():
     torch.manual_seed(0)
     discriminator = Discriminator(6, SimpleNetConfig(dsc_hidden=10)).eval()
     good, noisy = torch.randn(40, 6), 3 * torch.randn(40, 6)
-    judged = judge(discriminator, good, noisy, 0.5)
+    outcome = hinge_loss(discriminator, good, noisy, 0.5)
     above, below = discriminator(good).detach().numpy(), discriminator(noisy).detach().numpy()
     expected = np.mean([max(0, 0.5 - a) for a in above]) + np.mean([max(0, 0.5 + b) for b in below])
-    assert judged.loss.item() == pytest.approx(expected, rel=1e-5)
-    assert judged.p_true.item() == pytest.approx(np.mean(above >= 0.5))
-    assert judged.p_fake.item() == pytest.approx(np.mean(below < -0.5))
+    assert outcome.loss.item() == pytest.approx(expected, rel=1e-5)
+    assert outcome.p_true.item() == pytest.approx(np.mean(above >= 0.5))
+    assert outcome.p_fake.item() == pytest.approx(np.mean(below < -0.5))
 
 
 def test_noise_has_the_strengths_that_were_asked_for():
@@ -138,7 +138,7 @@ def test_training_that_was_interrupted_goes_on_to_the_same_result(settings, tmp_
     one, two = whole.save(tmp_path / "one"), resumed.save(tmp_path / "two")
     for name in ("model.safetensors", "model.json"):
         assert (one / name).read_bytes() == (two / name).read_bytes()
-    with pytest.raises(kizu.ModelError, match="other images or settings"):
+    with pytest.raises(kizu.ModelError, match="training with other images"):
         kizu.SimpleNet(**settings).fit(GOOD[1:], checkpoint=checkpoint)
     checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
     with pytest.raises(kizu.ModelError, match="damaged"):
@@ -258,7 +258,7 @@ def test_plain_values_survive_a_pickle(tmp_path):
         ({"rotate_degrees": 999}, "--rotate-degrees 999"),
         ({"backbone": "clip", "layers": "12", "size": 224}, "no layer 12.* 0 … 11"),
         ({"backbone": "clip", "size": 100}, "--size 100x100.*patches of 32.*96x96"),
-        ({"select": "held_out"}, "--select held_out: of 1 images"),
+        ({"select": "held_out"}, '`select="held_out"`: of 1 images'),
         ({"patchsize": 14, "layers": "blocks.6"}, "--patchsize 14 does not fit"),
     ],
 )

@@ -57,7 +57,7 @@ class Checkpoint:
             raise ModelError(
                 f"{self.path}: the training's state is damaged ({type(error).__name__}); remove it"
             ) from None
-        raise ModelError(f"{self.path} belongs to a training with another {', '.join(sorted(changed))}: remove it")
+        raise ModelError(f"{self.path} belongs to a training with other {', '.join(sorted(changed))}: remove it")
 
     @property
     def due(self) -> bool:

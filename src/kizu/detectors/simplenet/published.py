@@ -4,8 +4,9 @@ In that code features are not divided by their deviation: the first layer takes 
 """
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,89 +14,80 @@ from torch import Tensor
 from kizu.config import SimpleNetConfig, build
 from kizu.config import backbone_names as names
 from kizu.data import files
+from kizu.detectors.simplenet.networks import first_layer
 from kizu.errors import ModelError
-from kizu.features import backbone
 from kizu.features.pickles import read_plain, write_plain
 
-if TYPE_CHECKING:
-    from kizu.detectors.simplenet.detector import SimpleNetGraph
-
-__all__ = ["CHECKPOINT", "PARAMETERS", "first_layer", "read", "write"]
+__all__ = ["CHECKPOINT", "PARAMETERS", "Published", "misfit", "read", "write"]
 
 CHECKPOINT, PARAMETERS = "ckpt.pth", "params.pkl"
+States = Mapping[str, Mapping[str, Tensor]]  # of "discriminator", "pre_projection" and "backbone", where there is one
 
 
-def write(folder: str | os.PathLike[str], graph: "SimpleNetGraph", levels: dict[str, Any]) -> Path:
+class Published(NamedTuple):
+    """What such a folder holds."""
+
+    config: SimpleNetConfig
+    states: States
+    thresholds: dict[str, Any]  # plain values, for which the published code has no place; may be empty
+
+
+def write(folder: str | os.PathLike[str], model: Published, layers: list[str], unit: Tensor) -> Path:
     """Both files, whole or not at all, in a new folder or over a model of the same layout.
 
-    `levels` are plain values for which the published code has no place. Raises `ModelError` for a folder of other
-    things.
+    `layers` are the backbone's that features come from, `unit` is what they are divided by. Raises `ModelError` for a
+    folder of other things.
     """
     folder = Path(folder)
-    config = graph.config
-    known = {CHECKPOINT, PARAMETERS}
-    if folder.exists() and any(path.name not in known for path in folder.iterdir()):
+    config = model.config
+    if folder.exists() and any(path.name not in (CHECKPOINT, PARAMETERS) for path in folder.iterdir()):
         raise ModelError(f"{folder} exists and holds other things: choose another folder")
-    states: dict[str, dict[str, Tensor]] = {
-        "discriminator": _plain(graph.discriminator.state_dict()),
-        "pre_projection": _plain(graph.projection.state_dict()),
+    states = {
+        network: {key: tensor.detach().cpu() for key, tensor in state.items()}
+        for network, state in model.states.items()
     }
-    name, key = first_layer(config)
-    states[name][key] = states[name][key] / graph.unit.cpu()
-    if not config.pre_proj:
-        del states["pre_projection"]
-    if config.train_backbone:
-        states["backbone"] = _plain(graph.backbone.state_dict())
+    network, key = first_layer(config)
+    states[network][key] = states[network][key] / unit.cpu()
     with files.new_folder(folder) as temporary:
         torch.save(states, temporary / CHECKPOINT)
         parameters = {
             "backbone.name": names.published(config.backbone),
-            "layers_to_extract_from": list(graph.backbone.layers),
+            "layers_to_extract_from": layers,
             "input_shape": (3, *config.size),
             "pretrain_embed_dimension": config.pretrain_embed_dimension,
             "target_embed_dimension": config.target_embed_dimension,
             "patchsize": config.patchsize,
             "patchstride": 1,
             "config": config.model_dump(mode="json"),
-            "levels": levels,
+            "levels": model.thresholds,
         }
         write_plain(temporary / PARAMETERS, parameters)
     return folder
 
 
-def read(
-    folder: str | os.PathLike[str], own: SimpleNetConfig
-) -> tuple[SimpleNetConfig, "SimpleNetGraph", dict[str, Any]]:
-    """Config, graph and levels from such a folder.
+def read(folder: str | os.PathLike[str], own: SimpleNetConfig) -> Published:
+    """What such a folder holds.
 
     The published code writes no `params.pkl`: without it, `own` says what the checkpoint cannot, such as the backbone
     and its layers. Raises `ModelError` for files that are damaged, do not fit together, or would run code.
     """
-    from kizu.detectors.simplenet.detector import SimpleNetGraph
-
     folder = Path(folder)
-    path = folder / CHECKPOINT
-    states = _states(path)
+    states = _states(folder / CHECKPOINT)
     parameters = read_plain(folder / PARAMETERS) if (folder / PARAMETERS).exists() else {}
     try:
         config = build(SimpleNetConfig, _settings(states, parameters, own))
-        weights = config.weights if own.weights is None else own.weights
-        network = backbone.create(config.backbone, config.layers, weights, config.size)
-        graph = SimpleNetGraph(config, network)
-        with torch.inference_mode():
-            features = graph.embed(torch.zeros(1, 3, *config.size, dtype=torch.uint8))
-        graph.complete(features.shape[1], (features.shape[2], features.shape[3]))
-        graph.discriminator.load_state_dict(states["discriminator"])
-        if config.pre_proj:
-            graph.projection.load_state_dict(states["pre_projection"])
-        if "backbone" in states:
-            graph.backbone.load_state_dict(states["backbone"])
-    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise ModelError(f"{path}: does not fit its parameters or the backbone ({str(error)[:300]})") from None
-    return config, graph.eval().requires_grad_(False), dict(parameters.get("levels") or {})
+    except (KeyError, TypeError, AttributeError) as error:
+        raise misfit(folder, error) from None
+    return Published(config, states, dict(parameters.get("levels") or {}))
 
 
-def _settings(states: dict[str, Any], parameters: dict[str, Any], own: SimpleNetConfig) -> dict[str, Any]:
+def misfit(folder: str | os.PathLike[str], error: Exception) -> ModelError:
+    """The sentence for a checkpoint that is not what its parameters say."""
+    path = Path(folder) / CHECKPOINT
+    return ModelError(f"{path}: does not fit its parameters or the backbone ({str(error)[:300]})")
+
+
+def _settings(states: States, parameters: Mapping[str, Any], own: SimpleNetConfig) -> dict[str, Any]:
     """What the tensors and the parameters say, and `own` where they say nothing."""
     if "config" in parameters:
         return dict(parameters["config"])
@@ -119,7 +111,7 @@ def _settings(states: dict[str, Any], parameters: dict[str, Any], own: SimpleNet
     return settings
 
 
-def _states(path: Path) -> dict[str, Any]:
+def _states(path: Path) -> dict[str, dict[str, Tensor]]:
     try:
         states = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a broken file raises anything
@@ -127,14 +119,3 @@ def _states(path: Path) -> dict[str, Any]:
     if not isinstance(states, dict) or "tail.weight" not in states.get("discriminator", {}):
         raise ModelError(f"{path}: holds no discriminator of SimpleNet")
     return states
-
-
-def _plain(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {key: tensor.detach().cpu() for key, tensor in state.items()}
-
-
-def first_layer(config: SimpleNetConfig) -> tuple[str, str]:
-    """The layer that takes the features: its network and the name of its weight."""
-    if config.pre_proj:
-        return "pre_projection", "layers.0fc.weight"
-    return "discriminator", "body.block1.0.weight" if config.dsc_layers > 1 else "tail.weight"
