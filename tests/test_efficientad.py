@@ -23,7 +23,7 @@ from kizu.detectors.efficientad.channels import ChannelStatistics
 from kizu.detectors.efficientad.detector import EfficientADGraph, hard_loss, parted, quantile
 from kizu.detectors.efficientad.networks import PDN, Autoencoder
 from kizu.evaluation import experiment as run
-from kizu.features.safe_load import tensors
+from kizu.features.safe_load import read_tensors
 from teachers import tiny
 from test_detectors import GOOD, part
 
@@ -435,7 +435,7 @@ def test_a_hostile_file_runs_nothing(tmp_path, monkeypatch):
     (tmp_path / "half.pth").write_bytes(whole[: len(whole) // 2])
     for name in ("mixed.pth", "hostile.pth", "old.pth", "text.pth", "half.pth"):
         with pytest.raises(kizu.ModelError, match=name):
-            tensors(tmp_path / name)
+            read_tensors(tmp_path / name)
     assert not (tmp_path / "HACKED").exists()
 
 

@@ -10,8 +10,8 @@ from timm.layers import Conv2dSame
 from torch.nn import functional as F
 
 from kizu.detectors.patchcore import coreset
-from kizu.detectors.patchcore.feature_table import Rows
-from kizu.detectors.patchcore.nearest import Cells, arrange, nearest
+from kizu.detectors.patchcore.feature_table import FeatureTable
+from kizu.detectors.patchcore.nearest import CellIndex, nearest, sort_into_cells
 from kizu.errors import OptionError
 from kizu.features import backbone
 from kizu.features.anomaly_map import MapUpsampling
@@ -79,10 +79,10 @@ def test_rows_kept_layer_by_layer_are_the_aligned_features(grids, target):
     patches = PatchFeatures(3, None if target is None else 6, target)
     aligned = patches(maps).permute(0, 2, 3, 1).flatten(0, 2)
     pooled = patches.pooled(maps)
-    rows = Rows(5, [part.shape[1:] for part in pooled])
+    rows = FeatureTable(5, [part.shape[1:] for part in pooled])
     rows.write(0, [part[:2] for part in pooled])
     rows.write(2, [part[2:] for part in pooled])
-    assert (len(rows), rows.width) == aligned.shape
+    assert (len(rows), rows.dimension) == aligned.shape
     some = torch.randperm(len(rows))[:20]
     torch.testing.assert_close(rows.take(some), aligned[some])
     torch.testing.assert_close(rows.span(7, 31), aligned[7:31])
@@ -144,9 +144,9 @@ def test_an_image_can_be_left_out_of_the_bank():
     rng = np.random.default_rng(3)
     bank = torch.from_numpy(rng.normal(size=(30, 4)).astype(np.float32))
     images = torch.arange(30) // 10
-    distances, indices = nearest(bank, bank, 2, images=(images, images))
+    distances, indices = nearest(bank, bank, 2, image_ids=(images, images))
     assert (images[indices] != images[:, None]).all() and (distances > 0).all()
-    nothing, _ = nearest(bank, bank, 1, images=(torch.zeros(30), torch.zeros(30)))
+    nothing, _ = nearest(bank, bank, 1, image_ids=(torch.zeros(30), torch.zeros(30)))
     assert nothing.isinf().all()
 
 
@@ -159,10 +159,10 @@ def test_search_by_cells_finds_what_a_comparison_with_every_entry_finds(seed, en
     queries = np.concatenate([bank[:20], rng.normal(size=(50, dimension)) * 9 + 20]).astype(np.float32)
     images = torch.from_numpy(rng.integers(0, 3, entries))
     own = torch.from_numpy(rng.integers(0, 3, len(queries))) if left_out else None
-    order, centres, sizes = arrange(torch.from_numpy(bank))
+    order, centres, sizes = sort_into_cells(torch.from_numpy(bank))
     rows = torch.from_numpy(bank)[order]
     bank = rows.numpy()
-    distances, indices = Cells(rows, images, centres, sizes).nearest(torch.from_numpy(queries), own)
+    distances, indices = CellIndex(rows, images, centres, sizes).nearest(torch.from_numpy(queries), own)
     table = np.linalg.norm(queries[:, None].astype(float) - bank[None], axis=2)
     if own is not None:
         table[(own[:, None] == images).numpy()] = np.inf
@@ -170,7 +170,7 @@ def test_search_by_cells_finds_what_a_comparison_with_every_entry_finds(seed, en
     at = np.take_along_axis(table, indices.numpy()[:, None], 1)[:, 0]
     np.testing.assert_allclose(at, distances.numpy(), rtol=1e-4, atol=1e-4)
     count = min(9, entries)
-    several, _ = Cells(rows, images, centres, sizes).several(torch.from_numpy(queries), count, own)
+    several, _ = CellIndex(rows, images, centres, sizes).several(torch.from_numpy(queries), count, own)
     np.testing.assert_allclose(several.numpy(), np.sort(table, axis=1)[:, :count], rtol=1e-4, atol=1e-4)
 
 

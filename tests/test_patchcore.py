@@ -112,7 +112,7 @@ def test_local_scales_are_the_usual_distances_around_the_entries():
         np.add.at(sums, table.argmin(1), table.min(1))
         np.add.at(counts, table.argmin(1), 1)
     expected = (sums + 5 * sums.sum() / counts.sum()) / (counts + 5)
-    np.testing.assert_allclose(bank.usual(True).numpy(), expected, rtol=1e-4)
+    np.testing.assert_allclose(bank.typical_distance(per_entry=True).numpy(), expected, rtol=1e-4)
 
 
 def test_in_little_memory_the_result_is_nearly_the_same(monkeypatch):
@@ -126,7 +126,7 @@ def test_in_little_memory_the_result_is_nearly_the_same(monkeypatch):
     assert little.facts["radius"][0] <= 2.5 * whole.facts["radius"][0]
     for picture in tests:
         assert little.predict(picture).score == pytest.approx(whole.predict(picture).score, rel=0.1)
-    with pytest.raises(kizu.OptionError, match="do not fit in --memory"):
+    with pytest.raises(kizu.OptionError, match="do not fit in `memory`"):
         kizu.PatchCore(size=64, sampler="identity").fit(images, memory=1_000_000)
 
 
@@ -135,7 +135,7 @@ def test_amounts_of_memory(asked, amount):
     assert budget(asked) == amount
     assert budget() > 10**8
     for wrong in ("much", "2", "GB"):
-        with pytest.raises(kizu.OptionError, match="--memory"):
+        with pytest.raises(kizu.OptionError, match="`memory="):
             budget(wrong)
 
 
@@ -152,7 +152,7 @@ def test_the_approximate_search_states_its_recall_and_keeps_the_verdicts(tmp_pat
         assert quick.predict(picture).score >= exact.predict(picture).score * 0.999  # another entry is never nearer
         assert quick.predict(picture).score == pytest.approx(exact.predict(picture).score, rel=0.05)
         assert again.predict(picture).score == pytest.approx(quick.predict(picture).score, rel=1e-6)
-    with pytest.raises(kizu.OptionError, match="--search exact"):
+    with pytest.raises(kizu.OptionError, match='`search="exact"`'):
         kizu.PatchCore(size=64, search="ivfpq").fit(train[:3])
 
 
@@ -244,7 +244,7 @@ def test_without_a_network_the_two_ways_on_are_named(monkeypatch):
 
     monkeypatch.setattr(timm.models._builder, "load_state_dict_from_hf", unreachable)
     monkeypatch.setattr(timm.models._builder, "load_state_dict_from_url", unreachable)
-    with pytest.raises(kizu.ModelError, match="--weights FILE"):
+    with pytest.raises(kizu.ModelError, match="`weights=FILE`"):
         backbone.create("resnet18")
 
 

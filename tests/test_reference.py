@@ -19,7 +19,7 @@ from kizu.config.backbone_names import in_timm
 from kizu.detectors.efficientad.networks import PDN
 from kizu.export.reference_files import network_state
 from kizu.features.backbone import Backbone
-from kizu.features.pickles import read_plain
+from kizu.features.safe_load import read_plain
 
 TAPS = ("-b", "efficientnet_lite2", "-le", "blocks.2", "-le", "blocks.4")
 SMALL = ("--resize", "128", "--imagesize", "112")

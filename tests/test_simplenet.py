@@ -14,7 +14,7 @@ from kizu.detectors.simplenet.detector import FeatureStore
 from kizu.detectors.simplenet.networks import Discriminator, hinge_loss, noise
 from kizu.features import backbone
 from kizu.features.patch_features import as_rows
-from kizu.features.pickles import read_plain, write_plain
+from kizu.features.safe_load import read_plain, write_plain
 from test_detectors import GOOD, SETTINGS, part
 
 TINY = {**SETTINGS["simplenet"], "size": 64, "meta_epochs": 3}
@@ -257,9 +257,9 @@ def test_plain_values_survive_a_pickle(tmp_path):
         ({"pretrain_embed_dimension": 5}, "go together"),
         ({"rotate_degrees": 999}, "--rotate-degrees 999"),
         ({"backbone": "clip", "layers": "12", "size": 224}, "no layer 12.* 0 … 11"),
-        ({"backbone": "clip", "size": 100}, "--size 100x100.*patches of 32.*96x96"),
+        ({"backbone": "clip", "size": 100}, "`size=100x100`.*patches of 32.*96x96"),
         ({"select": "held_out"}, '`select="held_out"`: of 1 images'),
-        ({"patchsize": 14, "layers": "blocks.6"}, "--patchsize 14 does not fit"),
+        ({"patchsize": 14, "layers": "blocks.6"}, "`patchsize=14` does not fit"),
     ],
 )
 def test_wrong_values_get_a_sentence(settings, words):
@@ -270,8 +270,8 @@ def test_wrong_values_get_a_sentence(settings, words):
 def test_a_patchsize_that_is_even_or_too_large_is_accepted_with_a_word():
     detector = kizu.SimpleNet(**{**TINY, "patchsize": 10}).fit(GOOD[:4])
     assert [word.split(":")[0] for word in detector.remarks] == [
-        "--patchsize 10 is even",
-        "--patchsize 10 averages over most of the 7×7 grid",
+        "`patchsize=10` is even",
+        "`patchsize=10` averages over most of the 7×7 grid",
     ]
 
 

@@ -27,10 +27,10 @@ def budget(asked: str | int | None = None) -> int:
     else:
         match = re.fullmatch(r"\s*([\d.]+)\s*([kmgt]?)i?b?\s*", asked.lower())
         if match is None:
-            raise OptionError(f"--memory {asked}: expected an amount such as 2GB or 500MB")
+            raise OptionError(f"`memory={asked}`: expected an amount such as 2GB or 500MB")
         amount = float(match[1]) * UNITS[match[2]]
     if amount < 10**8:
-        raise OptionError(f"--memory {asked}: at least 100MB are needed")
+        raise OptionError(f"`memory={asked}`: at least 100MB are needed")
     return int(amount)
 
 

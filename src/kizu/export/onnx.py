@@ -29,7 +29,7 @@ from kizu.detectors.patchcore.memory_bank import Bank
 from kizu.errors import ModelError, OptionError, require
 from kizu.export.precision import LARGE, halved, quantised
 from kizu.inference import model_folder as saved
-from kizu.inference.exported import CASES, KEEPSAKES, Exported, digest, open_graph, seal
+from kizu.inference.exported import CASES, TABLES, Exported, digest, open_graph, seal
 from kizu.inference.exported import load as load_exported
 from kizu.inference.parity import Cases, Tolerance
 from kizu.inference.prediction import readable
@@ -271,7 +271,7 @@ def _write_rest(detector: Detector, folder: Path, truth: Cases) -> None:
     lowest, *others = (order[place] for place in _spread(order))
     truth.take([lowest, *reversed(others)]).write(folder / CASES)
     if tables := {name: tensor.contiguous() for name, tensor in detector.export_tables().items()}:
-        save_file(tables, folder / KEEPSAKES)
+        save_file(tables, folder / TABLES)
     if detector.thumbnails:
         saved.write_thumbnails(folder, detector.thumbnails)
 

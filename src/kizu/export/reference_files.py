@@ -21,8 +21,8 @@ from kizu.data import files
 from kizu.detectors.base import Detector
 from kizu.detectors.efficientad import teacher
 from kizu.detectors.efficientad.detector import EfficientAD, EfficientADGraph
-from kizu.detectors.patchcore.detector import PatchCore, PatchCoreGraph
-from kizu.detectors.patchcore.graph import EnsembleGraph
+from kizu.detectors.patchcore.detector import PatchCore
+from kizu.detectors.patchcore.graph import EnsembleGraph, PatchCoreGraph
 from kizu.detectors.patchcore.memory_bank import Bank
 from kizu.detectors.patchcore.nearest import nearest
 from kizu.detectors.puad.detector import PUAD
@@ -31,8 +31,7 @@ from kizu.detectors.simplenet.published import CHECKPOINT
 from kizu.errors import ModelError, OptionError
 from kizu.export import faiss_file as flatindex
 from kizu.features import backbone
-from kizu.features import safe_load as archives
-from kizu.features.pickles import read_plain, write_plain
+from kizu.features.safe_load import read_plain, read_tensors, write_plain
 
 __all__ = [
     "check_patchcore",
@@ -231,7 +230,7 @@ def _patchcore_graph(config: PatchCoreConfig, path: Path) -> PatchCoreGraph:
         )
     numbers = torch.arange(len(entries))
     grid = features.shape[2], features.shape[3]
-    graph.complete([Bank.of(entries, torch.full_like(numbers, ELSEWHERE), numbers)], [grid])
+    graph.set_banks([Bank.of(entries, torch.full_like(numbers, ELSEWHERE), numbers)], [grid])
     return graph
 
 
@@ -306,7 +305,7 @@ def _published_parameters(graph: PatchCoreGraph) -> dict[str, Any]:
 def _read_efficientad(folder: Path, teacher_file: Path) -> EfficientAD:
     if not teacher_file.is_file():
         raise ModelError(f"{teacher_file}: there is no such teacher, and the model in {folder} needs it")
-    network = teacher.assemble(archives.tensors(teacher_file), str(teacher_file))
+    network = teacher.assemble(read_tensors(teacher_file), str(teacher_file))
     settings = {"teacher": str(teacher_file), "network": network.size, "border": "stretch"}
     detector = EfficientAD(build(EfficientADConfig, settings))
     graph = EfficientADGraph(detector.config, network)
@@ -340,7 +339,7 @@ def _unknown() -> dict[str, Any]:
 
 
 def _tensors(folder: Path, name: str) -> dict[str, Tensor]:
-    return archives.tensors(folder / f"{name}.pt")
+    return read_tensors(folder / f"{name}.pt")
 
 
 def write_efficientad(
@@ -355,7 +354,7 @@ def write_efficientad(
     top = models / f"{graph.teacher.size}_size"
     teacher_file = top / "teacher" / "teacher.pt"
     if teacher_file.exists():
-        there = teacher.assemble(archives.tensors(teacher_file), str(teacher_file))
+        there = teacher.assemble(read_tensors(teacher_file), str(teacher_file))
         if teacher.fingerprint(there) != teacher.fingerprint(graph.teacher):
             raise OptionError(f"{teacher_file} is another teacher than this model's: choose another folder")
     else:

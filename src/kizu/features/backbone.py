@@ -8,13 +8,12 @@ import timm
 import torch
 from safetensors.torch import load_file
 from timm.layers import Conv2dSame, get_same_padding, resample_abs_pos_embed
-from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kizu.errors import ModelError, OptionError, require
 from kizu.features.hub import impatient
-from kizu.features.tracing import is_traced
+from kizu.features.matmul import is_traced
 
 __all__ = ["EMBEDDED", "Backbone", "SamePadded", "blank", "create", "weights_hash"]
 
@@ -49,14 +48,14 @@ class Backbone(nn.Module):
         probe = _probe(timm_name, name)
         stages = {str(entry["module"]): int(entry["reduction"]) for entry in probe.feature_info.info}
         patch = getattr(getattr(getattr(probe, "model", None), "patch_embed", None), "patch_size", None)
-        self.is_transformer = isinstance(probe, FeatureGetterNet) and patch is not None
+        self.is_transformer = patch is not None  # timm wraps them whole as `model`, and takes other networks apart
         self.layers = _layers(name, layers, stages, self.is_transformer)
         indices = [list(stages).index(layer) for layer in self.layers]
         options: dict[str, Any] = {}
-        if patch is not None and self.is_transformer and size is not None:
+        if patch is not None and size is not None:
             if size[0] % patch[0] or size[1] % patch[1]:
                 near = "x".join(str(max(1, round(side / step)) * step) for side, step in zip(size, patch, strict=True))
-                raise OptionError(f"--size {size[0]}x{size[1]}: {name} looks at patches of {patch[0]}; try {near}")
+                raise OptionError(f"`size={size[0]}x{size[1]}`: {name} looks at patches of {patch[0]}; try {near}")
             options["img_size"] = size
         self.network = timm.create_model(timm_name, features_only=True, out_indices=sorted(set(indices)), **options)
         if hasattr(self.network, "blocks"):  # timm keeps those that nothing is taken from
@@ -98,7 +97,7 @@ class Backbone(nn.Module):
             maps = self(images)
             return maps, {name: layer.mean((2, 3)) for name, layer in zip(self.layers, maps, strict=True)}
         if getattr(getattr(self.network, "model", None), "cls_token", None) is None:
-            raise OptionError(f"--feature {kind}: only transformers have a class token; use --feature mean")
+            raise OptionError(f'`feature="{kind}"`: only transformers have a class token; use `feature="mean"`')
         outputs = self.network.model.forward_intermediates(
             self._normalised(images),
             indices=self.network.out_indices,
@@ -230,12 +229,12 @@ def _probe(timm_name: str, name: str) -> Any:
         close = timm.list_models(f"*{timm_name.split('.')[0][:8]}*")[:5]
         hint = f" Similar: {', '.join(close)}." if close else ""
         known = ", ".join([*EMBEDDED, *ALIASES])
-        raise OptionError(f"--backbone {name}: neither one of {known} nor a name that timm knows.{hint}")
+        raise OptionError(f'`backbone="{name}"`: neither one of {known} nor a name that timm knows.{hint}')
     try:
         with torch.device("meta"):
             return timm.create_model(timm_name, features_only=True)
     except (RuntimeError, AttributeError, AssertionError) as error:
-        raise OptionError(f"--backbone {name}: timm cannot take features from it ({error})") from None
+        raise OptionError(f'`backbone="{name}"`: timm cannot take features from it ({error})') from None
 
 
 def _layers(name: str, asked: tuple[str, ...], stages: dict[str, int], is_transformer: bool) -> tuple[str, ...]:
@@ -250,7 +249,7 @@ def _layers(name: str, asked: tuple[str, ...], stages: dict[str, int], is_transf
     if unknown or not layers:
         among = f"0 … {len(modules) - 1} ({modules[0]} … {modules[-1]})" if is_transformer else ", ".join(modules)
         raise OptionError(
-            f"{name} has no layer {', '.join(unknown) or 'of reduction 8 or 16'}; --layers takes some of: {among}"
+            f"{name} has no layer {', '.join(unknown) or 'of reduction 8 or 16'}; `layers` takes some of: {among}"
         )
     return layers
 
@@ -277,7 +276,7 @@ def _from_hub(name: str) -> dict[str, Tensor]:
         origin = config.hf_hub_id or config.url or "no hub" if config else "no hub"
         raise ModelError(
             f"The weights of {name} could not be downloaded ({origin}: {type(error).__name__}). Two ways on: put the "
-            f"file on this machine and name it with --weights FILE, or take the backbone {next(iter(EMBEDDED))}, whose "
+            f"file on this machine and name it with `weights=FILE`, or take the backbone {next(iter(EMBEDDED))}, whose "
             "weights come with kizu."
         ) from None
     state: dict[str, Tensor] = pretrained.state_dict()
@@ -309,8 +308,7 @@ def _load(network: nn.Module, state: dict[str, Tensor], origin: str) -> None:
     """Strictly: every tensor that the network needs is there and fits. What lies behind the last tap is not needed."""
     wanted = network.state_dict()
     state = {_key(key, wanted): value for key, value in state.items()}
-    if isinstance(network, FeatureGetterNet):
-        _fit_positions(network.model, state, wanted)
+    _fit_positions(network, state, wanted)
     missing = [key for key in wanted if key not in state and not key.endswith("num_batches_tracked")]
     if missing:
         raise ModelError(
@@ -328,12 +326,12 @@ def _key(key: str, wanted: dict[str, Tensor]) -> str:
     return next((name for name in (key, f"model.{key}", key.replace(".", "_", 1)) if name in wanted), key)
 
 
-def _fit_positions(transformer: Any, state: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
-    """Resize the position embedding, which has one vector a patch, to the grid of patches of another input size."""
+def _fit_positions(network: Any, state: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    """Resize a transformer's position embedding, which has one vector a patch, to the grid of another input size."""
     key = "model.pos_embed"
     if key not in wanted or key not in state or state[key].shape == wanted[key].shape:
         return
-    height, width = transformer.patch_embed.grid_size
+    height, width = network.model.patch_embed.grid_size
     before = wanted[key].shape[1] - height * width  # vectors of the class and register tokens, which stay
     patches = state[key].shape[1] - before
     if round(patches**0.5) ** 2 == patches:

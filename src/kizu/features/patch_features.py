@@ -59,24 +59,24 @@ class PatchFeatures(nn.Module):
     def remarks(self, grid: tuple[int, int]) -> list[str]:
         """What a user should know of a patchsize on layers of `grid`."""
         size, (height, width) = self.patchsize, grid
-        said = []
+        sentences = []
         if size % 2 == 0:
-            said.append(
-                f"--patchsize {size} is even: the grid of patches is one smaller and half a patch off; use {size - 1}."
+            sentences.append(
+                f"`patchsize={size}` is even: the grid of patches is one smaller and half a patch off; use {size - 1}."
             )
         if size > 1 and 2 * size > min(grid):
-            said.append(
-                f"--patchsize {size} averages over most of the {height}×{width} grid: maps hardly say where; "
-                "a smaller one or a larger --size does."
+            sentences.append(
+                f"`patchsize={size}` averages over most of the {height}×{width} grid: maps hardly say where; "
+                "a smaller one or a larger `size` does."
             )
-        return said
+        return sentences
 
     def pool(self, layer: Tensor, size: int) -> Tensor:
         """(B, C, H, W) → (B, C or pretrain_embed_dimension, H', W'); an even size shrinks the grid by one."""
         padding, stride = (size - 1) // 2, self.stride
         channels, height, width = layer.shape[1:]
         if min(height, width) + 2 * padding < size:
-            raise OptionError(f"--patchsize {size} does not fit a layer of {height}×{width}: choose a smaller one")
+            raise OptionError(f"`patchsize={size}` does not fit a layer of {height}×{width}: choose a smaller one")
         if self.pretrain_embed_dimension in (None, channels):
             return F.avg_pool2d(layer, size, stride, padding) if max(size, stride) > 1 else layer
         values = F.unfold(layer, size, padding=padding, stride=stride)  # (B, C · p · p, H' · W')

@@ -1,4 +1,7 @@
-"""Tensors from files that torch.save wrote, whole modules included, without running anything in them.
+"""What other programs left behind as pickles, read without running anything in them.
+
+A pickle is a program: it names functions and calls them. `read_tensors` reads the tensors of files that torch.save
+wrote, whole modules included; `read_plain` reads numbers, words and collections of them.
 
 A checkpoint is a zip archive of one pickle and one file of numbers a storage. The pickle is read with a table of what
 it may name: containers, storage types and the functions that put a tensor together, all replaced by ones of our own.
@@ -7,20 +10,22 @@ names a function of Python's own library has no good reason to, and is refused.
 """
 
 import io
+import os
 import pickle
 import sys
 import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 import torch
 from torch import Tensor
 
+from kizu.data import files
 from kizu.errors import ModelError
 
-__all__ = ["tensors"]
+__all__ = ["read_plain", "read_tensors", "write_plain"]
 
 DTYPES = {
     "DoubleStorage": torch.float64,
@@ -35,7 +40,9 @@ DTYPES = {
     "BoolStorage": torch.bool,
 }
 HARMLESS = {"builtins.set", "builtins.object", "copyreg._reconstructor", "_codecs.encode", "functools.partial"}
-DEEPEST = 50  # modules inside modules
+MAX_DEPTH = 50  # modules inside modules
+MAX_PLAIN_BYTES = 10_000_000
+PLAIN = (type(None), bool, int, float, str, bytes)
 
 
 class _Part:
@@ -53,8 +60,8 @@ class _Part:
         self.state = state
 
 
-class _Reader(pickle.Unpickler):
-    """Unpickles containers, numbers, strings and tensors; nothing that it is told to call is code from elsewhere."""
+class _TensorUnpickler(pickle.Unpickler):
+    """Unpickles containers, numbers, strings and tensors; whatever it calls is code of this file."""
 
     def __init__(self, file: IO[bytes], archive: zipfile.ZipFile, root: str) -> None:
         super().__init__(file)
@@ -87,7 +94,7 @@ def _tensor(storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[i
     return torch.as_strided(storage, size, stride, offset).clone()  # which refuses to reach beyond the storage
 
 
-def tensors(source: Path | IO[bytes], name: str | None = None) -> dict[str, Tensor]:
+def read_tensors(source: Path | IO[bytes], name: str | None = None) -> dict[str, Tensor]:
     """All tensors of a checkpoint by name, those of a whole module named as in its state_dict, a lone one "".
 
     Raises `ModelError` for a file that torch.save did not write (since 2020), that is damaged, or holds no tensors.
@@ -103,20 +110,20 @@ def tensors(source: Path | IO[bytes], name: str | None = None) -> dict[str, Tens
                 raise ValueError("numbers in another byte order")
             if archive.getinfo(pickles[0]).compress_type != zipfile.ZIP_STORED:
                 raise ValueError("a packed pickle")
-            content = _Reader(io.BytesIO(archive.read(pickles[0])), archive, root).load()
-        found = dict(_named(content, "", 0))
+            content = _TensorUnpickler(io.BytesIO(archive.read(pickles[0])), archive, root).load()
+        tensors = dict(_named(content, "", 0))
     except OSError as error:
         raise ModelError(f"{name}: cannot be read ({error.strerror})") from None
     except Exception as error:  # a broken or hostile pickle raises anything
         raise ModelError(f"{name}: holds no tensors that can be read ({type(error).__name__}: {error})") from None
-    if not found:
+    if not tensors:
         raise ModelError(f"{name}: holds no tensors")
-    return found
+    return tensors
 
 
 def _named(content: Any, prefix: str, depth: int) -> Iterator[tuple[str, Tensor]]:
     """Tensors in dictionaries, and in modules: parameters, buffers, then what is inside, as state_dict orders them."""
-    if depth > DEEPEST:
+    if depth > MAX_DEPTH:
         raise ValueError("modules too deep inside each other")
     if isinstance(content, Tensor):
         yield prefix.removesuffix("."), content
@@ -126,3 +133,49 @@ def _named(content: Any, prefix: str, depth: int) -> Iterator[tuple[str, Tensor]
     elif isinstance(content, dict):
         for key, value in content.items():
             yield from _named(value, f"{prefix}{key}.", depth + 1)
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Reads numbers, words and collections of them. Whatever would be imported or called stops it."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("collections", "OrderedDict"):
+            return OrderedDict
+        raise pickle.UnpicklingError(f"it names {module}.{name}")
+
+    def persistent_load(self, pid: Any) -> NoReturn:
+        raise pickle.UnpicklingError("it refers to something outside of itself")
+
+
+def read_plain(path: str | os.PathLike[str]) -> Any:
+    """The plain values in a pickle. Nothing is imported or called. Raises `ModelError` for any other pickle."""
+    path = Path(path)
+    try:
+        if path.stat().st_size > MAX_PLAIN_BYTES:
+            raise ModelError(f"{path} has more than {MAX_PLAIN_BYTES:,} bytes: no file of plain values")
+        with path.open("rb") as file:
+            value = _PlainUnpickler(file).load()
+    except FileNotFoundError:
+        raise ModelError(f"{path}: there is no such file") from None
+    except ModelError:
+        raise
+    except Exception as error:  # a broken pickle raises anything
+        raise ModelError(f"{path} is refused: it should hold plain values only, but {error}") from None
+    return value
+
+
+def write_plain(path: str | os.PathLike[str], value: Any) -> None:
+    """Pickle plain values, whole or not at all. Raises `TypeError` for any other."""
+    _check(value)
+    with files.new_file(path) as temporary:
+        temporary.write_bytes(pickle.dumps(value, protocol=4))
+
+
+def _check(value: Any) -> None:
+    if isinstance(value, dict):
+        _check([*value, *value.values()])
+    elif isinstance(value, list | tuple):
+        for part in value:
+            _check(part)
+    elif type(value) not in PLAIN:
+        raise TypeError(f"{type(value).__name__} is no plain value")

@@ -1,17 +1,20 @@
 """Pictures that show why something is marked: the place, and the good patch from training that looks most like it."""
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import count, takewhile
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from kizu.data import image as images
+from kizu.inference.prediction import NearestPatch
 
 if TYPE_CHECKING:
     from kizu.inference.prediction import Evidence, Prediction
 
-__all__ = ["MAX_REGIONS", "crop", "places", "side_by_side"]
+__all__ = ["MAX_REGIONS", "BankOutputs", "crop", "nearest_patch", "places", "side_by_side"]
 
 MAX_REGIONS = 3  # of a photograph that are explained, the most anomalous first
 CROP = 0.3  # of the network's input, shown around a place
@@ -19,6 +22,53 @@ TILE = 200  # pixels
 GAP = 6
 
 RGB = npt.NDArray[np.uint8]  # (H, W, 3)
+
+
+@dataclass(frozen=True)
+class BankOutputs:
+    """What a graph puts out about a memory bank, and the tables that lie beside it, by name."""
+
+    entries: str  # (B, h, w) the bank's entry nearest to each patch,
+    distances: str  # (B, h, w) and its distance, in units of what is typical of good parts there
+    images: str  # (K,) the training image that each entry is from,
+    places: str  # (K,) and its place there: row · columns + column of the grid of patches
+
+    @classmethod
+    def of(cls, number: int) -> "BankOutputs":
+        """The names for one of a graph's banks."""
+        return cls(f"entry {number}", f"distance {number}", f"images {number}", f"places {number}")
+
+    @classmethod
+    def among(cls, outputs: Iterable[str]) -> "list[BankOutputs]":
+        """The names for each bank of a graph with these outputs; none for a method without memory banks."""
+        known = set(outputs)
+        return list(takewhile(lambda bank: bank.entries in known, map(cls.of, count())))
+
+
+def nearest_patch(
+    outputs: Mapping[str, npt.NDArray[Any]],
+    tables: Mapping[str, npt.NDArray[Any]],
+    place: tuple[float, float],
+    names: Sequence[str],
+) -> NearestPatch | None:
+    """The good patch nearest to a place of an image, in the bank to which that place is the most anomalous.
+
+    `outputs` are the graph's of this image (B = 1), `tables` those of its banks, both named as `BankOutputs` says;
+    `place` is x, y as shares of width and height; `names` are the training images'. None for a graph without memory
+    banks, and for banks that another program made, which do not say what images they learned from.
+    """
+    candidates = []
+    for bank in BankOutputs.among(outputs):
+        height, width = outputs[bank.entries].shape[1:]
+        patch = 0, int(place[1] * height), int(place[0] * width)
+        entry = outputs[bank.entries][patch]
+        row, column = divmod(int(tables[bank.places][entry]), width)
+        match = ((column + 0.5) / width, (row + 0.5) / height)
+        candidates.append((float(outputs[bank.distances][patch]), int(tables[bank.images][entry]), match))
+    if not candidates:
+        return None
+    distance, number, match = max(candidates)
+    return None if number < 0 else NearestPatch(names[number], number, match, distance)
 
 
 def places(prediction: "Prediction") -> list[tuple[int, tuple[int, int]]]:

@@ -21,15 +21,16 @@ from kizu.data import image as images
 from kizu.data.preprocessing import Preprocessing
 from kizu.errors import ModelError, require
 from kizu.inference import model_folder as saved
+from kizu.inference.evidence import BankOutputs, nearest_patch
 from kizu.inference.image_features import Wholes
 from kizu.inference.inspector import Inspector
 from kizu.inference.parity import Cases, Difference, Tolerance
 from kizu.inference.prediction import NearestPatch
 
-__all__ = ["BACKENDS", "CASES", "KEEPSAKES", "Exported", "digest", "load", "open_graph", "seal"]
+__all__ = ["BACKENDS", "CASES", "TABLES", "Exported", "digest", "load", "open_graph", "seal"]
 
 CASES = "parity.safetensors"
-KEEPSAKES = "keepsakes.safetensors"  # what it takes to say more than score and map
+TABLES = "keepsakes.safetensors"  # what explains a score and a map: `Detector.export_tables`
 CHECKED = 2  # cases at load
 TOGETHER = 8  # images in one run of the graph: more take memory and are no faster
 ROUNDING = 1e-6
@@ -41,14 +42,14 @@ Run = Callable[[npt.NDArray[np.uint8], Sequence[str]], list[npt.NDArray[Any]]]  
 class Exported(Inspector):
     """A model that `kizu export` wrote. It judges as the trained one does, and cannot be changed."""
 
-    def __init__(self, folder: Path, about: dict[str, Any], run: Run, keepsakes: Arrays) -> None:
+    def __init__(self, folder: Path, about: dict[str, Any], run: Run, tables: Arrays) -> None:
         config = about["config"]
         size = config["size"]
         super().__init__(Preprocessing((size[0], size[1]), config["resize"]), about["threshold"]["rate"])
         self.method: str = about["method"]
         self.folder, self.about = folder, about
         self.export: dict[str, Any] = about["export"]
-        self._run, self._keepsakes = run, keepsakes
+        self._run, self._tables = run, tables
         self.restore_thresholds(about)
 
     @cached_property
@@ -82,26 +83,18 @@ class Exported(Inspector):
         names = ("parts", "contributions", "whitened")
         if names[0] not in self.export["outputs"]:
             return super().score_in_parts(pixels)
-        scores, maps, *told = self.outputs(pixels, ("score", "map", *names))
-        wholes = Wholes(**self._keepsakes, groups=list(self.facts["groups"]), names=self.training["names"])
-        return scores, maps, wholes.explain(*told)
+        scores, maps, *extras = self.outputs(pixels, ("score", "map", *names))
+        wholes = Wholes(**self._tables, groups=list(self.facts["groups"]), names=self.training["names"])
+        return scores, maps, wholes.explain(*extras)
 
     def nearest_good(self, seen: npt.NDArray[np.uint8], place: tuple[float, float]) -> NearestPatch | None:
-        banks = [name.removeprefix("entry ") for name in self.export["outputs"] if name.startswith("entry ")]
+        banks = BankOutputs.among(self.export["outputs"])
         if not banks:
             return None
-        names = [f"{kind} {bank}" for bank in banks for kind in ("distance", "entry")]
-        told = self.outputs(np.ascontiguousarray(seen.transpose(2, 0, 1)[None]), names)
-        found = []
-        for bank, distances, entries in zip(banks, told[::2], told[1::2], strict=True):
-            height, width = entries.shape[1:]
-            here = int(place[1] / seen.shape[0] * height), int(place[0] / seen.shape[1] * width)
-            entry = entries[0][here]
-            row, column = divmod(int(self._keepsakes[f"places {bank}"][entry]), width)
-            number = int(self._keepsakes[f"images {bank}"][entry])
-            found.append((float(distances[0][here]), number, ((column + 0.5) / width, (row + 0.5) / height)))
-        distance, number, there = max(found)
-        return NearestPatch(self.training["names"][number], number, there, distance)
+        names = [name for bank in banks for name in (bank.entries, bank.distances)]
+        outputs = self.outputs(np.ascontiguousarray(seen.transpose(2, 0, 1)[None]), names)
+        share = place[0] / seen.shape[1], place[1] / seen.shape[0]
+        return nearest_patch(dict(zip(names, outputs, strict=True)), self._tables, share, self.training["names"])
 
     def verify(self, most: int | None = None) -> Difference:
         """Judge the photographs that lie inside again, or the first of them, and compare with what torch said.
@@ -146,7 +139,7 @@ def load(folder: str | os.PathLike[str], *, check: int | None = CHECKED) -> Expo
             if digest(folder / name) != expected:
                 raise ModelError(f"{folder}: {name} is damaged or was changed. Export the model again")
         run = open_graph(folder, about["export"]["format"])
-        model = Exported(folder, about, run, _keepsakes(folder))
+        model = Exported(folder, about, run, _tables(folder))
     except (KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{folder}: the model is damaged (model.json: {error!r})") from None
     model.thumbnails = saved.thumbnails(folder)
@@ -225,8 +218,8 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _keepsakes(folder: Path) -> Arrays:
+def _tables(folder: Path) -> Arrays:
     try:
-        return load_file(folder / KEEPSAKES) if (folder / KEEPSAKES).exists() else {}
+        return load_file(folder / TABLES) if (folder / TABLES).exists() else {}
     except (OSError, ValueError, SafetensorError) as error:
         raise ModelError(f"{folder}: the model is damaged ({error})") from None

@@ -122,14 +122,14 @@ def _train_teacher(photographs: str, model_dir: Path, options: dict[str, Any], p
 def _statistics(folder: Path) -> "tuple[Tensor, Tensor] | None":
     """mu.pt and sigma.pt, where they were put beforehand: they hold for both sizes."""
     from kizu.detectors.efficientad.networks import DIMENSION
-    from kizu.features.safe_load import tensors
+    from kizu.features.safe_load import read_tensors
 
     files = folder / "mu.pt", folder / "sigma.pt"
     if not all(path.exists() for path in files):
         return None
     found = []
     for path in files:
-        values = tensors(path).get("")
+        values = read_tensors(path).get("")
         if values is None or values.numel() != DIMENSION:
             raise ModelError(f"{path}: should be {DIMENSION} numbers; remove it, and it is measured again")
         found.append(values.flatten().float())

@@ -16,7 +16,7 @@ from torch import Tensor
 from kizu.data import files
 from kizu.detectors.efficientad.networks import KERNELS, PDN, Size
 from kizu.errors import ModelError, OptionError
-from kizu.features.safe_load import tensors
+from kizu.features.safe_load import read_tensors
 
 __all__ = ["MISSING", "assemble", "fingerprint", "load", "save"]
 
@@ -46,9 +46,9 @@ def load(path: str | Path, size: Size = "s") -> tuple[PDN, dict[str, Any]]:
     elif inside := _files_in(path):
         entry = _one_of(inside, size, path)
         with zipfile.ZipFile(path) as archive:
-            state = tensors(io.BytesIO(archive.read(entry)), f"{path}: {entry}")
+            state = read_tensors(io.BytesIO(archive.read(entry)), f"{path}: {entry}")
     else:
-        state = tensors(path)
+        state = read_tensors(path)
     return assemble(state, str(path)), {"file": path.name, **about}
 
 

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kizu.detectors.patchcore.feature_table import Rows, Shape
+from kizu.detectors.patchcore.feature_table import FeatureTable, Shape
 from kizu.detectors.ram import release
 from kizu.errors import OptionError
 from kizu.features.matmul import padded, similarities
 
-__all__ = ["Coreset", "Summary", "select"]
+__all__ = ["Coreset", "StreamingCoreset", "k_center", "select"]
 
 CANDIDATES = 512
 DECAY = 0.95
@@ -42,7 +42,7 @@ class Coreset:
 
 
 def select(
-    rows: Tensor | Rows,
+    rows: Tensor | FeatureTable,
     count: int,
     sampler: str = "k_center",
     *,
@@ -55,10 +55,10 @@ def select(
     starts them, on a random projection to 128 dimensions. random, identity: what they say.
     Raises `OptionError` for an unknown sampler or a count that does not fit.
     """
-    rows = rows if isinstance(rows, Rows) else Rows.of(rows)
+    rows = rows if isinstance(rows, FeatureTable) else FeatureTable.of(rows)
     total = len(rows)
     if not 0 < count <= total:
-        raise OptionError(f"--coreset: {count} of {total} patches cannot be chosen")
+        raise OptionError(f"`coreset`: {count} of {total} patches cannot be chosen")
     generator = torch.Generator().manual_seed(seed)
     if sampler == "identity" or (count == total and sampler == "random"):
         return Coreset(torch.arange(total), 0.0)
@@ -80,12 +80,12 @@ def select(
         distances = _total_distances(points)
         picks = []
     else:
-        raise OptionError(f"--sampler {sampler} is unknown")
-    return _farthest_first(points, distances, picks, count, progress)
+        raise OptionError(f'`sampler="{sampler}"` is unknown')
+    return k_center(points, distances, picks, count, progress)
 
 
-def _farthest_first(
-    points: Rows,
+def k_center(
+    points: FeatureTable,
     distances: Tensor,
     picks: list[int],
     count: int,
@@ -122,21 +122,21 @@ class _Cover:
     A row is named by its position, in an order in which cells are contiguous.
     """
 
-    def __init__(self, points: Rows, distances: Tensor, picks: list[int], count: int) -> None:
+    def __init__(self, points: FeatureTable, distances: Tensor, picks: list[int], count: int) -> None:
         self.points = points
         self.order = torch.arange(len(points), device=points.device)  # position → row
         self.half_norms = _of_each(points, torch.float32, lambda rows: rows.square().sum(1) / 2)
         self.distances = distances  # (N,) to the nearest pick that a row knows of; -1 once it is a pick itself
         self.seen = torch.full(distances.shape, len(picks), device=points.device)  # how many picks that are
         self.chosen = torch.empty(count, dtype=torch.long, device=points.device)  # positions of the picks
-        self.centres = distances.new_empty(count, points.width)  # their features
+        self.centres = distances.new_empty(count, points.dimension)  # their features
         self.centre_norms = distances.new_empty(count)  # ‖centre‖² / 2
         self.cells = [len(points)]  # rows in each
-        self.pivots = distances.new_zeros(1, points.width)  # (cells, D)
+        self.pivots = distances.new_zeros(1, points.dimension)  # (cells, D)
         self.to_pivots = distances.new_full((count, 1), -torch.inf)  # (count, cells): of picks
         self.own = torch.zeros_like(distances)  # (N,) distance to the pivot of the row's cell
         self.filled = 0
-        self._gathered = distances.new_zeros(BLOCK, points.width)  # written again and again: fresh memory costs
+        self._gathered = distances.new_zeros(BLOCK, points.dimension)  # written again and again: fresh memory costs
         self.pick(torch.tensor(picks, dtype=torch.long, device=points.device))
 
     def rows(self, positions: Tensor | slice) -> Tensor:
@@ -236,18 +236,18 @@ def _among(candidates: Tensor, distances: Tensor, limit: float, most: int) -> Te
     return torch.tensor(picks, device=candidates.device)
 
 
-def _mean(rows: Rows) -> Tensor:
+def _mean(rows: FeatureTable) -> Tensor:
     """(D,)"""
     total = sum(rows.span(start, start + BLOCK).sum(0) for start in range(0, len(rows), BLOCK))
     assert isinstance(total, Tensor)
     return total / len(rows)
 
 
-def _distances_to(rows: Rows, point: Tensor) -> Tensor:
+def _distances_to(rows: FeatureTable, point: Tensor) -> Tensor:
     return _of_each(rows, torch.float32, lambda block: (block - point).norm(dim=1))
 
 
-def _of_each(rows: Rows, dtype: torch.dtype, function: Callable[[Tensor], Tensor]) -> Tensor:
+def _of_each(rows: FeatureTable, dtype: torch.dtype, function: Callable[[Tensor], Tensor]) -> Tensor:
     """A number (N,) of each row, block by block, into one place: small results would scatter over the memory."""
     results = torch.empty(len(rows), dtype=dtype, device=rows.device)
     for start in range(0, len(rows), BLOCK):
@@ -255,26 +255,26 @@ def _of_each(rows: Rows, dtype: torch.dtype, function: Callable[[Tensor], Tensor
     return results
 
 
-def _project(rows: Rows, generator: torch.Generator, dimension: int = 128) -> Rows:
+def _project(rows: FeatureTable, generator: torch.Generator, dimension: int = 128) -> FeatureTable:
     """The reference's random linear map, U(−1/√D, 1/√D), where the rows have not 128 dimensions already."""
-    width = rows.width
+    width = rows.dimension
     if width == dimension:
         return rows
     matrix = ((torch.rand(width, dimension, generator=generator) * 2 - 1) / width**0.5).to(rows.device)
     points = torch.empty(len(rows), dimension, device=rows.device)
     for start in range(0, len(rows), BLOCK):
         torch.matmul(rows.span(start, start + BLOCK), matrix, out=points[start : start + BLOCK])
-    return Rows.of(points)
+    return FeatureTable.of(points)
 
 
-def _total_distances(points: Rows) -> Tensor:
+def _total_distances(points: FeatureTable) -> Tensor:
     """L2 norm of each row of the distance matrix, without the matrix: Σ_j ‖x_i − x_j‖² in closed form."""
     mean = _mean(points)
     squares = _of_each(points, torch.float32, lambda block: (block - mean).square().sum(1))
     return (len(points) * squares + squares.sum()).sqrt()
 
 
-class Summary:
+class StreamingCoreset:
     """Rows of any number of images in bounded memory: a coreset of coresets (merge and reduce).
 
     As long as all rows fit they are kept as they are. Beyond that, each full chunk is reduced by k-centre to a few
@@ -298,13 +298,17 @@ class Summary:
         """
         patches, dimension = shapes[0][1] * shapes[0][2], sum(channels for channels, *_ in shapes)
         self.total, self.share, self.sampler, self.seed, self.shapes = images * patches, share, sampler, seed, shapes
-        self.is_whole = Rows.bytes(images, shapes) <= memory
+        self.holds_all = FeatureTable.bytes(images, shapes) <= memory
         fits = memory // (4 * dimension)
-        if sampler == "identity" and not self.is_whole:
+        if sampler == "identity" and not self.holds_all:
             everything = f"{self.total:,} patches of {dimension} numbers"
-            raise OptionError(f"--sampler identity: {everything} do not fit in --memory; choose k_center")
+            raise OptionError(f'`sampler="identity"`: {everything} do not fit in `memory`; choose `sampler="k_center"`')
         self.most = max(1, fits // 3)  # entries of a bank that leave room to choose them
-        self.rows = Rows(images, shapes, device) if self.is_whole else Rows(max(fits, 2), [(dimension, 1, 1)], device)
+        self.rows = (
+            FeatureTable(images, shapes, device)
+            if self.holds_all
+            else FeatureTable(max(fits, 2), [(dimension, 1, 1)], device)
+        )
         self.patches = torch.empty(len(self.rows), dtype=torch.long, device=device)
         least, most = (times * share for times in OVERSAMPLING)
         self.kept = min(max(least, min(most, len(self.rows) / 2 / self.total)), 1.0)  # of a chunk's rows
@@ -313,12 +317,12 @@ class Summary:
 
     def add(self, layers: Sequence[Tensor], patches: Tensor) -> None:
         """Images, each layer (B, C, h, w), and the number of each of their patches (N,)."""
-        if self.is_whole:
+        if self.holds_all:
             self.rows.write(self._filled // self.rows.patches, layers)
             self.patches[self._filled : self._filled + len(patches)] = patches
             self._filled += len(patches)
             return
-        images = Rows(len(layers[0]), self.shapes, layers[0].device)
+        images = FeatureTable(len(layers[0]), self.shapes, layers[0].device)
         images.write(0, layers)
         rows = images.span(0, len(images))
         while len(rows):
@@ -332,12 +336,12 @@ class Summary:
 
     def choose(self, progress: Callable[[int, int], None] | None = None) -> tuple[Tensor, Tensor, float]:
         """The bank: entries (K, D), their patches (K,), and how far the farthest row is from an entry, at most."""
-        count = min(max(1, int(self.total * self.share)), self._filled if self.is_whole else self.most)
-        rows = self.rows if self.is_whole else Rows.of(self.rows.layers[0][: self._filled])
+        count = min(max(1, int(self.total * self.share)), self._filled if self.holds_all else self.most)
+        rows = self.rows if self.holds_all else FeatureTable.of(self.rows.layers[0][: self._filled])
         chosen = select(rows, min(count, len(rows)), self.sampler, seed=self.seed, progress=progress)
         release()
         indices = chosen.indices.to(rows.device)
-        entries = torch.empty(len(indices), rows.width, device=rows.device)
+        entries = torch.empty(len(indices), rows.dimension, device=rows.device)
         for some, place in zip(indices.split(BLOCK), entries.split(BLOCK), strict=True):
             rows.take(some, out=place)
         return entries, self.patches[indices], self.radius + chosen.radius
@@ -359,5 +363,5 @@ class Summary:
         self._settled = self._filled = end
 
 
-def _radius(rows: Rows, centres: Tensor) -> float:
+def _radius(rows: FeatureTable, centres: Tensor) -> float:
     return float(_of_each(rows, torch.float32, lambda block: torch.cdist(block, centres).amin(1)).max())

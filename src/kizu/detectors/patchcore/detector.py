@@ -1,195 +1,50 @@
-"""PatchCore: memory banks of good patches; a patch is as anomalous as it is far from the nearest of them.
-
-Roth et al., "Towards Total Recall in Industrial Anomaly Detection", CVPR 2022. Beyond the paper, and switchable: a bank
-a layer instead of one of all layers (`fusion`), distances measured in units of what is usual around a bank entry
-(`local_scale`), and an image score from its most anomalous patches instead of one (`top`).
-"""
+"""PatchCore as a detector: it learns from good images, learns more of them later, and is merged with others."""
 
 import hashlib
 import math
 import statistics
 from collections.abc import Sequence
-from functools import partial
-from typing import Any, Self, cast
+from dataclasses import dataclass
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from kizu.calibration.threshold import images_needed
 from kizu.config import PatchCoreConfig
 from kizu.data.progress import Progress, silent
 from kizu.detectors.base import Detector
 from kizu.detectors.fitting import FitContext, FitResult
-from kizu.detectors.patchcore import coreset
-from kizu.detectors.patchcore.feature_table import Rows
-from kizu.detectors.patchcore.graph import EnsembleGraph
+from kizu.detectors.patchcore.coreset import StreamingCoreset
+from kizu.detectors.patchcore.feature_table import FeatureTable
+from kizu.detectors.patchcore.graph import EnsembleGraph, PatchCoreGraph
 from kizu.detectors.patchcore.leave_one_out import LeaveOneOut
-from kizu.detectors.patchcore.memory_bank import Bank, Hits
-from kizu.detectors.patchcore.quantised import QuantisedCells
+from kizu.detectors.patchcore.memory_bank import Bank
 from kizu.detectors.ram import budget, tidy
 from kizu.errors import DataError, ModelError
 from kizu.features import backbone
-from kizu.features.anomaly_map import MapUpsampling
 from kizu.features.backbone import weights_hash
-from kizu.features.patch_features import PatchFeatures, as_rows
+from kizu.features.patch_features import as_rows
+from kizu.inference.evidence import BankOutputs, nearest_patch
 from kizu.inference.prediction import NearestPatch
 
 __all__ = ["PatchCore"]
 
-CALIBRATED = 1000  # images that set scales and threshold where their features must be computed again for it
+SCORED_IMAGES = 1000  # that set scales and threshold where their features must be computed again for it
+MAP_BATCH = 16  # maps made at a time
 
 
-class PatchCoreGraph(nn.Module):
-    """uint8 images (B, 3, H, W) → scores (B,), anomaly maps (B, 1, H, W)."""
+@dataclass(frozen=True)
+class _Member:
+    """What is learned with one backbone."""
 
-    banks: Sequence[Bank]  # one for each tap; an nn.ModuleList, so that they are saved with the graph
-
-    def __init__(self, config: PatchCoreConfig, network: backbone.Backbone) -> None:
-        super().__init__()
-        self.config = config
-        self.backbone = network
-        taps = [slice(None)] if config.fusion == "stack" else [slice(n, n + 1) for n in range(len(network.layers))]
-        self.taps = taps  # the layers of each bank
-        self.patches = PatchFeatures(
-            config.patchsize,
-            config.pretrain_embed_dimension,
-            config.target_embed_dimension,
-            config.patchstride,
-            config.patchsize_aggregate,
-        )
-        self.banks = cast("Sequence[Bank]", nn.ModuleList())
-
-    def complete(self, banks: Sequence[Bank], grids: Sequence[tuple[int, int]]) -> None:
-        """Give it its memory, and the grid of patches (h, w) that each bank is for; the map is made from the first."""
-        self.banks, self.grids = cast("Sequence[Bank]", nn.ModuleList(banks)), list(grids)
-        if self.config.search == "ivfpq":
-            for bank in banks:
-                bank.quantise = partial(QuantisedCells, on_gpu=self.config.faiss_on_gpu)
-        self.register_buffer("grid_sizes", torch.tensor(grids))  # so that a saved model knows them
-        self.upsample = MapUpsampling(grids[0], self.config.size, self.config.smoothing).to(banks[0].entries.device)
-
-    def embed(self, images: Tensor) -> list[Tensor]:
-        """(B, 3, H, W) → patch features (B, D, h, w) for each bank."""
-        return self.gather(self.backbone(images))
-
-    def gather(self, maps: list[Tensor]) -> list[Tensor]:
-        """The layers' maps → patch features for each bank."""
-        return [self.patches(maps[tap]) for tap in self.taps]
-
-    def parts(self, images: Tensor) -> list[list[Tensor]]:
-        """(B, 3, H, W) → for each bank what its patch features are stacked from, layer by layer (B, C, h', w')."""
-        maps = self.backbone(images)
-        return [self.patches.pooled(maps[tap]) for tap in self.taps]
-
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        scores, grid = self.rate(images)
-        anomaly_maps: Tensor = self.upsample(grid)
-        return scores, anomaly_maps
-
-    def forward_with_global_features(self, images: Tensor, kind: str) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """As `forward`, and the global features of `Backbone.forward_with_global_features` from the same pass."""
-        maps, global_features = self.backbone.forward_with_global_features(images, kind)
-        scores, grid = self.rate_layers(self.gather(maps))
-        return scores, self.upsample(grid), global_features
-
-    def global_features(self, images: Tensor, kind: str) -> dict[str, Tensor]:
-        """Global features alone, as `forward_with_global_features` gives them."""
-        return self.backbone.forward_with_global_features(images, kind)[1]
-
-    def forward_with_extras(self, images: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """As `forward`, and for each bank the entry nearest to each patch (B, h, w), and how unusually far it is."""
-        layers = self.embed(images)
-        hits = [self.search(bank, as_rows(layer)) for bank, layer in zip(self.banks, layers, strict=True)]
-        scores, grid = self.judge(hits, [layer.shape for layer in layers])
-        extras = {}
-        for number, (bank, hit, layer) in enumerate(zip(self.banks, hits, layers, strict=True)):
-            entries, grid_shape = hit.entries[:, 0], (layer.shape[0], *layer.shape[2:])
-            usual = bank.usual(self.config.local_scale)[entries]
-            extras[f"entry {number}"] = entries.view(grid_shape)
-            extras[f"distance {number}"] = (hit.distances[:, 0] / usual).view(grid_shape)
-        return scores, self.upsample(grid), extras
-
-    def rate(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, 3, H, W) → scores (B,) and patch scores (B, h, w)."""
-        return self.rate_layers(self.embed(images))
-
-    def rate_layers(self, layers: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """As `rate`, from patch features for each bank."""
-        hits = [self.search(bank, as_rows(layer)) for bank, layer in zip(self.banks, layers, strict=True)]
-        return self.judge(hits, [layer.shape for layer in layers])
-
-    def search(self, bank: Bank, queries: Tensor, own: Tensor | None = None) -> Hits:
-        """What is nearest in a bank to queries (N, D), among the entries that are not from their own images (N,)."""
-        distances, entries = bank.search(queries, self.config.neighbours, own)
-        return Hits(distances, entries, queries if self.config.reweight > 1 else None, own)
-
-    def as_if_new(self, hits: Sequence[Hits], among_others: Sequence[Hits]) -> tuple[Tensor, Tensor]:
-        """As `rate`, a training image from its hits, as if it had not been learned from.
-
-        What it found among other images' entries is taken out of the scales, and is where Eq. 7 looks.
-        """
-        shapes = [(1, 0, *grid) for grid in self.grids]
-        return self.judge(hits, shapes, among_others)
-
-    def judge(
-        self, hits: Sequence[Hits], shapes: Sequence[Sequence[int]], without: Sequence[Hits] | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Scores and patch scores of images from their hits in each bank, for features of `shapes`."""
-        grids = []
-        for number, (bank, hit, (count, _, height, width)) in enumerate(zip(self.banks, hits, shapes, strict=True)):
-            rated = self.patch_scores(bank, hit, None if without is None else without[number])
-            grids.append(rated.view(count, 1, height, width))
-        grid = grids[0]
-        if len(grids) > 1:
-            aligned = [F.interpolate(one, self.grids[0], mode="bilinear", align_corners=False) for one in grids[1:]]
-            grid = torch.stack([grid, *aligned]).mean(0)
-        flat = grid.flatten(1)
-        most = max(1, round(self.config.top * flat.shape[1]))
-        scores = flat.topk(most, dim=1).values.mean(1)
-        if self.config.reweight > 1:
-            images = torch.arange(flat.shape[0], device=flat.device)  # len() would fix their number in an export
-            worst = flat.argmax(1) + images * flat.shape[1]
-            scores = scores * self.weight((hits if without is None else without)[0], worst)
-        return scores, grid[:, 0]
-
-    def patch_scores(self, bank: Bank, hit: Hits, without: Hits | None) -> Tensor:
-        """(N,): distances as they are, or in units of what is usual around the entries, or in the whole bank."""
-        if self.config.fusion == "stack" and not self.config.local_scale:
-            return (hit.distances.square() if self.config.squared else hit.distances).mean(1)
-        usual = bank.usual(self.config.local_scale, without)
-        return (hit.distances / usual[hit.entries]).mean(1)
-
-    def nearest(self, image: Tensor, place: tuple[float, float]) -> tuple[float, int, tuple[float, float]]:
-        """What is nearest to a place of an image (1, 3, H, W), in the bank to which it is the most unusual.
-
-        The distance in units of what is usual there, the training image, and the place there; places are x, y as shares
-        of width and height.
-        """
-        found = []
-        for bank, layer, (height, width) in zip(self.banks, self.embed(image), self.grids, strict=True):
-            column, row = int(place[0] * width), int(place[1] * height)
-            distances, entries = bank.search(layer[:, :, row, column], 1)
-            entry = int(entries[0, 0])
-            row, column = divmod(int(bank.places[entry]), width)
-            distance = float(distances[0, 0] / bank.usual(self.config.local_scale)[entry])
-            found.append((distance, int(bank.images[entry]), ((column + 0.5) / width, (row + 0.5) / height)))
-        return max(found)
-
-    def weight(self, hit: Hits, worst: Tensor) -> Tensor:
-        """Eq. 7, 1 − exp‖m_t − m*‖ / Σ exp‖m_t − m‖ over the bank's m nearest to m*, itself among them.
-
-        `worst` (B,) says which queries are the images' most anomalous patches m_t.
-        """
-        bank = self.banks[0]
-        assert hit.queries is not None
-        nearest_entries = bank.entries[hit.entries[worst, 0]]  # m* (B, D)
-        own = None if hit.own is None else hit.own[worst]
-        around = bank.around(nearest_entries, self.config.reweight, own)  # (B, b), m* first
-        distances = (hit.queries[worst][:, None] - bank.entries[around]).norm(dim=2)
-        return 1 - torch.softmax(distances, dim=1)[:, 0]
+    graph: PatchCoreGraph
+    scored: tuple[Tensor, Tensor]  # scores (M,) and patch scores (M, h, w) of the images that set the threshold
+    loo_scores: Tensor  # (L,) of training images, each as if it were new,
+    image_ids: range  # and which these are
+    facts: dict[str, Any]
 
 
 class PatchCore(Detector):
@@ -199,89 +54,89 @@ class PatchCore(Detector):
     config_class = PatchCoreConfig
 
     def learn(self, context: FitContext) -> FitResult:
-        photos, held_out = context.photos, context.held_out
         with torch.inference_mode():
-            learned = [self._learn_one(config, context) for config in self.config.members()]
-            graphs, rated, as_new, facts = zip(*learned, strict=True)
-            searched = self._searched(len(photos), len(as_new[0]) == len(photos))
-            numbers = range(len(held_out)) if len(held_out) else searched
-            if len(graphs) == 1:
-                return _learned(graphs[0], graphs, rated, as_new[0], facts[0], numbers, searched)
+            members = [self._learn_member(config, context) for config in self.config.members()]
+            first, graphs, scored = members[0], [m.graph for m in members], [m.scored for m in members]
+            image_ids = first.image_ids
+            scored_indices = range(len(context.held_out)) if len(context.held_out) else image_ids
+            if len(members) == 1:
+                loo_scores, facts = first.loo_scores, first.facts
+                return _result(first.graph, graphs, scored, loo_scores, facts, scored_indices, image_ids)
             ensemble = EnsembleGraph(graphs).to(self.device)
-            ensemble.learn_stats(rated)
-            scaled = [(scores - mean) / std for scores, (mean, std) in zip(as_new, ensemble.score_stats, strict=True)]
-            alike = len({len(scores) for scores in scaled}) == 1  # the members judged the same images
-            together = torch.stack(scaled).mean(0) if alike else scaled[0]
-            return _learned(ensemble, graphs, rated, together, {"members": list(facts)}, numbers, searched)
+            ensemble.learn_stats(scored)
+            scaled = [
+                (member.loo_scores - mean) / std
+                for member, (mean, std) in zip(members, ensemble.score_stats, strict=True)
+            ]
+            comparable = all(member.image_ids == image_ids for member in members)
+            loo_scores = torch.stack(scaled).mean(0) if comparable else scaled[0]
+            facts = {"members": [member.facts for member in members]}
+            return _result(ensemble, graphs, scored, loo_scores, facts, scored_indices, image_ids)
 
-    def _learn_one(
-        self, config: PatchCoreConfig, context: FitContext
-    ) -> tuple[PatchCoreGraph, tuple[Tensor, Tensor], Tensor, dict[str, Any]]:
-        """One member: its graph, its scores and patch scores of good images held out, its scores of the training images
-        as if each were new, and facts."""
+    def _learn_member(self, config: PatchCoreConfig, context: FitContext) -> _Member:
+        """One backbone's memory banks and scores: section 3.2 of the paper, and the threshold that it leaves open."""
         network = backbone.create(config.backbone, config.layers, config.weights, config.size)
         graph = PatchCoreGraph(config, network.to(self.device))
-        summaries: list[coreset.Summary] = []
-        photos, copies = context.photos, self._copies()
         with context.timed("features"):
-            for numbers, pixels in self.stream(photos, "Features", context.progress, copies=copies):
-                each = graph.parts(pixels)
-                if not summaries:
-                    grids = [(parts[0].shape[2], parts[0].shape[3]) for parts in each]
-                    self.remarks += graph.patches.remarks(grids[0])
-                    summaries = _summaries(config, each, len(photos) * (1 + copies), context.memory_bytes)
-                for summary, parts in zip(summaries, each, strict=True):
-                    summary.add(parts, _patch_numbers(numbers, parts[0].shape[2] * parts[0].shape[3]))
+            coresets = self._embed(graph, context)
         with context.timed("coreset"), tidy():
-            banks, radii = [], []
-            for summary, (height, width) in zip(summaries, grids, strict=True):
-                entries, patches, radius = summary.choose(
-                    lambda done, total: context.progress("Memory bank", done, total)
-                )
-                banks.append(Bank.of(entries, patches // (height * width), patches % (height * width)))
-                radii.append(radius)
-            del entries, patches
-            graph.complete(banks, grids)
+            radii = _fill_banks(graph, coresets, context)
         facts: dict[str, Any] = {
-            "bank": [len(bank.entries) for bank in banks],
-            "dimension": [bank.entries.shape[1] for bank in banks],
-            "patches": [summary.total for summary in summaries],
+            "bank": [len(bank.entries) for bank in graph.banks],
+            "dimension": [bank.entries.shape[1] for bank in graph.banks],
+            "patches": [coreset.total for coreset in coresets],
             "radius": radii,
         }
         with context.timed("calibration"), tidy():
-            outcome, as_new = self._calibrate(graph, summaries, context)
+            kept = all(coreset.holds_all for coreset in coresets)
+            image_ids = self._scored_ids(len(context.photos), kept)
+            loo_scored = self._leave_one_out(graph, coresets, image_ids, context)
+            scored = self._score_held_out(graph, context) if len(context.held_out) else loo_scored
             if config.search != "exact":
-                facts["recall"] = _recalls(graph, torch.from_numpy(photos.batch(0, 4)).to(self.device))
-        return graph, outcome, as_new, facts
+                facts["recall"] = _recalls(graph, torch.from_numpy(context.photos.batch(0, 4)).to(self.device))
+        return _Member(graph, scored, loo_scored[0], image_ids, facts)
 
-    def _calibrate(
-        self, graph: PatchCoreGraph, summaries: Sequence[coreset.Summary], context: FitContext
-    ) -> tuple[tuple[Tensor, Tensor], Tensor]:
-        """Scores (M,) and patch scores of the held-out images, or else of the training images; and the latter's scores.
+    def _embed(self, graph: PatchCoreGraph, context: FitContext) -> list[StreamingCoreset]:
+        """For each bank, the patch features of all photos and of their varied copies, as many as memory allows."""
+        coresets: list[StreamingCoreset] = []
+        photos, copies = context.photos, self._copies()
+        for image_ids, pixels in self.stream(photos, "Features", context.progress, copies=copies):
+            layers_by_bank = graph.pooled_layers(pixels)
+            if not coresets:
+                grid = layers_by_bank[0][0].shape[2:]
+                self.remarks += graph.patches.remarks((grid[0], grid[1]))
+                images = len(photos) * (1 + copies)
+                coresets = _streaming_coresets(graph.config, layers_by_bank, images, context.memory_bytes)
+            for coreset, layers in zip(coresets, layers_by_bank, strict=True):
+                coreset.add(layers, _patch_ids(image_ids, layers[0].shape[2] * layers[0].shape[3]))
+        return coresets
 
-        Training images are judged each as if it were new.
-        """
-        photos, held_out, progress = context.photos, context.held_out, context.progress
-        at_hand = all(summary.is_whole for summary in summaries)
-        places = [height * width for height, width in graph.grids]
+    def _leave_one_out(
+        self, graph: PatchCoreGraph, coresets: Sequence[StreamingCoreset], image_ids: range, context: FitContext
+    ) -> tuple[Tensor, Tensor]:
+        """Scores (L,) and patch scores of training images, each as if it were new; the banks learn their scales."""
+        kept = all(coreset.holds_all for coreset in coresets)
+        patches = [height * width for height, width in graph.grids]
 
         def features(numbers: Sequence[int]) -> list[Tensor]:
-            if at_hand:  # originals come first
+            if kept:  # originals come first
                 first, last = numbers[0], numbers[-1] + 1
-                return [summary.rows.span(first * p, last * p) for summary, p in zip(summaries, places, strict=True)]
-            return [as_rows(layer) for layer in graph.embed(self.pixels(photos, numbers))]
+                return [coreset.rows.span(first * p, last * p) for coreset, p in zip(coresets, patches, strict=True)]
+            return [as_rows(layer) for layer in graph.embed(self.pixels(context.photos, numbers))]
 
-        numbers = self._searched(len(photos), at_hand)
-        as_new = LeaveOneOut(graph, numbers, features).judged(lambda *done: progress("Threshold", *done))
-        if not len(held_out):
-            return as_new, as_new[0]
-        rated = [graph.rate(pixels) for _, pixels in self.stream(held_out, "Threshold", progress)]
-        return (torch.cat([scores for scores, _ in rated]), torch.cat([grids for _, grids in rated])), as_new[0]
+        leave_one_out = LeaveOneOut(graph, image_ids, features)
+        return leave_one_out.scores(lambda done, total: context.progress("Threshold", done, total))
 
-    def _searched(self, images: int, at_hand: bool) -> range:
-        """The training images that are judged as if they were new; fewer where each costs time."""
-        enough = max(CALIBRATED, images_needed(self.config.false_alarms))
-        return range(0, images, 1 if at_hand else max(1, images // enough))
+    def _score_held_out(self, graph: PatchCoreGraph, context: FitContext) -> tuple[Tensor, Tensor]:
+        """Scores (M,) and patch scores of the images held out."""
+        stream = self.stream(context.held_out, "Threshold", context.progress)
+        scores, grids = zip(*(graph.score_images(pixels) for _, pixels in stream), strict=True)
+        return torch.cat(scores), torch.cat(grids)
+
+    def _scored_ids(self, images: int, kept: bool) -> range:
+        """The training images that are scored as if they were new: all whose features are kept, else enough of them."""
+        enough = max(SCORED_IMAGES, images_needed(self.config.false_alarms))
+        return range(0, images, 1 if kept else max(1, images // enough))
 
     @property
     def keeps_thumbnails(self) -> bool:
@@ -299,10 +154,11 @@ class PatchCore(Detector):
         return self.graph.forward_with_extras(images)
 
     def export_tables(self) -> dict[str, Tensor]:
-        kept: dict[str, Tensor] = {}
+        tables: dict[str, Tensor] = {}
         for number, bank in enumerate(self._first().banks):
-            kept |= {f"images {number}": bank.images, f"places {number}": bank.places}
-        return kept
+            names = BankOutputs.of(number)
+            tables |= {names.images: bank.images, names.places: bank.places}
+        return tables
 
     def _first(self) -> PatchCoreGraph:
         """The only member, or an ensemble's first."""
@@ -311,13 +167,15 @@ class PatchCore(Detector):
         return graph
 
     def nearest_good(self, seen: npt.NDArray[np.uint8], place: tuple[float, float]) -> NearestPatch | None:
-        graph = self._first()
         with torch.inference_mode():
             pixels = torch.from_numpy(seen.transpose(2, 0, 1)[None].copy()).to(self.device)
-            distance, number, (x, y) = graph.nearest(pixels, (place[0] / seen.shape[1], place[1] / seen.shape[0]))
-        if number < 0:  # of an image that another program learned from
-            return None
-        return NearestPatch(self.training["names"][number], number, (x, y), distance)
+            extras = self._first().forward_with_extras(pixels)[2]
+        outputs, tables = (
+            {name: tensor.numpy(force=True) for name, tensor in tensors.items()}
+            for tensors in (extras, self.export_tables())
+        )
+        share = place[0] / seen.shape[1], place[1] / seen.shape[0]
+        return nearest_patch(outputs, tables, share, self.training["names"])
 
     def update(
         self,
@@ -329,8 +187,9 @@ class PatchCore(Detector):
     ) -> Self:
         """Learn more good images without the old ones; the banks keep their sizes.
 
-        New patches compete with the old entries for their places (k-centre over both). The levels follow from the old
-        images' scores, as they were, and the new ones', each as if it were new. Raises `ModelError` for an ensemble.
+        New patches compete with the old entries for their places (k-centre over both). The thresholds follow from the
+        old images' scores, as they were, and the added ones', each as if it were new. Raises `ModelError` for an
+        ensemble.
         """
         graph = self._single("updated")
         progress = progress or silent
@@ -339,37 +198,37 @@ class PatchCore(Detector):
             raise DataError("There is no image to learn from.")
         before = self.training["images"]
         with torch.inference_mode(), photos:
-            for numbers, pixels in self.stream(photos, "Features", progress, copies=self._copies()):
+            for image_ids, pixels in self.stream(photos, "Features", progress, copies=self._copies()):
                 layers = [as_rows(layer) for layer in graph.embed(pixels)]
                 banks = []
                 for bank, rows in zip(graph.banks, layers, strict=True):
-                    count = len(rows) // len(numbers)
-                    patches = _patch_numbers(numbers + before, count)
-                    banks.append(bank.exchanged(rows, patches // count, patches % count))
-                graph.complete(banks, graph.grids)
+                    count = len(rows) // len(image_ids)
+                    patch_ids = _patch_ids(image_ids + before, count)
+                    banks.append(bank.exchanged(rows, patch_ids // count, patch_ids % count))
+                graph.set_banks(banks, graph.grids)
 
             def features(numbers: Sequence[int]) -> list[Tensor]:
-                some = [number - before for number in numbers]
-                return [as_rows(layer) for layer in graph.embed(self.pixels(photos, some))]
+                pixels = self.pixels(photos, [number - before for number in numbers])
+                return [as_rows(layer) for layer in graph.embed(pixels)]
 
-            added = range(before, before + len(photos))
-            judged = LeaveOneOut(graph, added, features).judged(lambda *done: progress("Threshold", *done))
-            every = range(len(photos))
-            new = _learned(graph, [graph], [judged], judged[0], self.facts, every, every)
-            self.remember(photos, items, new.loo_scores)
-        both = (self.training["hash"] + photos.hash).encode()
-        self.training["hash"] = hashlib.blake2b(both, digest_size=16).hexdigest()
-        new.scores = self.calibration_scores + new.scores
-        new.map_peaks = self.map_peaks + new.map_peaks
-        new.map_median = self.heat_map_range[0]
-        return self.adopt(new)
+            leave_one_out = LeaveOneOut(graph, range(before, before + len(photos)), features)
+            scored = leave_one_out.scores(lambda done, total: progress("Threshold", done, total))
+            added = range(len(photos))
+            result = _result(graph, [graph], [scored], scored[0], self.facts, added, added)
+            self.remember(photos, items, result.loo_scores)
+        hashes = (self.training["hash"] + photos.hash).encode()
+        self.training["hash"] = hashlib.blake2b(hashes, digest_size=16).hexdigest()
+        result.scores = self.calibration_scores + result.scores
+        result.map_peaks = self.map_peaks + result.map_peaks
+        result.map_median = self.heat_map_range[0]
+        return self.adopt(result)
 
     @classmethod
     def merge(cls, parts: Sequence[Self]) -> Self:
         """One detector from several that were fitted on shards of the good images: their banks side by side.
 
-        The levels follow from all their scores, which were measured against each shard's bank alone and are therefore
-        on the safe side. Raises `ModelError` when the parts do not look at images in the same way.
+        The thresholds follow from all their scores, which were measured against each shard's bank alone and are
+        therefore on the safe side. Raises `ModelError` when the parts do not look at images in the same way.
         """
         graphs = [part._single("merged") for part in parts]
         first = parts[0]
@@ -380,7 +239,7 @@ class PatchCore(Detector):
         graph = PatchCoreGraph(first.config, graphs[0].backbone)
         starts = [sum(part.training["images"] for part in parts[:number]) for number in range(len(parts))]
         banks = [Bank.joined(shards, starts) for shards in zip(*(graph.banks for graph in graphs), strict=True)]
-        graph.complete(banks, graphs[0].grids)
+        graph.set_banks(banks, graphs[0].grids)
         merged.training = {
             "images": sum(part.training["images"] for part in parts),
             "hash": hashlib.blake2b("".join(p.training["hash"] for p in parts).encode(), digest_size=16).hexdigest(),
@@ -412,70 +271,83 @@ class PatchCore(Detector):
     def restore_graph(cls, config: Any, tensors: dict[str, Tensor]) -> nn.Module:
         members = config.members()
         if len(members) == 1:
-            return _restore_one(config, tensors, "")
-        return EnsembleGraph([_restore_one(one, tensors, f"members.{n}.") for n, one in enumerate(members)])
+            return _restore(config, tensors, "")
+        return EnsembleGraph([_restore(member, tensors, f"members.{n}.") for n, member in enumerate(members)])
 
 
-def _patch_numbers(images: Tensor, patches: int) -> Tensor:
+def _patch_ids(image_ids: Tensor, patches: int) -> Tensor:
     """(B,) → (B · patches,): image · patches + place, one number for each patch."""
-    return (images[:, None] * patches + torch.arange(patches, device=images.device)).flatten()
+    return (image_ids[:, None] * patches + torch.arange(patches, device=image_ids.device)).flatten()
 
 
-def _summaries(
-    config: PatchCoreConfig, banks: Sequence[Sequence[Tensor]], images: int, memory: int
-) -> list[coreset.Summary]:
+def _streaming_coresets(
+    config: PatchCoreConfig, layers_by_bank: Sequence[Sequence[Tensor]], images: int, memory_bytes: int
+) -> list[StreamingCoreset]:
     """One for each bank's layers: a third of the memory, shared by the size of their features."""
-    shapes = [[(part.shape[1], part.shape[2], part.shape[3]) for part in parts] for parts in banks]
-    sizes = [Rows.bytes(1, layers) for layers in shapes]
-    rooms = [int(memory / 3 * size / sum(sizes)) for size in sizes]
+    shapes = [[(layer.shape[1], layer.shape[2], layer.shape[3]) for layer in layers] for layers in layers_by_bank]
+    sizes = [FeatureTable.bytes(1, layers) for layers in shapes]
+    shares = [int(memory_bytes / 3 * size / sum(sizes)) for size in sizes]
     return [
-        coreset.Summary(images, layers, config.coreset, room, config.sampler, config.seed, parts[0].device)
-        for layers, room, parts in zip(shapes, rooms, banks, strict=True)
+        StreamingCoreset(images, layers, config.coreset, share, config.sampler, config.seed, tensors[0].device)
+        for layers, share, tensors in zip(shapes, shares, layers_by_bank, strict=True)
     ]
 
 
-def _restore_one(config: PatchCoreConfig, tensors: dict[str, Tensor], prefix: str) -> PatchCoreGraph:
+def _fill_banks(graph: PatchCoreGraph, coresets: Sequence[StreamingCoreset], context: FitContext) -> list[float]:
+    """Give the graph its memory banks, chosen from the features; the cover radius of each."""
+    banks, grids, radii = [], [], []
+    for coreset in coresets:
+        _, height, width = coreset.shapes[0]
+        entries, patch_ids, radius = coreset.choose(lambda done, total: context.progress("Memory bank", done, total))
+        banks.append(Bank.of(entries, patch_ids // (height * width), patch_ids % (height * width)))
+        grids.append((height, width))
+        radii.append(radius)
+    graph.set_banks(banks, grids)
+    return radii
+
+
+def _restore(config: PatchCoreConfig, tensors: dict[str, Tensor], prefix: str) -> PatchCoreGraph:
     graph = PatchCoreGraph(config, backbone.blank(config.backbone, config.layers, config.size))
     names = [f"{prefix}banks.{number}" for number in range(len(graph.taps))]
-    parts = ("entries", "images", "places", "sums", "counts", "centres", "sizes")
-    banks = [Bank(*(tensors[f"{name}.{part}"] for part in parts)) for name in names]
-    graph.complete(banks, [(height, width) for height, width in tensors[f"{prefix}grid_sizes"].tolist()])
+    buffers = ("entries", "images", "places", "sums", "counts", "centres", "sizes")
+    banks = [Bank(*(tensors[f"{name}.{buffer}"] for buffer in buffers)) for name in names]
+    graph.set_banks(banks, [(height, width) for height, width in tensors[f"{prefix}grid_sizes"].tolist()])
     return graph
 
 
 def _recalls(graph: PatchCoreGraph, images: Tensor) -> list[float]:
     """Of each bank's approximate search, for the first training images (B, 3, H, W)."""
-    numbers = torch.arange(len(images), device=images.device)
+    image_ids = torch.arange(len(images), device=images.device)
     layers = [as_rows(layer) for layer in graph.embed(images)]
-    both = zip(graph.banks, layers, strict=True)
-    return [bank.recall(rows, numbers.repeat_interleave(len(rows) // len(images))) for bank, rows in both]
+    pairs = zip(graph.banks, layers, strict=True)
+    return [bank.recall(rows, image_ids.repeat_interleave(len(rows) // len(images))) for bank, rows in pairs]
 
 
-def _learned(
+def _result(
     graph: nn.Module,
     members: Sequence[PatchCoreGraph],
-    rated: Sequence[tuple[Tensor, Tensor]],
-    as_new: Tensor,
+    scored: Sequence[tuple[Tensor, Tensor]],
+    loo_scores: Tensor,
     facts: dict[str, Any],
-    numbers: Sequence[int],
-    searched: Sequence[int],
+    scored_indices: Sequence[int],
+    loo_indices: Sequence[int],
 ) -> FitResult:
-    """What follows from the members' scores (M,) and patch scores of good images of these numbers.
+    """What follows from the members' scores (M,) and patch scores of good images of `scored_indices`.
 
-    `as_new` are scores of the training images that were searched for. Maps are made a few at a time.
+    `loo_scores` are those of the training images `loo_indices`, as if each were new. Maps are made a few at a time.
     """
-    known = rated[0][0].isfinite()  # an image that alone filled the bank has nothing else to be compared with
+    known = scored[0][0].isfinite()  # an image that alone filled the bank has nothing else to be compared with
     scores: list[float] = []
     peaks: list[float] = []
     medians: list[float] = []
-    for some in known.nonzero()[:, 0].split(16):
-        outcomes = [(s[some], member.upsample(grids[some])) for member, (s, grids) in zip(members, rated, strict=True)]
-        both = graph.combine(outcomes) if isinstance(graph, EnsembleGraph) else outcomes[0]
-        scores += both[0].tolist()
-        peaks += both[1].flatten(1).amax(1).tolist()
-        medians += both[1].flatten(1).median(1).values.tolist()
+    for batch in known.nonzero()[:, 0].split(MAP_BATCH):
+        outcomes = [(s[batch], member.upsample(g[batch])) for member, (s, g) in zip(members, scored, strict=True)]
+        batch_scores, maps = graph.combine(outcomes) if isinstance(graph, EnsembleGraph) else outcomes[0]
+        scores += batch_scores.tolist()
+        peaks += maps.flatten(1).amax(1).tolist()
+        medians += maps.flatten(1).median(1).values.tolist()
     median = statistics.median(medians) if medians else 0.0
-    pairs = zip(searched, as_new.tolist(), strict=True)
-    known_as_new = {number: score for number, score in pairs if math.isfinite(score)}
-    judged = [numbers[row] for row in known.nonzero()[:, 0].tolist()]
-    return FitResult(graph, scores, peaks, median, facts, known_as_new, judged)
+    pairs = zip(loo_indices, loo_scores.tolist(), strict=True)
+    known_loo_scores = {index: score for index, score in pairs if math.isfinite(score)}
+    known_indices = [scored_indices[row] for row in known.nonzero()[:, 0].tolist()]
+    return FitResult(graph, scores, peaks, median, facts, known_loo_scores, known_indices)

@@ -8,12 +8,12 @@ from torch.nn import functional as F
 
 from kizu.features.patch_features import as_rows
 
-__all__ = ["Rows"]
+__all__ = ["FeatureTable"]
 
 Shape = tuple[int, int, int]  # channels, height, width
 
 
-class Rows:
+class FeatureTable:
     """N patches of D numbers each, like a tensor (N, D).
 
     The first layer has the grid of patches. What a patch is given of a coarser layer is, in bilinear interpolation, a
@@ -30,7 +30,7 @@ class Rows:
         self.taps = [_taps(shape, shapes[0], device) for shape in shapes]
 
     @classmethod
-    def of(cls, tensor: Tensor) -> "Rows":
+    def of(cls, tensor: Tensor) -> "FeatureTable":
         """A tensor (N, D) as rows, without copying it."""
         rows = cls(0, [(tensor.shape[1], 1, 1)], tensor.device)
         rows.layers = [tensor]
@@ -45,7 +45,7 @@ class Rows:
         return len(self.layers[0])
 
     @property
-    def width(self) -> int:
+    def dimension(self) -> int:
         """Numbers of a patch, D."""
         return sum(layer.shape[1] for layer in self.layers)
 

@@ -1,51 +1,220 @@
-"""Several detectors' graphs as one, each scaled by what it says of good images."""
+"""From pixels to scores and maps, as the paper orders it: embedding, nearest neighbours, image score, anomaly map."""
 
 from collections.abc import Sequence
-from typing import Any
+from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-__all__ = ["EnsembleGraph"]
+from kizu.config import PatchCoreConfig
+from kizu.detectors.patchcore.memory_bank import Bank, Neighbours
+from kizu.detectors.patchcore.nearest import QuantisedIndex
+from kizu.features import backbone
+from kizu.features.anomaly_map import MapUpsampling
+from kizu.features.patch_features import PatchFeatures, as_rows
+from kizu.inference.evidence import BankOutputs
+
+__all__ = ["EnsembleGraph", "PatchCoreGraph"]
+
+
+class PatchCoreGraph(nn.Module):
+    """uint8 images (B, 3, H, W) → scores (B,), anomaly maps (B, 1, H, W)."""
+
+    banks: Sequence[Bank]  # one for each tap; an nn.ModuleList, so that they are saved with the graph
+
+    def __init__(self, config: PatchCoreConfig, network: backbone.Backbone) -> None:
+        super().__init__()
+        self.config = config
+        self.backbone = network
+        taps = [slice(None)] if config.fusion == "stack" else [slice(n, n + 1) for n in range(len(network.layers))]
+        self.taps = taps  # the layers of each bank
+        self.patches = PatchFeatures(
+            config.patchsize,
+            config.pretrain_embed_dimension,
+            config.target_embed_dimension,
+            config.patchstride,
+            config.patchsize_aggregate,
+        )
+        self.banks = cast("Sequence[Bank]", nn.ModuleList())
+
+    def set_banks(self, banks: Sequence[Bank], grids: Sequence[tuple[int, int]]) -> None:
+        """Set the memory banks, and the grid of patches (h, w) of each; the map is made from the first."""
+        self.banks, self.grids = cast("Sequence[Bank]", nn.ModuleList(banks)), list(grids)
+        if self.config.search == "ivfpq":
+            for bank in banks:
+                bank.quantise = partial(QuantisedIndex, on_gpu=self.config.faiss_on_gpu)
+        self.register_buffer("grid_sizes", torch.tensor(grids))  # so that a saved model knows them
+        self.upsample = MapUpsampling(grids[0], self.config.size, self.config.smoothing).to(banks[0].entries.device)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        return self._with_maps(self.score_images(images))
+
+    def forward_with_extras(self, images: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """As `forward`, and for each bank the entry nearest to each patch (B, h, w), and its distance in typical ones.
+
+        `kizu.inference.evidence` makes the nearest good patch of them.
+        """
+        embeddings = self.embed(images)
+        neighbours = self.search(embeddings)
+        scores, maps = self._with_maps(self.score_from_neighbours(neighbours, [layer.shape for layer in embeddings]))
+        extras = {}
+        for number, (bank, nearest, layer) in enumerate(zip(self.banks, neighbours, embeddings, strict=True)):
+            names, grid = BankOutputs.of(number), (layer.shape[0], *layer.shape[2:])
+            entries = nearest.entries[:, 0]
+            typical = bank.typical_distance(per_entry=self.config.local_scale)[entries]
+            extras[names.entries] = entries.view(grid)
+            extras[names.distances] = (nearest.distances[:, 0] / typical).view(grid)
+        return scores, maps, extras
+
+    def forward_with_global_features(self, images: Tensor, kind: str) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """As `forward`, and the global features of `Backbone.forward_with_global_features` from the same pass."""
+        maps, global_features = self.backbone.forward_with_global_features(images, kind)
+        return *self._with_maps(self.score_embeddings(self.embed_maps(maps))), global_features
+
+    def global_features(self, images: Tensor, kind: str) -> dict[str, Tensor]:
+        """Global features alone, as `forward_with_global_features` gives them."""
+        return self.backbone.forward_with_global_features(images, kind)[1]
+
+    # Embedding: section 3.1
+
+    def embed(self, images: Tensor) -> list[Tensor]:
+        """(B, 3, H, W) → patch features (B, D, h, w) for each bank."""
+        return self.embed_maps(self.backbone(images))
+
+    def embed_maps(self, maps: list[Tensor]) -> list[Tensor]:
+        """The backbone's feature maps → patch features for each bank."""
+        return [self.patches(maps[tap]) for tap in self.taps]
+
+    def pooled_layers(self, images: Tensor) -> list[list[Tensor]]:
+        """(B, 3, H, W) → for each bank what its patch features are stacked from, layer by layer (B, C, h', w')."""
+        maps = self.backbone(images)
+        return [self.patches.pooled(maps[tap]) for tap in self.taps]
+
+    # Nearest neighbours and scores: section 3.3
+
+    def search(self, embeddings: Sequence[Tensor]) -> list[Neighbours]:
+        """For each bank, the entries nearest to patch features (B, D, h, w)."""
+        return [self.neighbours(bank, as_rows(layer)) for bank, layer in zip(self.banks, embeddings, strict=True)]
+
+    def neighbours(self, bank: Bank, queries: Tensor, query_image_ids: Tensor | None = None) -> Neighbours:
+        """The entries of a bank nearest to queries (N, D), leaving out those of the queries' own images (N,)."""
+        distances, entries = bank.search(queries, self.config.neighbours, query_image_ids)
+        return Neighbours(distances, entries, queries if self.config.reweight > 1 else None, query_image_ids)
+
+    def score_images(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, 3, H, W) → scores (B,) and patch scores (B, h, w)."""
+        return self.score_embeddings(self.embed(images))
+
+    def score_embeddings(self, embeddings: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Patch features for each bank → scores (B,) and patch scores (B, h, w)."""
+        return self.score_from_neighbours(self.search(embeddings), [layer.shape for layer in embeddings])
+
+    def loo_scores(
+        self, neighbours: Sequence[Neighbours], loo_neighbours: Sequence[Neighbours]
+    ) -> tuple[Tensor, Tensor]:
+        """The score and patch scores of one training image as if it had not been learned from.
+
+        `loo_neighbours` are its neighbours among other images' entries: what they added to the typical distances is
+        taken out again, and Eq. 7 looks around them.
+        """
+        shapes = [(1, 0, *grid) for grid in self.grids]
+        return self.score_from_neighbours(neighbours, shapes, exclude=loo_neighbours)
+
+    def score_from_neighbours(
+        self,
+        neighbours: Sequence[Neighbours],
+        shapes: Sequence[Sequence[int]],
+        exclude: Sequence[Neighbours] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Scores and patch scores of images from their neighbours in each bank, for embeddings of `shapes`.
+
+        The score is the mean of the most anomalous patches (`top`): of one patch, it is s* of Eq. 6.
+        """
+        grids = []
+        for number, (bank, nearest, (count, _, height, width)) in enumerate(
+            zip(self.banks, neighbours, shapes, strict=True)
+        ):
+            patch_scores = self.patch_scores(bank, nearest, None if exclude is None else exclude[number])
+            grids.append(patch_scores.view(count, 1, height, width))
+        grid = grids[0]
+        if len(grids) > 1:
+            align = partial(F.interpolate, size=self.grids[0], mode="bilinear", align_corners=False)
+            grid = torch.stack([grid, *map(align, grids[1:])]).mean(0)
+        flat = grid.flatten(1)
+        most = max(1, round(self.config.top * flat.shape[1]))
+        scores = flat.topk(most, dim=1).values.mean(1)
+        if self.config.reweight > 1:
+            positions = torch.arange(flat.shape[0], device=flat.device)  # len() would fix their number in an export
+            worst = flat.argmax(1) + positions * flat.shape[1]
+            scores = scores * self.score_weights((neighbours if exclude is None else exclude)[0], worst)
+        return scores, grid[:, 0]
+
+    def patch_scores(self, bank: Bank, neighbours: Neighbours, exclude: Neighbours | None) -> Tensor:
+        """(N,): distances as they are, or in units of the distance typical of the entries, or of the whole bank."""
+        distances = neighbours.distances
+        if self.config.fusion == "stack" and not self.config.local_scale:
+            return (distances.square() if self.config.squared else distances).mean(1)
+        typical = bank.typical_distance(per_entry=self.config.local_scale, exclude=exclude)
+        return (distances / typical[neighbours.entries]).mean(1)
+
+    def score_weights(self, neighbours: Neighbours, worst: Tensor) -> Tensor:
+        """Eq. 7, 1 − exp‖m_t − m*‖ / Σ exp‖m_t − m‖ over the bank's m nearest to m*, itself among them.
+
+        `worst` (B,) says which queries are the images' most anomalous patches m_t.
+        """
+        bank = self.banks[0]
+        assert neighbours.queries is not None
+        nearest_entries = bank.entries[neighbours.entries[worst, 0]]  # m* (B, D)
+        image_ids = None if neighbours.query_image_ids is None else neighbours.query_image_ids[worst]
+        around = bank.around(nearest_entries, self.config.reweight, image_ids)  # (B, b), m* first
+        distances = (neighbours.queries[worst][:, None] - bank.entries[around]).norm(dim=2)
+        return 1 - torch.softmax(distances, dim=1)[:, 0]
+
+    # Map: section 3.3, last paragraph
+
+    def _with_maps(self, scored: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Scores and patch scores (B, h, w) → scores and anomaly maps (B, 1, H, W)."""
+        scores, grid = scored
+        return scores, self.upsample(grid)
 
 
 class EnsembleGraph(nn.Module):
-    """The mean of several graphs, each scaled by what it says of good images held out."""
+    """The mean of several graphs, each scaled by its scores and maps of good images."""
 
+    members: Sequence[PatchCoreGraph]  # an nn.ModuleList
     score_stats: Tensor  # (members, 2): mean and deviation
     map_stats: Tensor
 
-    def __init__(self, members: Sequence[nn.Module]) -> None:
+    def __init__(self, members: Sequence[PatchCoreGraph]) -> None:
         super().__init__()
-        self.members = nn.ModuleList(members)
+        self.members = cast("Sequence[PatchCoreGraph]", nn.ModuleList(members))
         self.register_buffer("score_stats", torch.ones(len(members), 2))
         self.register_buffer("map_stats", torch.ones(len(members), 2))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         return self.combine([member(images) for member in self.members])
 
+    def forward_with_extras(self, images: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """As `forward`, and the first member's extras."""
+        first, *others = self.members
+        scores, maps, extras = first.forward_with_extras(images)
+        return *self.combine([(scores, maps), *(member(images) for member in others)]), extras
+
     def forward_with_global_features(self, images: Tensor, kind: str) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """As `forward`, and each member's global features, by number and layer."""
-        outcomes = [member.forward_with_global_features(images, kind) for member in self._members()]
+        outcomes = [member.forward_with_global_features(images, kind) for member in self.members]
         scores, maps = self.combine([(scores, maps) for scores, maps, _ in outcomes])
         return scores, maps, _numbered([features for _, _, features in outcomes])
 
     def global_features(self, images: Tensor, kind: str) -> dict[str, Tensor]:
         """Global features alone, as `forward_with_global_features` gives them."""
-        return _numbered([member.global_features(images, kind) for member in self._members()])
+        return _numbered([member.global_features(images, kind) for member in self.members])
 
-    def _members(self) -> list[Any]:
-        return list(self.members)
-
-    def forward_with_extras(self, images: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """As `forward`, and the first member's extras."""
-        first, *others = self._members()
-        scores, maps, extras = first.forward_with_extras(images)
-        return *self.combine([(scores, maps), *(member(images) for member in others)]), extras
-
-    def learn_stats(self, rated: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """From each member's scores (M,) and patch scores (M, h, w) of good images."""
-        for number, (scores, grids) in enumerate(rated):
+    def learn_stats(self, scored: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Set the scales from each member's scores (M,) and patch scores (M, h, w) of good images."""
+        for number, (scores, grids) in enumerate(scored):
             known = scores.isfinite()
             for stats, values in ((self.score_stats, scores[known]), (self.map_stats, grids[known])):
                 if len(values):

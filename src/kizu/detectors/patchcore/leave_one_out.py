@@ -1,4 +1,4 @@
-"""Training images of a memory bank, each judged as if it had not been learned from.
+"""Scores of training images as if each had not been learned from (leave one out).
 
 A bank without an image's own entries has holes: of patches that are alike k-centre took only one, and where it took
 this image's, a bank made without the image would hold another's. So each entry has a stand-in: of the other images'
@@ -7,82 +7,75 @@ images' entries and the stand-ins of its own.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from kizu.detectors.patchcore.memory_bank import Bank, Hits
+from kizu.detectors.patchcore.graph import PatchCoreGraph
+from kizu.detectors.patchcore.memory_bank import Bank, Neighbours
 from kizu.detectors.patchcore.nearest import nearest
 
-__all__ = ["LeaveOneOut", "Searching"]
+__all__ = ["LeaveOneOut"]
 
-TOGETHER = 4  # images searched for at a time
-
-
-class Searching(Protocol):
-    """A graph with memory banks, for grids of patches (h, w)."""
-
-    grids: list[tuple[int, int]]
-    banks: Sequence[Bank]
-
-    def search(self, bank: Bank, queries: Tensor, own: Tensor | None = None) -> Hits: ...
-
-    def as_if_new(self, hits: Sequence[Hits], among_others: Sequence[Hits]) -> tuple[Tensor, Tensor]: ...
+BATCH = 4  # images searched for at a time
 
 
 class LeaveOneOut:
-    """Judges training images of these numbers, whose patch features (B · P, D) for each bank `features` gives."""
+    """Scores training images of these ids, whose patch features (B · P, D) for each bank `features` gives."""
 
     def __init__(
-        self, graph: Searching, numbers: Sequence[int], features: Callable[[Sequence[int]], list[Tensor]]
+        self, graph: PatchCoreGraph, image_ids: Sequence[int], features: Callable[[Sequence[int]], list[Tensor]]
     ) -> None:
-        self.graph, self.numbers, self.features = graph, numbers, features
-        self.standing_in = [_StandIns(bank) for bank in graph.banks]
+        self.graph, self.image_ids, self.features = graph, image_ids, features
+        self.stand_ins = [_StandIns(bank) for bank in graph.banks]
         self.kept: list[tuple[Tensor, Tensor]] = []  # distances and entries (M, P, n) of all images, for each bank
 
-    def judged(self, progress: Callable[[int, int], None]) -> tuple[Tensor, Tensor]:
-        """Scores (M,) and patch scores (M, h, w); the banks learn their scales on the way."""
-        total = 2 * len(self.numbers)
-        among_others = []
-        for start in range(0, len(self.numbers), TOGETHER):
-            among_others += self._search(start)
-            progress(len(among_others), total)
-        entries = self.graph.banks[0].entries
-        scores, grids = entries.new_empty(len(among_others)), entries.new_empty(len(among_others), *self.graph.grids[0])
-        for start in range(0, len(self.numbers), TOGETHER):
-            some = among_others[start : start + TOGETHER]
-            for number, (hits, before) in enumerate(self._nearer(start, some), start):
-                scores[number : number + 1], grids[number : number + 1] = self.graph.as_if_new(hits, before)
-            progress(len(among_others) + start + len(some), total)
+    def scores(self, progress: Callable[[int, int], None]) -> tuple[Tensor, Tensor]:
+        """Scores (M,) and patch scores (M, h, w); the banks learn their typical distances on the way."""
+        total = 2 * len(self.image_ids)
+        loo_neighbours = []
+        for start in range(0, len(self.image_ids), BATCH):
+            loo_neighbours += self._among_others(start)
+            progress(len(loo_neighbours), total)
+        like = self.graph.banks[0].entries
+        scores = like.new_empty(len(loo_neighbours))
+        grids = like.new_empty(len(loo_neighbours), *self.graph.grids[0])
+        for start in range(0, len(self.image_ids), BATCH):
+            batch = loo_neighbours[start : start + BATCH]
+            for number, (neighbours, others) in enumerate(self._with_stand_ins(start, batch), start):
+                score, grid = self.graph.loo_scores(neighbours, others)
+                scores[number : number + 1], grids[number : number + 1] = score, grid
+            progress(len(loo_neighbours) + start + len(batch), total)
         return scores, grids
 
-    def _search(self, start: int) -> list[list[Hits]]:
-        """For some images, what is nearest in each bank among other images' entries."""
-        found = []
-        numbers = self.numbers[start : start + TOGETHER]
-        for which, (bank, rows) in enumerate(zip(self.graph.banks, self.features(numbers), strict=True)):
-            patches = len(rows) // len(numbers)
-            own = torch.tensor(numbers, device=rows.device).repeat_interleave(patches)
-            hits = self.graph.search(bank, rows, own)
-            bank.learn_scale(hits.distances[:, 0], hits.entries[:, 0])
-            self.standing_in[which].learn(rows, hits.distances[:, 0], hits.entries[:, 0])
-            if len(self.kept) == which:  # small tensors among large ones would scatter over the memory
-                shape = (len(self.numbers), patches, hits.distances.shape[1])
-                self.kept.append((hits.distances.new_empty(shape), hits.entries.new_empty(shape)))
-            images = enumerate(hits.split(patches), start)
-            found.append([hit.moved_to(self.kept[which], position) for position, hit in images])
-        return [list(image) for image in zip(*found, strict=True)]
+    def _among_others(self, start: int) -> list[list[Neighbours]]:
+        """For each image of a batch, its neighbours in each bank among other images' entries."""
+        by_bank = []
+        image_ids = self.image_ids[start : start + BATCH]
+        for number, (bank, rows) in enumerate(zip(self.graph.banks, self.features(image_ids), strict=True)):
+            patches = len(rows) // len(image_ids)
+            query_image_ids = torch.tensor(image_ids, device=rows.device).repeat_interleave(patches)
+            neighbours = self.graph.neighbours(bank, rows, query_image_ids)
+            bank.learn_scale(neighbours.distances[:, 0], neighbours.entries[:, 0])
+            self.stand_ins[number].learn(rows, neighbours.distances[:, 0], neighbours.entries[:, 0])
+            if len(self.kept) == number:  # small tensors among large ones would scatter over the memory
+                shape = (len(self.image_ids), patches, neighbours.distances.shape[1])
+                self.kept.append((neighbours.distances.new_empty(shape), neighbours.entries.new_empty(shape)))
+            images = enumerate(neighbours.split(patches), start)
+            by_bank.append([image.moved_to(self.kept[number], position) for position, image in images])
+        return [list(image) for image in zip(*by_bank, strict=True)]
 
-    def _nearer(self, start: int, among_others: Sequence[Sequence[Hits]]) -> Iterator[tuple[list[Hits], list[Hits]]]:
-        """For some images, what is nearest when stand-ins take the places of their own entries, and without these."""
-        numbers = self.numbers[start : start + TOGETHER]
-        layers = self.features(numbers)
-        for position, (number, image) in enumerate(zip(numbers, among_others, strict=True)):
-            parts = [rows.view(len(numbers), -1, rows.shape[1])[position] for rows in layers]
-            before = [hits._replace(queries=rows) for rows, hits in zip(parts, image, strict=True)]
-            both = zip(self.standing_in, before, strict=True)
-            yield [stand_ins.replaced(number, hits) for stand_ins, hits in both], before
+    def _with_stand_ins(
+        self, start: int, loo_neighbours: Sequence[Sequence[Neighbours]]
+    ) -> Iterator[tuple[list[Neighbours], list[Neighbours]]]:
+        """For each image of a batch, its neighbours among other images' entries and stand-ins, and without these."""
+        image_ids = self.image_ids[start : start + BATCH]
+        layers = self.features(image_ids)
+        for position, (image_id, image) in enumerate(zip(image_ids, loo_neighbours, strict=True)):
+            parts = [rows.view(len(image_ids), -1, rows.shape[1])[position] for rows in layers]
+            others = [near._replace(queries=rows) for rows, near in zip(parts, image, strict=True)]
+            pairs = zip(self.stand_ins, others, strict=True)
+            yield [stand_ins.improve(image_id, near) for stand_ins, near in pairs], others
 
 
 class _StandIns:
@@ -94,20 +87,20 @@ class _StandIns:
         self.distances = torch.full_like(bank.half_norms, -torch.inf)  # (K,)
 
     def learn(self, rows: Tensor, distances: Tensor, entries: Tensor) -> None:
-        """From patches (N, D) and their nearest entries (N,) of other images."""
+        """Take patches (N, D), of which these entries (N,) of other images are the nearest, where they are farther."""
         distances = distances.masked_fill(distances.isinf(), -torch.inf)
         self.distances.scatter_reduce_(0, entries, distances, "amax")
         farthest_yet = (distances == self.distances[entries]) & distances.isfinite()
         self.rows[entries[farthest_yet]] = rows[farthest_yet]
 
-    def replaced(self, number: int, hits: Hits) -> Hits:
-        """An image's hits, where they are not nearer to its patches than the stand-ins of its own entries."""
-        assert hits.queries is not None
-        own = ((self.bank.images == number) & self.distances.isfinite()).nonzero()[:, 0]
+    def improve(self, image_id: int, neighbours: Neighbours) -> Neighbours:
+        """An image's neighbours, with the stand-ins of its own entries where these are nearer."""
+        assert neighbours.queries is not None
+        own = ((self.bank.images == image_id) & self.distances.isfinite()).nonzero()[:, 0]
         if not len(own):
-            return hits
-        count = hits.distances.shape[1]
-        distances, which = nearest(hits.queries, self.rows[own], count)
-        best = torch.cat([hits.distances, distances], 1).topk(count, dim=1, largest=False)
-        entries = torch.cat([hits.entries, own[which]], 1).gather(1, best.indices)
-        return hits._replace(distances=best.values, entries=entries)
+            return neighbours
+        count = neighbours.distances.shape[1]
+        distances, indices = nearest(neighbours.queries, self.rows[own], count)
+        best = torch.cat([neighbours.distances, distances], 1).topk(count, dim=1, largest=False)
+        entries = torch.cat([neighbours.entries, own[indices]], 1).gather(1, best.indices)
+        return neighbours._replace(distances=best.values, entries=entries)

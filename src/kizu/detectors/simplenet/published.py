@@ -16,7 +16,7 @@ from kizu.config import backbone_names as names
 from kizu.data import files
 from kizu.detectors.simplenet.networks import first_layer
 from kizu.errors import ModelError
-from kizu.features.pickles import read_plain, write_plain
+from kizu.features.safe_load import read_plain, write_plain
 
 __all__ = ["CHECKPOINT", "PARAMETERS", "Published", "misfit", "read", "write"]
 
