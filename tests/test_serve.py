@@ -19,8 +19,8 @@ from PIL import Image
 import kizu
 from kizu.serving.hosted_model import folders_by_name
 from kizu.serving.http import application
+from kizu.serving.limits import Limits
 from kizu.serving.service import Service
-from kizu.serving.uploads import Limits
 from services import encoded, serving, small_model
 from test_detectors import part
 

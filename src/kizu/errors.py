@@ -1,5 +1,6 @@
 """What can go wrong, as sentences that name the file or the setting, and the way out.
 
+`kind` is what went wrong in one word, for programs; `field` is the setting that a sentence is about.
 In a sentence, a setting stands between backquotes as Python spells it: `size=8`, `search="exact"`, `skip_bad`. Whoever
 shows the sentence elsewhere asks `worded` for another spelling: the command line makes flags of them.
 
@@ -15,11 +16,13 @@ import importlib
 import re
 from collections.abc import Callable
 from types import ModuleType
+from typing import Literal
 
 __all__ = ["BadImage", "DataError", "KizuError", "MissingExtra", "ModelError", "OptionError"]
-__all__ += ["EXTRAS", "missing_extra", "require", "worded"]
+__all__ += ["EXTRAS", "ImageKind", "missing_extra", "require", "worded"]
 
 
+ImageKind = Literal["unreadable", "unsupported", "too-large"]
 _SETTING = re.compile(r"`(\w+)(?:=([^`]*))?`")
 
 
@@ -31,6 +34,8 @@ def worded(sentence: str, spell: Callable[[str, str | None], str]) -> str:
 class KizuError(Exception):
     """Base of every error that kizu raises on purpose; its message is meant for the user."""
 
+    kind: str = "error"
+
     @property
     def field(self) -> str | None:
         """The name of the setting that the message is about, if it is about one: the first that it names."""
@@ -41,26 +46,35 @@ class KizuError(Exception):
 class OptionError(KizuError):
     """An option or argument has a value that cannot work."""
 
+    kind = "option"
+
 
 class DataError(KizuError):
     """A folder of images is not what it should be."""
+
+    kind = "data"
 
 
 class BadImage(DataError):
     """One image cannot be used. `name` says which, `reason` why."""
 
-    def __init__(self, name: str, reason: str) -> None:
+    def __init__(self, name: str, reason: str, kind: ImageKind = "unreadable") -> None:
         super().__init__(f"{name}: {reason}")
         self.name = name
         self.reason = reason
+        self.kind: ImageKind = kind
 
 
 class ModelError(KizuError):
     """A saved model or a weights file cannot be used."""
 
+    kind = "model"
+
 
 class MissingExtra(KizuError):
     """A part of kizu that is not installed."""
+
+    kind = "extra"
 
 
 EXTRAS = {

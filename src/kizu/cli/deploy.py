@@ -46,9 +46,9 @@ def serve(models: tuple[str, ...], host: str, port: int, api_key: str | None, qu
     """
     from kizu.serving.hosted_model import folders_by_name
     from kizu.serving.http import application, listen, run
-    from kizu.serving.logbook import log, open_logbook
+    from kizu.serving.limits import Limits
+    from kizu.serving.observability import log, log_to_stderr
     from kizu.serving.service import Service
-    from kizu.serving.uploads import Limits
 
     if api_key is not None and len(api_key) < 8:
         raise OptionError("--api-key is too short to be a secret: at least 8 characters")
@@ -60,7 +60,7 @@ def serve(models: tuple[str, ...], host: str, port: int, api_key: str | None, qu
         requests=4 * options["queue"],
     )
     bound = listen(host, port)
-    open_logbook(quiet)
+    log_to_stderr(quiet)
     store = Path(options["store"])
     service = Service(folders_by_name(models), limits, store=store, keep=options["keep"], batch=options["batch"])
     address, number = bound.getsockname()[:2]

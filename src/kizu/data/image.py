@@ -241,18 +241,23 @@ def _open(source: Source, name: str) -> Image.Image:
     except IsADirectoryError:
         raise BadImage(name, "is a folder, not an image") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise BadImage(name, f"has more than {MAX_PIXELS / 1e6:.0f} megapixels: scale or cut it first") from None
+        raise _too_large(name) from None
     except UnidentifiedImageError:
         empty = isinstance(source, bytes) and not source
         if isinstance(source, str | os.PathLike):
             empty = Path(source).stat().st_size == 0
-        reason = "is empty (0 bytes)" if empty else "is not an image, or in a format that is not supported"
-        raise BadImage(name, reason) from None
+        if empty:
+            raise BadImage(name, "is empty (0 bytes)") from None
+        raise BadImage(name, "is not an image, or in a format that is not supported", "unsupported") from None
     except (OSError, SyntaxError, ValueError) as error:
         raise BadImage(name, f"cannot be opened ({error})") from None
     if image.width * image.height > MAX_PIXELS:
-        raise BadImage(name, f"has more than {MAX_PIXELS / 1e6:.0f} megapixels: scale or cut it first")
+        raise _too_large(name)
     return image
+
+
+def _too_large(name: str) -> BadImage:
+    return BadImage(name, f"has more than {MAX_PIXELS / 1e6:.0f} megapixels: scale or cut it first", "too-large")
 
 
 def _to_rgb(image: Image.Image, name: str) -> RGB:
@@ -278,7 +283,7 @@ def _from_array(array: npt.NDArray[Any], name: str) -> RGB:
             f"is only {array.shape[1]}×{array.shape[0]} pixels; at least {MIN_SIDE}×{MIN_SIDE} are needed",
         )
     if array.shape[0] * array.shape[1] > MAX_PIXELS:
-        raise BadImage(name, f"has more than {MAX_PIXELS / 1e6:.0f} megapixels: scale or cut it first")
+        raise _too_large(name)
     array = array[:, :, :3]
     if array.dtype.kind == "f":
         if not np.isfinite(array).all() or array.min() < 0 or array.max() > 1:

@@ -17,11 +17,13 @@ from kizu.inference.prediction import Evidence, Prediction
 if TYPE_CHECKING:
     from kizu.inference.inspector import Inspector
 
-__all__ = ["Answer", "Loaded", "Microbatcher", "QueueFull", "Upload"]
+__all__ = ["Answer", "Batcher", "LoadedModel", "QueueFull", "Upload"]
 
 
 class QueueFull(KizuError):
     """More photographs are waiting than may wait."""
+
+    kind = "busy"
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,8 @@ class Upload:
 
 
 @dataclass(frozen=True)
-class Loaded:
-    """A model as it was read at some time."""
+class LoadedModel:
+    """A model as it was when it was loaded."""
 
     model: "Inspector"
     version: str
@@ -49,7 +51,7 @@ class Answer:
     """What a model says of an upload, and which model it was."""
 
     outcome: "Prediction | BadImage"
-    loaded: Loaded
+    loaded: LoadedModel
     evidence: Sequence[Evidence] = ()
 
 
@@ -60,7 +62,7 @@ class _Job:
     answer: Future[Answer] = field(default_factory=Future)
 
 
-class Microbatcher:
+class Batcher:
     """Judges uploads in the order in which they come, as many at once as are waiting, up to a batch.
 
     Nobody waits for a batch to fill: while the model is at work, the next batch gathers. Replacing `loaded` lets the
@@ -69,17 +71,17 @@ class Microbatcher:
 
     def __init__(
         self,
-        loaded: Loaded,
+        loaded: LoadedModel,
         *,
         room: int = 64,
         batch: int = 8,
-        seen: Callable[[int], None] = lambda size: None,
+        on_batch: Callable[[int], None] = lambda size: None,
     ) -> None:
-        """Up to `room` photographs may wait; `seen` is told the size of each batch."""
+        """Up to `room` photographs may wait; `on_batch` gets the size of each batch."""
         self.loaded = loaded
         self.room = room
         self._batch = batch
-        self._seen = seen
+        self._on_batch = on_batch
         self._waiting: deque[_Job] = deque()
         self._changed = threading.Condition()
         self._closed = False
@@ -87,11 +89,11 @@ class Microbatcher:
         self._thread.start()
 
     def __len__(self) -> int:
-        """Photographs that wait."""
+        """How many photographs wait."""
         return len(self._waiting)
 
     def submit(self, uploads: Sequence[Upload], *, explain: bool = False) -> list[Future[Answer]]:
-        """Put all of them into the queue or none. Raises `QueueFull`; a future that is cancelled is not judged."""
+        """Put all uploads into the queue, or none and raise `QueueFull`. A cancelled future is not judged."""
         jobs = [_Job(upload, explain) for upload in uploads]
         with self._changed:
             if self._closed or len(self._waiting) + len(jobs) > self.room:
@@ -101,7 +103,7 @@ class Microbatcher:
         return [job.answer for job in jobs]
 
     def close(self) -> None:
-        """Take nothing more, answer what waits."""
+        """Take no more uploads, and answer those that wait."""
         with self._changed:
             self._closed = True
             self._changed.notify()
@@ -111,11 +113,11 @@ class Microbatcher:
         while (jobs := self._take()) is not None:
             jobs = [job for job in jobs if job.answer.set_running_or_notify_cancel()]
             if jobs:
-                self._seen(len(jobs))
+                self._on_batch(len(jobs))
                 self._judge(jobs)
 
     def _take(self) -> list[_Job] | None:
-        """The next batch, or None when there will be no other."""
+        """The next batch, or None when the batcher is closed and the queue is empty."""
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._closed)
             if not self._waiting:
@@ -124,13 +126,13 @@ class Microbatcher:
 
     def _judge(self, jobs: Sequence[_Job]) -> None:
         loaded = self.loaded
-        asked = {id(job.upload): job for job in jobs}
+        job_of = {id(job.upload): job for job in jobs}
         try:
             for upload, outcome in loaded.model.judge([job.upload for job in jobs], batch_size=self._batch):
-                job = asked[id(upload)]
+                job = job_of[id(upload)]
                 evidence = outcome.why() if job.explain and not isinstance(outcome, BadImage) else ()
                 job.answer.set_result(Answer(outcome, loaded, evidence))
-        except Exception as error:  # whatever it is, those who wait hear of it, and the next batch goes on
+        except Exception as error:  # whatever it is, it reaches those who wait, and the next batch goes on
             for job in jobs:
                 if not job.answer.done():
                     job.answer.set_exception(error)

@@ -1,4 +1,4 @@
-"""Photographs that people marked good or bad, in folders that `kizu update` and `kizu tune` take."""
+"""Feedback: photographs that people marked good or bad, in folders that `kizu update` and `kizu tune` take."""
 
 import hashlib
 import re
@@ -15,7 +15,7 @@ Label = Literal["good", "bad"]
 
 
 def collect(folder: Path, upload: Upload, label: Label) -> Path:
-    """Write a photograph as it came to <folder>/<label>; one that was marked otherwise before moves.
+    """Write an upload to <folder>/<label>, byte for byte; one that was marked otherwise before moves.
 
     Raises `BadImage` when it cannot be read.
     """

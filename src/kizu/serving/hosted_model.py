@@ -1,4 +1,4 @@
-"""A model on duty: loaded, judging, replaced by its successor while it works."""
+"""A model that the server answers with: loaded, and replaced while it works when its folder is replaced."""
 
 import hashlib
 import re
@@ -12,9 +12,9 @@ import numpy as np
 from kizu import load
 from kizu.errors import ModelError, OptionError
 from kizu.inference.model_folder import model_folder
-from kizu.serving.batcher import Loaded, Microbatcher
+from kizu.serving.batcher import Batcher, LoadedModel
 
-__all__ = ["Served", "folders_by_name", "read_model"]
+__all__ = ["HostedModel", "folders_by_name", "read_model"]
 
 TRIES = 5  # to read a folder that is being replaced
 PAUSE = 0.2
@@ -22,53 +22,53 @@ PAUSE = 0.2
 Stamp = tuple[tuple[str, int, int, int], ...]  # of each file: name, inode, size, time of change
 
 
-class Served:
-    """A model by its name, with its queue. `reload` may be called from any thread."""
+class HostedModel:
+    """A model and its queue. `reload` may be called from any thread."""
 
-    def __init__(self, name: str, folder: Path, queue: Microbatcher, stamp: Stamp) -> None:
+    def __init__(self, name: str, folder: Path, queue: Batcher, stamp: Stamp) -> None:
         self.name = name
         self.folder = folder
         self.queue = queue
         self._stamp = stamp
-        self._settling: Stamp = stamp
+        self._last_seen: Stamp = stamp
         self._one_at_a_time = threading.Lock()
 
     @property
-    def loaded(self) -> Loaded:
+    def loaded(self) -> LoadedModel:
         return self.queue.loaded
 
-    def reload(self) -> Loaded:
-        """Read the folder again and let the next batch run on what is in it now.
+    def reload(self) -> LoadedModel:
+        """Read the folder again; the next batch runs on what is in it now.
 
-        Raises `ModelError` where it cannot be read; the model on duty then stays.
+        Raises `ModelError` where it cannot be read; the loaded model then stays.
         """
         with self._one_at_a_time:
             self.queue.loaded, self._stamp = read_model(self.folder)
             return self.queue.loaded
 
     def was_replaced(self) -> bool:
-        """Whether the folder holds something else than what was read, and has come to rest since the last call."""
+        """Whether the folder holds something else than what was loaded, and has not changed since the last call."""
         now = _stamp(self.folder)
         changed = bool(now) and now != self._stamp
-        at_rest = now == self._settling
-        self._settling = now
+        at_rest = now == self._last_seen
+        self._last_seen = now
         return changed and at_rest
 
-    def give_up_on(self) -> None:
-        """Do not try again to read what is in the folder now."""
+    def give_up(self) -> None:
+        """Do not try again to load what is in the folder now."""
         self._stamp = _stamp(self.folder)
 
 
-def read_model(folder: Path) -> tuple[Loaded, Stamp]:
-    """The model in a folder, warmed up, all of it of one time. Raises `ModelError`."""
+def read_model(folder: Path) -> tuple[LoadedModel, Stamp]:
+    """The model in a folder, warmed up, from files that did not change meanwhile. Raises `ModelError`."""
     for _ in range(TRIES):
         before = _stamp(folder)
         try:
-            about = (folder / "model.json").read_bytes()
+            description = (folder / "model.json").read_bytes()
             model = load(folder)
             if _stamp(folder) == before:
                 model.predict(np.zeros((*model.preprocessing.size, 3), np.uint8))
-                return Loaded(model, hashlib.blake2b(about, digest_size=6).hexdigest(), time.time()), before
+                return LoadedModel(model, hashlib.blake2b(description, digest_size=6).hexdigest(), time.time()), before
         except (ModelError, OSError):
             if _stamp(folder) == before and before:
                 raise
@@ -81,7 +81,7 @@ def folders_by_name(arguments: Iterable[str]) -> dict[str, Path]:
 
     Raises `OptionError` where there is none, or two have one name.
     """
-    found: dict[str, Path] = {}
+    folders: dict[str, Path] = {}
     for argument in arguments:
         name, equals, path = argument.partition("=")
         if not equals or Path(argument).exists():
@@ -89,12 +89,12 @@ def folders_by_name(arguments: Iterable[str]) -> dict[str, Path]:
         if name and not re.fullmatch(r"[\w.-]+", name):
             raise OptionError(f"{argument}: a name is made of letters, digits, points, dashes and underscores")
         inside = [] if name else sorted(file.parent for file in Path(path).glob("models/*/model.json"))
-        for one in inside if len(inside) > 1 else [model_folder(path)]:
-            called = name or one.resolve().name
-            if called in found:
-                raise OptionError(f"Two models are called {called}: name one of them, as in other={one}")
-            found[called] = one
-    return found
+        for folder in inside if len(inside) > 1 else [model_folder(path)]:
+            called = name or folder.resolve().name
+            if called in folders:
+                raise OptionError(f"Two models are called {called}: name one of them, as in other={folder}")
+            folders[called] = folder
+    return folders
 
 
 def _stamp(folder: Path) -> Stamp:

@@ -1,13 +1,13 @@
-"""The HTTP server around a service: its routes, its page, its life from start to graceful stop."""
+"""The HTTP server around a service: its routes, its page, from start to graceful stop."""
 
 import asyncio
 import hashlib
 import signal
 import socket
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import uvicorn
 from fastapi import APIRouter, Depends, FastAPI, Query, Request, Response
@@ -19,19 +19,18 @@ from starlette.exceptions import HTTPException
 from kizu import __version__
 from kizu.errors import OptionError
 from kizu.serving.feedback import Label
-from kizu.serving.history import Entry
-from kizu.serving.logbook import log
-from kizu.serving.middleware import Gate
-from kizu.serving.observability import CONTENT_TYPE
-from kizu.serving.responses import Wishes, about, promise
-from kizu.serving.schemas import Collected, Health, Kept, Model, Predictions, Problem, Promise
+from kizu.serving.history import Entry, History
+from kizu.serving.limits import MEANINGS, STATUSES, Refusal, RefusalKind, read_uploads
+from kizu.serving.middleware import GuardMiddleware
+from kizu.serving.observability import CONTENT_TYPE, log
+from kizu.serving.responses import ResponseOptions, describe_model, promise_at
+from kizu.serving.schemas import Collected, Health, KeptVerdict, Model, Predictions, Problem, Promise
 from kizu.serving.service import Service
-from kizu.serving.uploads import Refusal, read_uploads
 
 __all__ = ["application", "listen", "run"]
 
 PAGE = Path(__file__).with_name("static")
-KINDS = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
+MEDIA_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 PHOTOGRAPH = {"type": "string", "format": "binary"}
 BODY = {
     "required": True,
@@ -49,31 +48,26 @@ BODY = {
         "application/octet-stream": {"schema": PHOTOGRAPH},
     },
 }
-REFUSALS = {
-    401: "the API key is missing or wrong",
-    403: "the request comes from another site",
-    404: "there is none of that name or number",
-    408: "the body came too slowly",
-    409: "that cannot be done now",
-    413: "too many bytes, pixels or photographs",
-    415: "not a photograph",
-    422: "a damaged photograph, or an option that cannot be",
-    429: "too much is waiting",
-    503: "it took too long",
-}
+# why any route may refuse a request, and a route that reads photographs
+COMMON: tuple[RefusalKind, ...] = ("unauthorized", "forbidden", "busy")
+READING: tuple[RefusalKind, ...] = ("unknown", "slow", "too-large", "unsupported", "unreadable")
 
-LAST = 2**53  # the largest whole number that JavaScript knows
-Number = Annotated[int, Query(ge=1, le=LAST)]
-Place = Annotated[int, PathParameter(ge=1, le=LAST)]
-ModelName = Annotated[str | None, Query(description="The model's name; it may be left out where one is served.")]
+PhotographName = Annotated[str, Query(max_length=200, description="The photograph's name, if the body is raw bytes.")]
+MAX_ID = 2**53  # the largest whole number that JavaScript knows
+IdQuery = Annotated[int, Query(ge=1, le=MAX_ID)]
+IdInPath = Annotated[int, PathParameter(ge=1, le=MAX_ID)]
+Item = TypeVar("Item")
+ModelName = Annotated[str | None, Query(description="The model's name; needed only where the server has several.")]
 
 
-def _refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    return {status: {"model": Problem, "description": REFUSALS[status]} for status in (401, 403, 429, *statuses)}
+def _refusals(*kinds: RefusalKind) -> dict[int | str, dict[str, Any]]:
+    """How the OpenAPI document describes the ways in which a route may refuse."""
+    statuses = (STATUSES[kind] for kind in (*COMMON, *kinds))
+    return {status: {"model": Problem, "description": MEANINGS[status]} for status in statuses}
 
 
-def application(service: Service, *, key: str | None = None) -> Gate:
-    """The ASGI application: FastAPI behind its gate."""
+def application(service: Service, *, key: str | None = None) -> GuardMiddleware:
+    """The ASGI application: FastAPI behind the guard."""
 
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
@@ -91,62 +85,63 @@ def application(service: Service, *, key: str | None = None) -> Gate:
         lifespan=life,
         docs_url=None,
         redoc_url=None,
-        responses=_refusals(422),
-        dependencies=[Depends(_only_known)],
+        responses=_refusals("invalid"),
+        dependencies=[Depends(_refuse_unknown_options)],
     )
-    for routes in (_verdicts(service), _models(service), _kept(service), _house(service), _page()):
-        app.include_router(routes)
-    app.add_exception_handler(Refusal, _refused)
-    app.add_exception_handler(RequestValidationError, _invalid)
-    app.add_exception_handler(HTTPException, _unknown)
-    gate = Gate(app, key=key, limits=service.limits, counters=service.counters)
+    routers = _verdicts(service), _models(service), _history(service), _server(service), _page()
+    for router in routers:
+        app.include_router(router)
+    app.add_exception_handler(Refusal, _on_refusal)
+    app.add_exception_handler(RequestValidationError, _on_invalid_request)
+    app.add_exception_handler(HTTPException, _on_http_exception)
     if key is not None:
         _describe_key(app)
-    return gate
+    return GuardMiddleware(app, key=key, limits=service.limits, counters=service.counters)
 
 
 def _verdicts(service: Service) -> APIRouter:
     routes = APIRouter(prefix="/v1", tags=["verdicts"])
 
-    @routes.post("/predict", responses=_refusals(404, 408, 413, 415, 422, 503), openapi_extra={"requestBody": BODY})
+    @routes.post("/predict", responses=_refusals(*READING, "late"), openapi_extra={"requestBody": BODY})
     async def predict(
         request: Request,
         model: ModelName = None,
-        map: Annotated[Literal["none", "png", "npy"], Query(description="Add the anomaly map.")] = "none",
+        map: Annotated[Literal["none", "png", "npy"], Query(description="Adds the anomaly map.")] = "none",
         map_size: Annotated[
-            int, Query(ge=0, le=8192, description="Its longer side at most; 0: as the photograph.")
+            int, Query(ge=0, le=8192, description="The map's longer side at most, in pixels; 0: as the photograph.")
         ] = 512,
-        why: Annotated[bool, Query(description="Add the nearest good patches, where the method has any.")] = False,
-        view: Annotated[bool, Query(description="Add the photograph as JPEG.")] = False,
-        keep: Annotated[bool, Query(description="Keep the verdict, where verdicts are kept.")] = True,
-        name: Annotated[str, Query(max_length=200, description="What to call raw bytes.")] = "image",
+        why: Annotated[bool, Query(description="Adds the nearest good patches, if the method has any.")] = False,
+        view: Annotated[bool, Query(description="Adds the photograph as JPEG.")] = False,
+        keep: Annotated[bool, Query(description="Keeps the verdict in the history, where there is one.")] = True,
+        name: PhotographName = "image",
     ) -> Predictions:
         """Judge photographs: raw bytes of one, or any number as multipart.
 
-        Where some of several cannot be judged, their verdict is error; where none can, the status says why.
+        A photograph that cannot be judged has the verdict error. If none can be judged, the status says why.
         """
-        served = service.pick(model)
+        hosted = service.pick(model)
         uploads = await read_uploads(request, service.limits)
-        found = await service.predict(served, uploads, Wishes(map, map_size, why, view), keep)
-        request.state.said |= {"model": served.name, "version": found.version}
-        request.state.said["verdicts"] = [[one.image, one.verdict, one.score] for one in found.results]
-        return found
+        options = ResponseOptions(map, map_size, why, view)
+        predictions = await service.predict(hosted, uploads, options, keep)
+        request.state.facts |= {"model": hosted.name, "version": predictions.version}
+        request.state.facts["verdicts"] = [[r.image, r.verdict, r.score] for r in predictions.results]
+        return predictions
 
-    @routes.post("/feedback", responses=_refusals(404, 408, 409, 413, 415, 422), openapi_extra={"requestBody": BODY})
+    @routes.post("/feedback", responses=_refusals(*READING, "conflict"), openapi_extra={"requestBody": BODY})
     async def feedback(
         request: Request,
-        label: Annotated[Label, Query(description="What a person says of them.")],
+        label: Annotated[Label, Query(description="What a person says of the photographs.")],
         model: ModelName = None,
-        id: Annotated[Number | None, Query(description="The kept verdict that this is about.")] = None,
-        name: Annotated[str, Query(max_length=200, description="What to call raw bytes.")] = "image",
+        id: Annotated[IdQuery | None, Query(description="The kept verdict that the feedback is about.")] = None,
+        name: PhotographName = "image",
     ) -> Collected:
-        """Collect photographs as good or bad, for kizu update and kizu tune. Marked again, a photograph moves."""
-        served = service.pick(model)
+        """Collect photographs as good or bad, for kizu update and kizu tune. A photograph marked again moves."""
+        hosted = service.pick(model)
         uploads = await read_uploads(request, service.limits)
-        if id is not None and (service.journal is None or service.journal.entry(id) is None):
-            raise Refusal(404, f"There is no kept verdict {id}")
-        collected = await asyncio.to_thread(service.collect, served, uploads, label, id)
-        request.state.said |= {"model": served.name, "label": label, "files": collected.files}
+        if id is not None and (service.history is None or service.history.entry(id) is None):
+            raise Refusal("unknown", f"There is no kept verdict {id}")
+        collected = await asyncio.to_thread(service.collect, hosted, uploads, label, id)
+        request.state.facts |= {"model": hosted.name, "label": label, "files": collected.files}
         return collected
 
     return routes
@@ -157,75 +152,73 @@ def _models(service: Service) -> APIRouter:
 
     @routes.get("")
     async def models() -> list[Model]:
-        """The models on duty."""
-        return [about(name, served.loaded) for name, served in service.models.items()]
+        """The models that the server answers with."""
+        return [describe_model(name, hosted.loaded) for name, hosted in service.models.items()]
 
-    @routes.get("/{name}", responses=_refusals(404))
+    @routes.get("/{name}", responses=_refusals("unknown"))
     async def model(name: str) -> Model:
-        """One of them."""
-        return about(name, service.pick(name).loaded)
+        """One model."""
+        return describe_model(name, service.pick(name).loaded)
 
-    @routes.get("/{name}/promise", responses=_refusals(404))
-    async def promised(name: str, threshold: Annotated[float, Query(ge=-1e30, le=1e30)]) -> Promise:
-        """What another threshold would promise about false alarms, by the good images behind the level."""
-        return promise(service.pick(name).loaded.model, threshold)
+    @routes.get("/{name}/promise", responses=_refusals("unknown"))
+    async def promise(name: str, threshold: Annotated[float, Query(ge=-1e30, le=1e30)]) -> Promise:
+        """What another threshold would promise about false alarms, by the good images behind the model's own."""
+        return promise_at(service.pick(name).loaded.model, threshold)
 
-    @routes.post("/{name}/reload", responses=_refusals(404, 409))
+    @routes.post("/{name}/reload", responses=_refusals("unknown", "conflict"))
     async def reload(name: str) -> Model:
-        """Read the model's folder again. Requests go on meanwhile; where it cannot be read, the old model stays."""
-        return about(name, await service.reload(service.pick(name)))
+        """Read the model's folder again. Requests go on meanwhile; if it cannot be read, the loaded model stays."""
+        return describe_model(name, await service.reload(service.pick(name)))
 
     return routes
 
 
-def _kept(service: Service) -> APIRouter:
+def _history(service: Service) -> APIRouter:
     routes = APIRouter(prefix="/v1/verdicts", tags=["verdicts"])
 
-    def found(number: int, read: Callable[[int], Any]) -> Any:
-        value = None if service.journal is None else read(number)
-        if value is None:
-            raise Refusal(404, f"There is no kept verdict {number}")
-        return value
+    def find(number: int, read: Callable[[History, int], Item | None]) -> Item:
+        item = None if service.history is None else read(service.history, number)
+        if item is None:
+            raise Refusal("unknown", f"There is no kept verdict {number}")
+        return item
 
-    def kept(entry: Entry) -> Kept:
-        return Kept.model_validate(vars(entry))
+    def kept(entry: Entry) -> KeptVerdict:
+        return KeptVerdict.model_validate(vars(entry))
 
     @routes.get("")
-    def verdicts(limit: Annotated[int, Query(ge=1, le=1000)] = 50, before: Number | None = None) -> list[Kept]:
-        """The last verdicts, as far as they are kept, the latest first."""
-        return [] if service.journal is None else [kept(entry) for entry in service.journal.last(limit, before)]
+    def verdicts(limit: Annotated[int, Query(ge=1, le=1000)] = 50, before: IdQuery | None = None) -> list[KeptVerdict]:
+        """The last verdicts that are kept, the latest first."""
+        return [] if service.history is None else [kept(entry) for entry in service.history.last(limit, before)]
 
-    @routes.get("/{id}", responses=_refusals(404))
-    def verdict(id: Place) -> Kept:
-        """One of them."""
-        return kept(found(id, lambda number: service.journal and service.journal.entry(number)))
+    @routes.get("/{id}", responses=_refusals("unknown"))
+    def verdict(id: IdInPath) -> KeptVerdict:
+        """One verdict."""
+        return kept(find(id, History.entry))
 
-    @routes.get("/{id}/photograph", responses=_refusals(404) | _file("application/octet-stream"))
-    def photograph(id: Place) -> Response:
-        """The photograph as it was sent."""
-        content = found(id, lambda number: service.journal and service.journal.photograph(number))
-        return Response(content, media_type="application/octet-stream")
+    @routes.get("/{id}/photograph", responses=_refusals("unknown") | _file("application/octet-stream"))
+    def photograph(id: IdInPath) -> Response:
+        """The photograph of a verdict, as it was sent."""
+        return Response(find(id, History.photograph), media_type="application/octet-stream")
 
-    @routes.get("/{id}/thumbnail", responses=_refusals(404) | _file("image/jpeg"))
-    def thumbnail(id: Place) -> Response:
-        """A small picture of it."""
-        content = found(id, lambda number: service.journal and service.journal.thumbnail(number))
-        return Response(content, media_type="image/jpeg")
+    @routes.get("/{id}/thumbnail", responses=_refusals("unknown") | _file("image/jpeg"))
+    def thumbnail(id: IdInPath) -> Response:
+        """A small picture of a verdict's photograph."""
+        return Response(find(id, History.thumbnail), media_type="image/jpeg")
 
     return routes
 
 
-def _house(service: Service) -> APIRouter:
+def _server(service: Service) -> APIRouter:
     routes = APIRouter(tags=["server"])
 
     @routes.get("/healthz")
     async def healthz() -> Health:
-        """Whether it is there."""
+        """Whether the server is up."""
         return Health(models=len(service.models))
 
     @routes.get("/metrics", responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}})
     async def metrics() -> Response:
-        """What was done, in Prometheus' text format."""
+        """What the server has done, in Prometheus' text format."""
         return Response(service.counters.text(service.gauges()), headers={"Content-Type": CONTENT_TYPE})
 
     return routes
@@ -234,7 +227,7 @@ def _house(service: Service) -> APIRouter:
 def _page() -> APIRouter:
     """The page and its files, read once."""
     routes = APIRouter(include_in_schema=False)
-    contents = {path.name: path.read_bytes() for path in PAGE.iterdir() if path.suffix in KINDS}
+    contents = {path.name: path.read_bytes() for path in PAGE.iterdir() if path.suffix in MEDIA_TYPES}
     tags = {name: f'"{hashlib.blake2b(content, digest_size=8).hexdigest()}"' for name, content in contents.items()}
 
     @routes.api_route("/", methods=["GET", "HEAD"])
@@ -245,17 +238,17 @@ def _page() -> APIRouter:
         headers = {"Cache-Control": "no-cache", "ETag": tags[name]}
         if request.headers.get("if-none-match") == tags[name]:
             return Response(status_code=304, headers=headers)
-        return Response(contents[name], headers=headers, media_type=KINDS[Path(name).suffix])
+        return Response(contents[name], headers=headers, media_type=MEDIA_TYPES[Path(name).suffix])
 
     return routes
 
 
-async def _only_known(request: Request) -> None:
-    """An option that does not exist is refused: it is a mistake, or was meant for another version."""
+async def _refuse_unknown_options(request: Request) -> None:
+    """Refuse an option that does not exist: it is a mistake, or was meant for another version."""
     known = {field.alias for field in request.scope["route"].dependant.query_params}
     for name in request.query_params:
         if name not in known:
-            raise Refusal(422, f"There is no option {name}; there are: {', '.join(sorted(known)) or 'none'}")
+            raise Refusal("invalid", f"There is no option {name}; there are: {', '.join(sorted(known)) or 'none'}")
 
 
 def _file(kind: str) -> dict[int | str, dict[str, Any]]:
@@ -263,7 +256,7 @@ def _file(kind: str) -> dict[int | str, dict[str, Any]]:
 
 
 def _describe_key(app: FastAPI) -> None:
-    """The key in the OpenAPI document."""
+    """Say in the OpenAPI document where the key is needed."""
     document = app.openapi()
     document.setdefault("components", {})["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
     for path, methods in document["paths"].items():
@@ -272,38 +265,35 @@ def _describe_key(app: FastAPI) -> None:
     app.openapi_schema = document
 
 
-def _problem(status: int, message: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
-    return JSONResponse({"error": message}, status, headers)
-
-
-async def _refused(request: Request, error: Exception) -> Response:
+async def _on_refusal(request: Request, error: Exception) -> Response:
     assert isinstance(error, Refusal)
-    return _problem(error.status, str(error), {"Retry-After": "1"} if error.status in (429, 503) else None)
+    return error.response()
 
 
-async def _invalid(request: Request, error: Exception) -> Response:
+async def _on_invalid_request(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    said = (f"{'.'.join(map(str, one['loc'][1:]))}: {one['msg']}" for one in error.errors())
-    return _problem(422, "; ".join(said))
+    sentences = (f"{'.'.join(map(str, problem['loc'][1:]))}: {problem['msg']}" for problem in error.errors())
+    return Refusal("invalid", "; ".join(sentences)).response()
 
 
-async def _unknown(request: Request, error: Exception) -> Response:
+async def _on_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    return _problem(error.status_code, f"{request.method} {request.url.path}: {error.detail}", error.headers)
+    sentence = f"{request.method} {request.url.path}: {error.detail}"
+    return JSONResponse({"error": sentence}, error.status_code, error.headers)
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that is bound. Raises `OptionError` where it cannot be."""
+    """A socket bound to an address. Raises `OptionError` where that is not possible."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family, backlog=1024)
     except (OSError, OverflowError) as error:
-        raise OptionError(f"--host {host} --port {port}: {error}") from None
+        raise OptionError(f"`host={host}` `port={port}`: {error}") from None
 
 
-def run(gate: Gate, service: Service, bound: socket.socket) -> None:
+def run(guarded: GuardMiddleware, service: Service, bound: socket.socket) -> None:
     """Serve until SIGTERM or SIGINT, then answer every request that came in; SIGHUP reloads all models."""
-    config = uvicorn.Config(gate, log_config=None, access_log=False, server_header=False, lifespan="on")
+    config = uvicorn.Config(guarded, log_config=None, access_log=False, server_header=False, lifespan="on")
     server = uvicorn.Server(config)
 
     async def serve() -> None:
@@ -311,9 +301,9 @@ def run(gate: Gate, service: Service, bound: socket.socket) -> None:
         tasks: set[asyncio.Task[None]] = set()
 
         async def reload_all() -> None:
-            for served in service.models.values():
+            for hosted in service.models.values():
                 with suppress(Refusal):
-                    await service.reload(served)
+                    await service.reload(hosted)
 
         def on_hangup() -> None:
             task = loop.create_task(reload_all())
@@ -330,4 +320,4 @@ def run(gate: Gate, service: Service, bound: socket.socket) -> None:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    log.info("stopped", extra={"facts": {"accepted": gate.accepted, "answered": gate.answered}})
+    log.info("stopped", extra={"facts": {"accepted": guarded.accepted, "answered": guarded.answered}})

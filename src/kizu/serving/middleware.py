@@ -1,22 +1,21 @@
-"""What every request passes: who may come in, how much at once, what is counted and logged, safe headers."""
+"""What every request passes: who may use the server, how many at once, the log, the counters, safe headers."""
 
 import hmac
 import ipaddress
+import logging
 import time
 import uuid
 from urllib.parse import urlsplit
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from kizu.serving.logbook import log
-from kizu.serving.observability import Counters
-from kizu.serving.uploads import Limits, Refusal, spend
+from kizu.serving.limits import Limits, Refusal, drain
+from kizu.serving.observability import Counters, log
 
-__all__ = ["Gate"]
+__all__ = ["GuardMiddleware"]
 
-OPEN = ("/", "/healthz", "/page/", "/openapi.json")  # without a key; those that end in / with all below them
+OPEN = ("/", "/healthz", "/page/", "/openapi.json")  # without a key; /page/ with all below it
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; connect-src 'self'; "
     "media-src 'self' blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -31,10 +30,10 @@ HEADERS = [
 ]
 
 
-class Gate:
+class GuardMiddleware:
     """An ASGI application around another.
 
-    Without a key it answers to addresses and to localhost alone, and with or without never to other sites' pages.
+    Without a key it answers only to addresses and localhost. It never answers to other sites' pages.
     """
 
     def __init__(self, app: ASGIApp, *, key: str | None, limits: Limits, counters: Counters) -> None:
@@ -51,8 +50,8 @@ class Gate:
             return
         start, name, status = time.perf_counter(), uuid.uuid4().hex[:12], 500
         begun = False
-        said: dict[str, object] = {}
-        scope.setdefault("state", {})["said"] = said
+        facts: dict[str, object] = {}  # that the routes add to the line in the log
+        scope.setdefault("state", {})["facts"] = facts
 
         async def answer(message: Message) -> None:
             nonlocal status, begun
@@ -68,56 +67,55 @@ class Gate:
             if refusal is None:
                 await self._app(scope, receive, answer)
             else:
-                await spend(request, self._limits)
-                await self._say(refusal)(scope, receive, answer)
+                await drain(request, self._limits)
+                await refusal.response()(scope, receive, answer)
         except Exception:
             log.exception("fault", extra={"facts": {"id": name, "path": request.url.path}})
             if not begun:
-                fault = Refusal(500, f"Something went wrong; the log says what under {name}")
-                await self._say(fault)(scope, receive, answer)
+                fault = Refusal("fault", f"Something went wrong; the log says what under {name}")
+                await fault.response()(scope, receive, answer)
         finally:
             self.answered += 1
-            self._record(scope, request, name, status, time.perf_counter() - start, said)
+            self._record(scope, request, name, status, time.perf_counter() - start, facts)
 
     def _refuse(self, request: Request) -> Refusal | None:
         path, host = request.url.path, request.headers.get("host", "")
         origin = request.headers.get("origin")
         if origin is not None and urlsplit(origin).netloc != host:
-            return Refusal(403, f"{origin} is another site: its pages may not use this server")
-        if self._key is None and not _plain(host):
-            return Refusal(403, f"Without an API key this server answers to its address and localhost, not to {host}")
-        free = path in OPEN or any(len(some) > 1 and some.endswith("/") and path.startswith(some) for some in OPEN)
-        if self._key is not None and not free and not hmac.compare_digest(_given(request), self._key.encode()):
-            return Refusal(401, "This needs the API key, as in  Authorization: Bearer KEY")
+            return Refusal("forbidden", f"{origin} is another site: its pages may not use this server")
+        if self._key is None and not _is_address(host):
+            rule = "Without an API key this server answers to its address and localhost"
+            return Refusal("forbidden", f"{rule}, not to {host}")
+        if not (self._key is None or _is_open(path) or hmac.compare_digest(_given_key(request), self._key.encode())):
+            return Refusal("unauthorized", "This needs the API key, as in  Authorization: Bearer KEY")
         if self.accepted - self.answered > self._limits.requests:
-            return Refusal(429, f"{self._limits.requests} requests are being answered: come again in a second")
+            return Refusal("busy", f"{self._limits.requests} requests are being answered: come again in a second")
         return None
 
-    @staticmethod
-    def _say(refusal: Refusal) -> JSONResponse:
-        extra = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}}.get(refusal.status, {})
-        return JSONResponse({"error": str(refusal)}, refusal.status, extra)
-
     def _record(
-        self, scope: Scope, request: Request, name: str, status: int, seconds: float, said: dict[str, object]
+        self, scope: Scope, request: Request, name: str, status: int, seconds: float, facts: dict[str, object]
     ) -> None:
         route = getattr(scope.get("route"), "path", "") or ("/page/" if "page" in request.url.path[:6] else "other")
-        self._counters.add("kizu_requests_total", method=_verb(request.method), path=route, status=str(status))
+        self._counters.add("kizu_requests_total", method=_known_method(request.method), path=route, status=str(status))
         self._counters.observe("kizu_request_seconds", seconds, path=route)
         client = request.client.host if request.client else None
-        facts = {"id": name, "method": request.method, "path": request.url.path, "status": status}
-        facts |= {"ms": round(1000 * seconds, 2), "client": client, **said}
+        line = {"id": name, "method": request.method, "path": request.url.path, "status": status}
+        line |= {"ms": round(1000 * seconds, 2), "client": client, **facts}
         quiet = route in ("/healthz", "/metrics") and status == 200
-        log.log(10 if quiet else 20, "request", extra={"facts": facts})
+        log.log(logging.DEBUG if quiet else logging.INFO, "request", extra={"facts": line})
 
 
-def _given(request: Request) -> bytes:
+def _is_open(path: str) -> bool:
+    return path in OPEN or any(len(prefix) > 1 and prefix.endswith("/") and path.startswith(prefix) for prefix in OPEN)
+
+
+def _given_key(request: Request) -> bytes:
     scheme, _, token = request.headers.get("authorization", "").partition(" ")
     given = token if scheme.lower() == "bearer" else request.headers.get("x-api-key", "")
     return given.strip().encode()
 
 
-def _plain(host: str) -> bool:
+def _is_address(host: str) -> bool:
     """Whether a Host header is an address or localhost: no other site's name can have led here."""
     name = urlsplit(f"//{host}").hostname or ""
     try:
@@ -127,5 +125,5 @@ def _plain(host: str) -> bool:
     return True
 
 
-def _verb(method: str) -> str:
+def _known_method(method: str) -> str:
     return method if method in ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS") else "other"

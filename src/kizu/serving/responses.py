@@ -1,4 +1,4 @@
-"""A verdict with what was asked for beside it: map, neighbours, the photograph itself, as text that JSON can carry."""
+"""What the server says of a photograph and of a model, with maps and pictures as text that JSON can carry."""
 
 import base64
 import io
@@ -11,21 +11,20 @@ import numpy.typing as npt
 
 from kizu.calibration.threshold import Threshold, calibrate, finite, p_value
 from kizu.data import image as images
-from kizu.errors import BadImage
 from kizu.inference.inspector import Inspector
 from kizu.inference.prediction import Evidence, Prediction
-from kizu.serving.batcher import Answer, Loaded, Upload
-from kizu.serving.schemas import Judged, Map, Model, Pair, Promise
+from kizu.serving.batcher import Answer, LoadedModel, Upload
+from kizu.serving.schemas import Map, Model, Pair, Promise, Result
 
-__all__ = ["Wishes", "about", "judged", "promise", "thumbnail"]
+__all__ = ["ResponseOptions", "describe_model", "promise_at", "thumbnail", "to_response"]
 
-VIEW = 1600  # pixels, the longer side
-SMALL = 160
-DEPTH = 65535
+VIEW_SIDE = 1600  # pixels, the longer side
+THUMBNAIL_SIDE = 160
+MAX_UINT16 = 65535
 
 
 @dataclass(frozen=True)
-class Wishes:
+class ResponseOptions:
     """What a client wants beside a verdict."""
 
     map: Literal["none", "png", "npy"]
@@ -34,23 +33,23 @@ class Wishes:
     view: bool
 
 
-def judged(upload: Upload, answer: Answer, wishes: Wishes) -> Judged:
-    """The whole answer about one photograph."""
+def to_response(upload: Upload, answer: Answer, options: ResponseOptions) -> Result:
+    """The verdict on an upload, and what the client wants beside it."""
     outcome, model = answer.outcome, answer.loaded.model
-    found = Judged.of(upload.name, outcome, model)
-    if isinstance(outcome, BadImage):
-        return found
-    found.height, found.width = outcome.shape
-    if wishes.map != "none":
-        found.map = _map(outcome, model, wishes.map, wishes.map_size)
-    found.pairs = [_pair(one) for one in answer.evidence]
-    if wishes.view:
-        found.view = _jpeg(_shrunk(upload, VIEW))
-    return found
+    result = Result.of(upload.name, outcome, model)
+    if not isinstance(outcome, Prediction):
+        return result
+    result.height, result.width = outcome.shape
+    if options.map != "none":
+        result.map = _map(outcome, model, options.map, options.map_size)
+    result.pairs = [_pair(evidence) for evidence in answer.evidence]
+    if options.view:
+        result.view = _jpeg(_shrunk(upload, VIEW_SIDE))
+    return result
 
 
-def about(name: str, loaded: Loaded) -> Model:
-    """A model, as the server describes it."""
+def describe_model(name: str, loaded: LoadedModel) -> Model:
+    """A model and what it promises."""
     model = loaded.model
     return Model(
         name=name,
@@ -68,27 +67,36 @@ def about(name: str, loaded: Loaded) -> Model:
     )
 
 
-def promise(model: Inspector, value: float) -> Promise:
-    """What the good images behind the level say of another threshold."""
+def promise_at(model: Inspector, value: float) -> Promise:
+    """What the good images behind the model's threshold promise of another threshold.
+
+    Its pixel threshold is one that as few good images reach; above all good scores, both rise by the same factor.
+    """
     good = model.calibration_scores
     if not good:
         statement = model.threshold.statement
         return Promise(threshold=value, expected=None, bound=None, statement=statement, map_level=None)
     expected = p_value(math.nextafter(value, math.inf), good)
-    there = Threshold(value, expected, len(good))
-    level = calibrate(model.map_peaks, min(expected, len(good) / (len(good) + 1))).value
+    threshold = Threshold(value, expected, len(good))
+    pixel_threshold = calibrate(model.map_peaks, min(expected, len(good) / (len(good) + 1))).value
     if value > max(good) > 0:
-        level *= value / max(good)
+        pixel_threshold *= value / max(good)
     if value == model.threshold.value:
-        there, level = model.threshold, model.pixel_threshold
-    statement = there.statement if expected < 1 else "Every good part may be stopped: all good images lie above it."
-    bound = there.bound if not there.tuned else None
-    return Promise(threshold=value, expected=expected, bound=bound, statement=statement, map_level=finite(level))
+        threshold, pixel_threshold = model.threshold, model.pixel_threshold
+    return Promise(
+        threshold=value,
+        expected=expected,
+        bound=None if threshold.tuned else threshold.bound,
+        statement=threshold.statement
+        if expected < 1
+        else "Every good part may be stopped: all good images lie above it.",
+        map_level=finite(pixel_threshold),
+    )
 
 
 def thumbnail(upload: Upload) -> bytes:
-    """A small JPEG."""
-    return images.encode(_shrunk(upload, SMALL), "JPEG", quality=80)
+    """A small JPEG of a photograph."""
+    return images.encode(_shrunk(upload, THUMBNAIL_SIDE), "JPEG", quality=80)
 
 
 def _map(prediction: Prediction, model: Inspector, format: Literal["png", "npy"], longest: int) -> Map:
@@ -103,14 +111,18 @@ def _map(prediction: Prediction, model: Inspector, format: Literal["png", "npy"]
     if format == "npy":
         np.save(buffer, values.astype(np.float32))
     else:
-        buffer.write(images.encode(np.rint((values - low) / (high - low) * DEPTH).astype(np.uint16)))
-    return Map(format=format, low=low, high=high, height=shape[0], width=shape[1], data=_text(buffer.getvalue()))
+        buffer.write(images.encode(np.rint((values - low) / (high - low) * MAX_UINT16).astype(np.uint16)))
+    return Map(format=format, low=low, high=high, height=shape[0], width=shape[1], data=_base64(buffer.getvalue()))
 
 
-def _pair(one: Evidence) -> Pair:
-    there = None if one.match_crop is None else _jpeg(one.match_crop)
-    near = one.nearest
-    return Pair(region=one.region, image=near.image, distance=near.distance, here=_jpeg(one.query_crop), there=there)
+def _pair(evidence: Evidence) -> Pair:
+    return Pair(
+        region=evidence.region,
+        image=evidence.nearest.image,
+        distance=evidence.nearest.distance,
+        here=_jpeg(evidence.query_crop),
+        there=None if evidence.match_crop is None else _jpeg(evidence.match_crop),
+    )
 
 
 def _shrunk(upload: Upload, side: int) -> npt.NDArray[np.uint8]:
@@ -120,8 +132,8 @@ def _shrunk(upload: Upload, side: int) -> npt.NDArray[np.uint8]:
 
 
 def _jpeg(rgb: npt.NDArray[np.uint8]) -> str:
-    return _text(images.encode(rgb, "JPEG", quality=88))
+    return _base64(images.encode(rgb, "JPEG", quality=88))
 
 
-def _text(content: bytes) -> str:
+def _base64(content: bytes) -> str:
     return base64.b64encode(content).decode()

@@ -1,4 +1,4 @@
-"""What the server answers, as its OpenAPI document describes it."""
+"""The JSON that the server answers, as its OpenAPI document describes it."""
 
 from typing import Literal
 
@@ -7,7 +7,7 @@ from pydantic import BaseModel, Field
 from kizu.inference.verdict import Verdict
 from kizu.serving.feedback import Label
 
-__all__ = ["Collected", "Health", "Judged", "Kept", "Map", "Model", "Pair", "Predictions", "Problem", "Promise"]
+__all__ = ["Collected", "Health", "KeptVerdict", "Map", "Model", "Pair", "Predictions", "Problem", "Promise", "Result"]
 
 
 class Problem(BaseModel):
@@ -17,12 +17,14 @@ class Problem(BaseModel):
 
 
 class Health(BaseModel):
+    """The server is up."""
+
     status: Literal["ok"] = "ok"
     models: int
 
 
 class Model(BaseModel):
-    """A model on duty."""
+    """A model that the server answers with."""
 
     name: str
     version: str = Field(description="changes whenever other contents are loaded")
@@ -32,9 +34,9 @@ class Model(BaseModel):
     images: int = Field(description="good images that it learned from")
     threshold: float | None = Field(description="a part is stopped above it; null: it stops nothing")
     statement: str = Field(description="the promise about false alarms")
-    good_scores: list[float] = Field(description="scores of the good images behind the level, in ascending order")
-    map_level: float | None = Field(description="what is above it in the map is marked")
-    map_peaks: list[float] = Field(description="the largest map values of the good images behind the level, ascending")
+    good_scores: list[float] = Field(description="scores of the good images behind the threshold, ascending")
+    map_level: float | None = Field(description="the pixel threshold: what is above it in the map is marked")
+    map_peaks: list[float] = Field(description="each good image's largest map value, ascending")
     scale: tuple[float, float] = Field(description="map values that are drawn darkest and brightest")
 
 
@@ -42,10 +44,10 @@ class Promise(BaseModel):
     """What another threshold would promise."""
 
     threshold: float
-    expected: float | None = Field(description="share of good parts stopped on average, at most; null: not known")
-    bound: float | None = Field(description="the same with 95 % confidence")
+    expected: float | None = Field(description="at most this share of good parts is stopped on average; null: unknown")
+    bound: float | None = Field(description="at most this share, with 95 % confidence")
     statement: str
-    map_level: float | None = Field(description="the level of the map that good parts reach as rarely")
+    map_level: float | None = Field(description="the pixel threshold that good parts exceed as rarely")
 
 
 class Map(BaseModel):
@@ -62,22 +64,22 @@ class Map(BaseModel):
 class Pair(BaseModel):
     """A marked place and the good patch from training that looks most like it."""
 
-    region: int = Field(description="number of the region, from 1; 0: the highest place where nothing is marked")
+    region: int = Field(description="number of the region, from 1; 0: the highest place of a map without regions")
     image: str = Field(description="name of the training image")
-    distance: float = Field(description="in units of what is usual among good parts there")
-    here: str = Field(description="JPEG in base64")
-    there: str | None = Field(description="the same, where the model keeps thumbnails")
+    distance: float = Field(description="in units of what is typical of good parts there")
+    here: str = Field(description="the marked place as JPEG, in base64")
+    there: str | None = Field(description="the good patch as JPEG, in base64, where the model keeps thumbnails")
 
 
-class Judged(Verdict):
-    """A verdict, and what was asked for with it."""
+class Result(Verdict):
+    """A verdict, and what the request asked for with it."""
 
-    id: int | None = Field(None, description="its number among those that are kept")
+    id: int | None = Field(None, description="number of the verdict in the history, if it is kept")
     width: int | None = None
     height: int | None = None
     map: Map | None = None
-    pairs: list[Pair] = Field([], description="of the first regions, or of the highest place")
-    view: str | None = Field(None, description="the photograph as JPEG in base64")
+    pairs: list[Pair] = Field([], description="the nearest good patches of the first regions, or of the highest place")
+    view: str | None = Field(None, description="the photograph as JPEG, in base64")
 
 
 class Predictions(BaseModel):
@@ -85,11 +87,11 @@ class Predictions(BaseModel):
 
     model: str
     version: str
-    results: list[Judged]
+    results: list[Result]
 
 
-class Kept(BaseModel):
-    """A verdict that is kept."""
+class KeptVerdict(BaseModel):
+    """A verdict in the history."""
 
     id: int
     time: float = Field(description="seconds since 1970")
@@ -100,8 +102,8 @@ class Kept(BaseModel):
 
 
 class Collected(BaseModel):
-    """Photographs that were marked."""
+    """Where photographs that a person marked are now."""
 
-    files: list[str] = Field(description="where they are now")
-    good: int = Field(description="photographs marked good so far, of this model")
-    bad: int
+    files: list[str] = Field(description="paths of the photographs")
+    good: int = Field(description="photographs marked good so far, for this model")
+    bad: int = Field(description="photographs marked bad so far, for this model")

@@ -8,164 +8,170 @@ from pathlib import Path
 
 from kizu.errors import BadImage, KizuError
 from kizu.inference.verdict import Verdict
-from kizu.serving.batcher import Answer, Loaded, Microbatcher, QueueFull, Upload
+from kizu.serving.batcher import Answer, Batcher, LoadedModel, QueueFull, Upload
 from kizu.serving.feedback import Label, collect
-from kizu.serving.history import Journal
-from kizu.serving.hosted_model import Served, read_model
-from kizu.serving.logbook import log
-from kizu.serving.observability import Counters, Sample
-from kizu.serving.responses import Wishes, judged, thumbnail
-from kizu.serving.schemas import Collected, Judged, Predictions
-from kizu.serving.uploads import Limits, Refusal, check, refusal_of
+from kizu.serving.history import History
+from kizu.serving.hosted_model import HostedModel, read_model
+from kizu.serving.limits import Limits, Refusal, check, refusal_of
+from kizu.serving.observability import Counters, Sample, log
+from kizu.serving.responses import ResponseOptions, thumbnail, to_response
+from kizu.serving.schemas import Collected, Predictions, Result
 
 __all__ = ["Service"]
 
-LOOK = 1.0  # seconds between looks for replaced folders
+FOLLOW_INTERVAL = 1.0  # seconds between looks for replaced folders
 
 
 class Service:
-    """Models on duty and what is kept of their work. Close it at the end: it answers what waits."""
+    """The hosted models and what is kept of their work. Close it at the end: it answers what waits."""
 
     def __init__(
         self, folders: Mapping[str, Path], limits: Limits, *, store: Path, keep: int = 0, batch: int = 8
     ) -> None:
-        """Read the models in `folders`. Raises `KizuError` where one of them, or what is kept, cannot be read."""
+        """Read the models in `folders`. Raises `KizuError` where one of them, or the history, cannot be read."""
         self.limits = limits
         self.store = store
         self.counters = Counters()
-        self.journal = Journal(store / "verdicts.sqlite", keep) if keep else None
-        self.models: dict[str, Served] = {}
+        self.history = History(store / "verdicts.sqlite", keep) if keep else None
+        self.models: dict[str, HostedModel] = {}
         for name, folder in folders.items():
             loaded, stamp = read_model(folder)
-            queue = Microbatcher(loaded, room=limits.images, batch=batch, seen=self._batch_seen(name))
-            self.models[name] = Served(name, folder, queue, stamp)
+            queue = Batcher(loaded, room=limits.images, batch=batch, on_batch=self._batch_counter(name))
+            self.models[name] = HostedModel(name, folder, queue, stamp)
 
-    def pick(self, name: str | None) -> Served:
+    def pick(self, name: str | None) -> HostedModel:
         """A model by its name, or the only one. Raises `Refusal`."""
         names = ", ".join(self.models)
         if name is None and len(self.models) > 1:
-            raise Refusal(422, f"Say which model, as in model={next(iter(self.models))}; there are: {names}")
-        found = next(iter(self.models.values())) if name is None else self.models.get(name)
-        if found is None:
-            raise Refusal(404, f"There is no model {name}; there are: {names}")
-        return found
+            raise Refusal("invalid", f"Say which model, as in model={next(iter(self.models))}; there are: {names}")
+        hosted = next(iter(self.models.values())) if name is None else self.models.get(name)
+        if hosted is None:
+            raise Refusal("unknown", f"There is no model {name}; there are: {names}")
+        return hosted
 
-    async def predict(self, served: Served, uploads: Sequence[Upload], wishes: Wishes, keep: bool) -> Predictions:
+    async def predict(
+        self, hosted: HostedModel, uploads: Sequence[Upload], options: ResponseOptions, keep: bool
+    ) -> Predictions:
         """Verdicts on uploads, in their order.
 
-        Raises `Refusal`: as `check` does where no upload is usable, 429 with a full queue, 503 where it takes too long.
+        Raises `Refusal` where no upload can be judged, where the queue is full, and where it takes too long.
         """
-        refused = await asyncio.to_thread(self._check, uploads)
-        usable = [upload for upload, problem in zip(uploads, refused, strict=True) if problem is None]
-        answers = iter(await self._answers(served, usable, wishes.why) if usable else [])
-        loaded = served.loaded
-        results: list[Judged] = []
-        for upload, problem in zip(uploads, refused, strict=True):
+        problems = await asyncio.to_thread(self._problems, uploads)
+        usable = [upload for upload, problem in zip(uploads, problems, strict=True) if problem is None]
+        answers = iter(await self._answers(hosted, usable, options.why) if usable else [])
+        loaded = hosted.loaded
+        results: list[Result] = []
+        for upload, problem in zip(uploads, problems, strict=True):
             if problem is None:
                 answer = next(answers)
                 loaded = answer.loaded
                 if isinstance(answer.outcome, BadImage):
-                    problem = refusal_of(upload.name, answer.outcome)
+                    problem = refusal_of(upload, answer.outcome)
             if problem is not None and len(uploads) == 1:
                 raise problem
             if problem is not None:
-                results.append(Judged(image=upload.name, verdict="error", error=str(problem)))
+                results.append(Result(image=upload.name, verdict="error", error=str(problem)))
             else:
-                results.append(await asyncio.to_thread(self._finish, served, upload, answer, wishes, keep))
-            self.counters.add("kizu_verdicts_total", model=served.name, verdict=results[-1].verdict)
+                results.append(await asyncio.to_thread(self._finish, hosted, upload, answer, options, keep))
+            self.counters.add("kizu_verdicts_total", model=hosted.name, verdict=results[-1].verdict)
         if problem is not None and all(result.verdict == "error" for result in results):
-            raise Refusal(problem.status, "; ".join(result.error for result in results))
-        return Predictions(model=served.name, version=loaded.version, results=results)
+            raise Refusal(problem.kind, "; ".join(result.error for result in results))
+        return Predictions(model=hosted.name, version=loaded.version, results=results)
 
-    async def reload(self, served: Served) -> Loaded:
-        """Read a model again. Raises `Refusal` where that fails; the old one then stays."""
+    async def reload(self, hosted: HostedModel) -> LoadedModel:
+        """Read a model again. Raises `Refusal` where that fails; the loaded one then stays."""
         start = time.perf_counter()
         try:
-            loaded = await asyncio.to_thread(served.reload)
+            loaded = await asyncio.to_thread(hosted.reload)
         except (KizuError, OSError) as error:
-            self.counters.add("kizu_reloads_total", model=served.name, outcome="failed")
-            log.error("reload failed", extra={"facts": {"model": served.name, "error": str(error)}})
-            raise Refusal(409, f"The model on duty stays, because the new one cannot be used: {error}") from None
-        self.counters.add("kizu_reloads_total", model=served.name, outcome="done")
+            self.counters.add("kizu_reloads_total", model=hosted.name, outcome="failed")
+            log.error("reload failed", extra={"facts": {"model": hosted.name, "error": str(error)}})
+            raise Refusal("conflict", f"The loaded model stays, because the new one cannot be used: {error}") from None
+        self.counters.add("kizu_reloads_total", model=hosted.name, outcome="done")
         seconds = round(time.perf_counter() - start, 3)
-        log.info("reloaded", extra={"facts": {"model": served.name, "version": loaded.version, "seconds": seconds}})
+        log.info("reloaded", extra={"facts": {"model": hosted.name, "version": loaded.version, "seconds": seconds}})
         return loaded
 
     async def follow(self) -> None:
         """Reload models whose folders were replaced, for ever."""
         while True:
-            await asyncio.sleep(LOOK)
-            for served in self.models.values():
-                if await asyncio.to_thread(served.was_replaced):
+            await asyncio.sleep(FOLLOW_INTERVAL)
+            for hosted in self.models.values():
+                if await asyncio.to_thread(hosted.was_replaced):
                     try:
-                        await self.reload(served)
+                        await self.reload(hosted)
                     except Refusal:
-                        served.give_up_on()
+                        hosted.give_up()
 
-    def collect(self, served: Served, uploads: Sequence[Upload], label: Label, number: int | None) -> Collected:
-        """Write what a person marked; `number` is its verdict's, if that is kept. Raises `Refusal`."""
-        folder = self.store / "feedback" / served.name
+    def collect(self, hosted: HostedModel, uploads: Sequence[Upload], label: Label, number: int | None) -> Collected:
+        """Write what a person marked; `number` is the verdict's in the history, if it is kept. Raises `Refusal`."""
+        folder = self.store / "feedback" / hosted.name
         for upload in uploads:
             check(upload, self.limits)
-        try:
-            files = [str(collect(folder, upload, label)) for upload in uploads]
-        except BadImage as error:
-            raise refusal_of(uploads[0].name, error) from None
-        if number is not None and self.journal is not None:
-            self.journal.mark(number, label)
-        self.counters.add("kizu_feedback_total", model=served.name, label=label)
+        files = []
+        for upload in uploads:
+            try:
+                files.append(str(collect(folder, upload, label)))
+            except BadImage as error:
+                raise refusal_of(upload, error) from None
+        if number is not None and self.history is not None:
+            self.history.mark(number, label)
+        self.counters.add("kizu_feedback_total", model=hosted.name, label=label)
         good, bad = (sum(1 for _ in (folder / kind).glob("*")) for kind in ("good", "bad"))
         return Collected(files=files, good=good, bad=bad)
 
     def gauges(self) -> list[Sample]:
-        """What is true now."""
-        found = [Sample("kizu_memory_bytes", _resident())]
-        for name, served in self.models.items():
-            found.append(Sample("kizu_queue_length", len(served.queue), {"model": name}))
-            found.append(Sample("kizu_model_loaded_seconds", served.loaded.time, {"model": name}))
-        return found
+        """Memory, queues and loading times as they are now."""
+        samples = [Sample("kizu_memory_bytes", _resident_bytes())]
+        for name, hosted in self.models.items():
+            samples.append(Sample("kizu_queue_length", len(hosted.queue), {"model": name}))
+            samples.append(Sample("kizu_model_loaded_seconds", hosted.loaded.time, {"model": name}))
+        return samples
 
     def close(self) -> None:
-        for served in self.models.values():
-            served.queue.close()
-        if self.journal is not None:
-            self.journal.close()
+        for hosted in self.models.values():
+            hosted.queue.close()
+        if self.history is not None:
+            self.history.close()
 
-    def _check(self, uploads: Sequence[Upload]) -> list[Refusal | None]:
-        found: list[Refusal | None] = []
+    def _problems(self, uploads: Sequence[Upload]) -> list[Refusal | None]:
+        """For each upload, what its header says is wrong with it."""
+        problems: list[Refusal | None] = []
         for upload in uploads:
             try:
                 check(upload, self.limits)
-                found.append(None)
+                problems.append(None)
             except Refusal as problem:
-                found.append(problem)
-        return found
+                problems.append(problem)
+        return problems
 
-    async def _answers(self, served: Served, uploads: Sequence[Upload], explain: bool) -> list[Answer]:
+    async def _answers(self, hosted: HostedModel, uploads: Sequence[Upload], explain: bool) -> list[Answer]:
         try:
-            futures = served.queue.submit(uploads, explain=explain)
+            futures = hosted.queue.submit(uploads, explain=explain)
         except QueueFull as error:
-            raise Refusal(429, f"{error}: come again in a second") from None
+            raise Refusal("busy", f"{error}: come again in a second") from None
         try:
             async with asyncio.timeout(self.limits.seconds):
                 return list(await asyncio.gather(*map(asyncio.wrap_future, futures)))
         except TimeoutError:
-            raise Refusal(503, f"There was no verdict within {self.limits.seconds:g} seconds") from None
+            raise Refusal("late", f"There was no verdict within {self.limits.seconds:g} seconds") from None
 
-    def _finish(self, served: Served, upload: Upload, answer: Answer, wishes: Wishes, keep: bool) -> Judged:
-        """The answer as it is sent, kept where verdicts are."""
-        found = judged(upload, answer, wishes)
-        if keep and self.journal is not None:
-            plain = Verdict(**{name: getattr(found, name) for name in Verdict.model_fields})
-            row = time.time(), served.name, answer.loaded.version, plain, upload.content, thumbnail(upload)
-            found.id = self.journal.add(*row)
-        return found
+    def _finish(
+        self, hosted: HostedModel, upload: Upload, answer: Answer, options: ResponseOptions, keep: bool
+    ) -> Result:
+        """The result as it is sent; its verdict goes into the history, where there is one."""
+        result = to_response(upload, answer, options)
+        if keep and self.history is not None:
+            verdict = Verdict(**{name: getattr(result, name) for name in Verdict.model_fields})
+            version = answer.loaded.version
+            result.id = self.history.add(time.time(), hosted.name, version, verdict, upload.content, thumbnail(upload))
+        return result
 
-    def _batch_seen(self, name: str) -> Callable[[int], None]:
+    def _batch_counter(self, name: str) -> Callable[[int], None]:
         return lambda size: self.counters.observe("kizu_batch_size", size, model=name)
 
 
-def _resident() -> float:
+def _resident_bytes() -> float:
     """Bytes of memory in use, 0 where the system does not say."""
     try:
         with open("/proc/self/statm") as file:  # noqa: PTH123
