@@ -256,7 +256,8 @@ def test_reloaded_and_stopped_under_load_it_answers_every_request_it_accepted(fo
             versions.add(httpx.get(url + "v1/models").json()[0]["version"])
             time.sleep(0.1)
         process.send_signal(signal.SIGHUP)
-        time.sleep(0.5)
+        while log.read_text().count('"event": "reloaded"') < 2 and time.monotonic() < deadline:
+            time.sleep(0.1)
         process.send_signal(signal.SIGTERM)
         for thread in clients:
             thread.join(30)
