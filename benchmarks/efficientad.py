@@ -101,7 +101,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     """Milliseconds per image of kizu's graph, in torch and exported; and what plain convolutions reach."""
     import kizu
     from kizu.config import EfficientADConfig
-    from kizu.detectors.efficientad.detector import EfficientADGraph
+    from kizu.detectors.efficientad.graph import EfficientADGraph
     from kizu.detectors.efficientad.networks import PDN
 
     result: dict[str, Any] = {"version": f"kizu {kizu.__version__}, torch {torch.__version__}", "rate": rate()}

@@ -69,7 +69,7 @@ def test_a_killed_distillation_goes_on_to_the_same_teacher(photographs, tmp_path
     parts = tmp_path / "parts"
     with pytest.raises(KeyboardInterrupt):
         distill(photographs, config, parts, progress=kill)
-    with pytest.raises(kizu.OptionError, match="--resume"):
+    with pytest.raises(kizu.OptionError, match="`resume` it"):
         distill(photographs, config, parts)
     with pytest.raises(kizu.ModelError, match="other steps"):
         distill(photographs, config.model_copy(update={"steps": 5}), parts, resume=True)
@@ -77,7 +77,7 @@ def test_a_killed_distillation_goes_on_to_the_same_teacher(photographs, tmp_path
     assert resumed.read_bytes() == whole.read_bytes()
     assert resumed.with_suffix(".csv").read_text() == whole.with_suffix(".csv").read_text()
     assert not resumed.with_suffix(".training").exists()
-    with pytest.raises(kizu.OptionError, match="--overwrite"):
+    with pytest.raises(kizu.OptionError, match="`overwrite` it"):
         distill(photographs, config, parts, resume=True)
 
 

@@ -16,12 +16,12 @@ import kizu
 from kizu.config import EfficientADConfig
 from kizu.data import dataset
 from kizu.data import image as images
-from kizu.detectors import efficientad
-from kizu.detectors.colours import varied
+from kizu.detectors.augmentation import jittered
 from kizu.detectors.efficientad import teacher
-from kizu.detectors.efficientad.channels import ChannelStatistics
-from kizu.detectors.efficientad.detector import EfficientADGraph, hard_loss, parted, quantile
-from kizu.detectors.efficientad.networks import PDN, Autoencoder
+from kizu.detectors.efficientad.detector import quantile, split_images
+from kizu.detectors.efficientad.graph import EfficientADGraph, hard_loss
+from kizu.detectors.efficientad.networks import PDN, Autoencoder, normalised
+from kizu.detectors.efficientad.training import ChannelStatistics
 from kizu.evaluation import experiment as run
 from kizu.features.safe_load import read_tensors
 from teachers import tiny
@@ -139,7 +139,7 @@ def test_variations_are_brightness_contrast_or_saturation():
     torch.manual_seed(0)
     image = 70 + 100 * torch.rand(3, 32, 32)  # far enough from black and white for any factor
     seen = set()
-    for changed in varied(image.expand(40, 3, 32, 32)):
+    for changed in jittered(image.expand(40, 3, 32, 32)):
         for adjust in (vision.adjust_brightness, vision.adjust_contrast, vision.adjust_saturation):
             far, near = adjust(image / 255, 1.2) * 255 - image, changed - image
             factor = 1 + 0.2 * float((near * far).sum() / far.square().sum())
@@ -193,7 +193,7 @@ def test_maps_and_scores_are_the_papers_equations(settings):
 
 
 def test_the_four_terms_of_the_loss_and_batches_as_single_images(monkeypatch):
-    monkeypatch.setattr(efficientad, "varied", lambda images: images.flip(3))
+    monkeypatch.setattr("kizu.detectors.efficientad.graph.jittered", lambda images: images.flip(3))
     graph = random_graph()
     photos = torch.randint(0, 256, (2, 3, 256, 256), dtype=torch.uint8)
     others = torch.randint(0, 256, (2, 3, 256, 256), dtype=torch.uint8)
@@ -249,9 +249,9 @@ def test_a_disturbance_anywhere_peaks_where_it_is_and_as_high(size):
     for parameter in graph.teacher.parameters():
         parameter.abs_()  # a feature answers the more, the nearer to its centre a thing is
     clean = torch.full((1, 3, *size), 128, dtype=torch.uint8)
-    graph.surround.copy_(efficientad.normalised(clean)[0, :, 0, 0])
+    graph.surround.copy_(normalised(clean)[0, :, 0, 0])
     with torch.inference_mode():
-        features = graph.taught(graph.framed(efficientad.normalised(clean)))
+        features = graph.teacher_out(graph.framed(normalised(clean)))
         graph.student = Remembers(torch.cat([features, features], 1))
         graph.autoencoder = Remembers(features)
         peaks = {}
@@ -275,14 +275,15 @@ def test_a_disturbance_anywhere_peaks_where_it_is_and_as_high(size):
             assert 0.5 * whole < (peaks[y, x] / peaks[middle]) ** 0.5 < 1.5 * whole, (y, x)  # neither dead nor bright
 
 
-def test_images_are_parted_without_overlap():
+def test_images_are_split_without_overlap():
     for count, held_out in [(1, 0), (2, 0), (20, 0), (209, 0), (209, 30), (1, 5)]:
-        learned, scaling, judging = parted(count, held_out, 0.15, 0)
-        assert not set(learned) & set(judging)
-        assert not (set(learned) & set(scaling)) or count == 1
-        assert bool(judging) == (held_out == 0 and count > 1)
-        assert not (set(scaling) & set(judging)) or count < 60
-        assert set(learned) | set(scaling) | set(judging) == set(range(count))
+        split = split_images(count, held_out, 0.15, 0)
+        train, select, calibrate = set(split.train), set(split.select), set(split.calibrate)
+        assert not train & calibrate
+        assert not (train & select) or count == 1
+        assert bool(calibrate) == (held_out == 0 and count > 1)
+        assert not (select & calibrate) or count < 60
+        assert train | select | calibrate == set(range(count))
 
 
 @pytest.mark.parametrize("precision", ["single", "mixed"])
@@ -338,7 +339,7 @@ def test_a_killed_run_goes_on_inside_a_category(taught, tmp_path, monkeypatch):
 
 
 def test_training_brings_the_student_nearer_to_the_teacher(taught, monkeypatch):
-    monkeypatch.setattr(efficientad, "LEARNING_RATE", 3e-3)  # so few channels need it
+    monkeypatch.setattr("kizu.detectors.efficientad.training.LEARNING_RATE", 3e-3)  # so few channels need it
     losses = kizu.EfficientAD(teacher=str(taught), steps=60).fit(GOOD).facts["loss"]
     assert losses["hard"][1] < 0.8 * losses["hard"][0]
 

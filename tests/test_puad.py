@@ -76,8 +76,8 @@ def test_exact_over_efficientad_uses_its_student(tmp_path):
         graph = detector.graph
         pixels = torch.from_numpy(detector.preprocessing(GOOD[0]).transpose(2, 0, 1)[None].copy())
         with torch.inference_mode():
-            taught, answers, _ = graph.base.views(pixels)
-            seen = taught if extractor == "teacher" else answers[:, : taught.shape[1]]
+            teacher_out, student_out, _ = graph.base.outputs(pixels)
+            seen = teacher_out if extractor == "teacher" else student_out[:, : teacher_out.shape[1]]
             torch.testing.assert_close(joined(graph.base.global_features(pixels, extractor)), seen.mean((2, 3)))
         check_exact(detector, GOOD[:6], held_out)
 

@@ -1,4 +1,4 @@
-"""Variations of photographs that are still photographs of good parts; of their masks, the same ones."""
+"""Variations of photographs that are still photographs of good parts, of their masks, and of colours alone."""
 
 import math
 from collections.abc import Sequence
@@ -12,10 +12,12 @@ from torch.nn import functional as F
 
 from kizu.config import Augmented
 
-__all__ = ["Augmentation"]
+__all__ = ["Augmentation", "greyed", "jittered"]
 
 GENTLE = {"rotate_degrees": 5.0, "translate": 0.02, "scale": 0.02, "brightness": 0.1, "contrast": 0.1}
 GREY = (0.299, 0.587, 0.114)  # ITU-R BT.601
+TORCHVISION_GREY = (0.2989, 0.587, 0.114)  # the same, as the published codes round it
+JITTER = (0.8, 1.2)  # factors of brightness, contrast or saturation
 
 
 @dataclass(frozen=True)
@@ -88,13 +90,31 @@ class Augmentation:
         return moved[0]
 
 
+def jittered(images: Tensor) -> Tensor:
+    """Float images (B, 3, H, W) in [0, 255], each with another brightness, contrast or saturation."""
+    count = len(images)
+    grey = _grey(images, TORCHVISION_GREY)
+    kinds = torch.randint(0, 3, (count,)).to(images.device)[:, None, None, None]
+    factors = torch.empty(count, 1, 1, 1).uniform_(*JITTER).to(images.device)
+    mean = grey.mean((2, 3), keepdim=True).expand_as(grey)
+    towards = torch.where(kinds == 0, torch.zeros_like(grey), torch.where(kinds == 1, mean, grey))
+    return (factors * images + (1 - factors) * towards).clamp(0, 255)
+
+
+def greyed(images: Tensor, share: float) -> Tensor:
+    """uint8 images (B, 3, H, W) → float, a `share` of them without colour."""
+    without_colour = (torch.rand(len(images), 1, 1, 1) < share).to(images.device)
+    colours = images.float()
+    return torch.where(without_colour, _grey(colours, TORCHVISION_GREY), colours)
+
+
 def _mixed(image: Tensor, other: Tensor, strength: float) -> Tensor:
     return (other + (1 + strength) * (image - other)).clamp(0, 255)
 
 
-def _grey(image: Tensor) -> Tensor:
-    """(3, H, W) → (1, H, W)."""
-    return (torch.tensor(GREY, device=image.device)[:, None, None] * image).sum(0, keepdim=True)
+def _grey(images: Tensor, weights: tuple[float, float, float] = GREY) -> Tensor:
+    """(…, 3, H, W) → (…, 1, H, W)."""
+    return (images * images.new_tensor(weights)[:, None, None]).sum(-3, keepdim=True)
 
 
 def _happens(probability: float, draw: float) -> bool:

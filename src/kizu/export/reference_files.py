@@ -20,7 +20,8 @@ from kizu.config import backbone_names as names
 from kizu.data import files
 from kizu.detectors.base import Detector
 from kizu.detectors.efficientad import teacher
-from kizu.detectors.efficientad.detector import EfficientAD, EfficientADGraph
+from kizu.detectors.efficientad.detector import EfficientAD
+from kizu.detectors.efficientad.graph import EfficientADGraph
 from kizu.detectors.patchcore.detector import PatchCore
 from kizu.detectors.patchcore.graph import EnsembleGraph, PatchCoreGraph
 from kizu.detectors.patchcore.memory_bank import Bank

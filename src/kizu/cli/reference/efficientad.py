@@ -147,7 +147,8 @@ def _measured(working: Path) -> "tuple[Tensor, Tensor]":
 def _train_student(photographs: str, model_dir: Path, options: dict[str, Any], progress: Any) -> None:
     from kizu.config import EfficientADConfig, build
     from kizu.data import files
-    from kizu.detectors.efficientad.detector import EfficientAD, EfficientADGraph
+    from kizu.detectors.efficientad.detector import EfficientAD
+    from kizu.detectors.efficientad.graph import EfficientADGraph
     from kizu.export import reference_files as models
 
     if options["dataset_path"] is None:

@@ -28,11 +28,10 @@ from kizu.data import files
 from kizu.data import streams as supply
 from kizu.data.preprocessing import Preprocessing
 from kizu.data.progress import Progress, silent
-from kizu.detectors.colours import greyed
+from kizu.detectors.augmentation import greyed
 from kizu.detectors.efficientad import teacher
-from kizu.detectors.efficientad.channels import ChannelStatistics
 from kizu.detectors.efficientad.networks import DIMENSION, FRAME, PDN, normalised
-from kizu.detectors.efficientad.training import Pace
+from kizu.detectors.efficientad.training import ChannelStatistics, Pace
 from kizu.errors import DataError, ModelError, OptionError
 from kizu.features import backbone
 from kizu.features.patch_features import PatchFeatures
@@ -44,16 +43,16 @@ log = logging.getLogger("kizu")
 
 LEARNING_RATE, WEIGHT_DECAY = 1e-4, 1e-5
 GREY = 0.1  # share of the photographs that lose their colour
-ADVICE = "Fewer --steps give a worse teacher; it can be interrupted, and goes on with --resume."
+ADVICE = "Fewer `steps` give a worse teacher; it can be interrupted, and goes on with `resume=True`."
 
 
 @dataclass
 class Source:
-    """The large network's answers for photographs at twice the teacher's size."""
+    """The large network's features for photographs at twice the teacher's size."""
 
     network: backbone.Backbone
     patches: PatchFeatures
-    mean: Tensor  # (384,) of its answers
+    mean: Tensor  # (384,) of its features
     std: Tensor
 
     def features(self, images: Tensor) -> Tensor:
@@ -87,9 +86,9 @@ def distill(
     target = folder / f"{config.teacher_for}-{config.size}.safetensors"
     state = target.with_suffix(".training")
     if target.exists() and not overwrite:
-        raise OptionError(f"{target} exists: choose another --output, or --overwrite it")
+        raise OptionError(f"{target} exists: choose another `output`, or `overwrite` it")
     if state.exists() and not (resume or overwrite):
-        raise OptionError(f"{state} holds a training that was interrupted: --resume it, or --overwrite it")
+        raise OptionError(f"{state} holds a training that was interrupted: `resume` it, or `overwrite` it")
     if overwrite and not resume:
         state.unlink(missing_ok=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -206,12 +205,12 @@ def _train(
 
 
 def distillation_loss(network: PDN, source: Source, images: Tensor) -> Tensor:
-    """Mean squared difference of the small network's answers to the large one's, for float images (B, 3, 2s, 2s)."""
+    """Mean squared difference of the small network's output to the large one's, for float images (B, 3, 2s, 2s)."""
     with torch.no_grad():
         target = source(images)
     halved = F.avg_pool2d(images, 2)
-    answers = network(F.pad(normalised(halved), 2 * FRAME))
-    loss: Tensor = (answers.float() - target).square().mean()
+    student_out = network(F.pad(normalised(halved), 2 * FRAME))
+    loss: Tensor = (student_out.float() - target).square().mean()
     return loss
 
 

@@ -21,8 +21,8 @@ from kizu.features.safe_load import read_tensors
 __all__ = ["MISSING", "assemble", "fingerprint", "load", "save"]
 
 MISSING = (
-    "EfficientAD needs a teacher, and there are two ways to one: take a trained one (--teacher FILE, of nelson1425's, "
-    "anomalib's or PUAD's), or make one from photographs of anything:  kizu distill PHOTOS --teacher-for efficientad"
+    "EfficientAD needs a teacher, and there are two ways to one: take a trained one (`teacher=FILE`, of nelson1425's, "
+    "anomalib's or PUAD's), or make one from photographs of anything:  kizu distill PHOTOS"
 )
 WORDS: dict[Size, str] = {"s": "small", "m": "medium"}
 

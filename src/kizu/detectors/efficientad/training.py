@@ -1,15 +1,145 @@
-"""How long a training takes, told as soon as it can be known."""
+"""EfficientAD's training: the teacher's channels measured, then the steps of student and autoencoder (§3.2, §3.3)."""
 
 import logging
 import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
+from torch import Tensor
 
-__all__ = ["Pace"]
+from kizu.config import EfficientADConfig
+from kizu.data import streams as supply
+from kizu.data.preprocessing import Preprocessing
+from kizu.detectors.augmentation import greyed
+from kizu.detectors.efficientad.graph import LOSSES, EfficientADGraph
+from kizu.detectors.efficientad.teacher import fingerprint
+from kizu.detectors.fitting import FitContext
+from kizu.features.training_state import Checkpoint, Stateful
+
+__all__ = ["ChannelStatistics", "Pace", "penalty_source", "train"]
 
 log = logging.getLogger("kizu")
+
+LEARNING_RATE, WEIGHT_DECAY = 1e-4, 1e-5
+FALL = 0.95  # share of the steps after which the learning rate falls to a tenth
+GREY_PENALTY = 0.3  # share of the penalty's photographs that lose their colour
+ADVICE = (
+    "Fewer `steps` learn less; PatchCore learns from the same photographs in minutes, and judges them faster on a CPU."
+)
 WORTH_TELLING = 600  # seconds
-MEASURED = 3  # steps, after the first
+MEASURED_STEPS = 3  # after the first
+
+
+def train(
+    graph: EfficientADGraph,
+    config: EfficientADConfig,
+    count: int,
+    pixels: Callable[[Sequence[int], int], Tensor],
+    context: FitContext,
+) -> dict[str, Any]:
+    """Train student and autoencoder; what there is to tell of it.
+
+    `pixels(positions, turn)` gives photographs (B, 3, H, W) of the `count` ones to learn from, varied in each turn.
+    """
+    device = graph.mean.device
+    graph.train()
+    graph.teacher.eval()
+    trainable = [*graph.student.parameters(), *graph.autoencoder.parameters()]
+    optimiser = torch.optim.Adam(trainable, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+    checkpoint = _checkpoint(graph, config, optimiser, context)
+    start, extra = checkpoint.restore()
+    curve: list[list[float]] = extra.get("curve", [])
+    sums = torch.tensor(extra.get("sums", [0.0] * len(LOSSES)), dtype=torch.float64, device=device)
+    every = max(1, config.steps // 100)
+    penalty = _penalty(config, start)
+    order = supply.shuffled(count, config.seed, start * config.batch_size)
+    pace = Pace(config.steps - start, device, ADVICE)
+    for step in range(start, config.steps):
+        for group in optimiser.param_groups:
+            group["lr"] = LEARNING_RATE * (0.1 if step >= int(FALL * config.steps) else 1)
+        images = pixels([next(order) for _ in range(config.batch_size)], step + 1)
+        unrelated = None if penalty is None else greyed(torch.from_numpy(next(penalty)).to(device), GREY_PENALTY)
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "mixed"):
+            losses = graph.losses(images, unrelated)
+        optimiser.zero_grad(set_to_none=True)
+        losses.sum().backward()
+        optimiser.step()
+        sums += losses.detach()
+        if (step + 1) % every == 0:
+            curve.append((sums / every).tolist())
+            sums.zero_()
+            terms = ", ".join(f"{name} {value:.4f}" for name, value in zip(LOSSES, curve[-1], strict=True))
+            log.info("step %d of %d: %s", step + 1, config.steps, terms)
+        if checkpoint.due or step + 1 == config.steps:
+            checkpoint.write(step + 1, {"curve": curve, "sums": sums.tolist()})
+        pace.step()
+        context.progress("Training", step + 1, config.steps)
+    return {"steps": config.steps, "loss": _first_and_last(curve)}
+
+
+def _checkpoint(
+    graph: EfficientADGraph, config: EfficientADConfig, optimiser: torch.optim.Optimizer, context: FitContext
+) -> Checkpoint:
+    about = {
+        "settings": config.model_dump_json(),
+        "images": context.photos.hash,
+        "teacher": fingerprint(graph.teacher),
+    }
+    parts: dict[str, Stateful] = {"student": graph.student, "autoencoder": graph.autoencoder, "optimiser": optimiser}
+    return Checkpoint(context.checkpoint, about, parts)
+
+
+def penalty_source(config: EfficientADConfig) -> str:
+    """What the pictures are that the student shall be silent on."""
+    if config.penalty is None:
+        return "drawn textures"
+    if config.penalty == "none":
+        return "none"
+    return f"{len(supply.photographs(config.penalty))} photographs in {config.penalty}"
+
+
+def _penalty(config: EfficientADConfig, start: int) -> Iterator[npt.NDArray[np.uint8]] | None:
+    """Those pictures from the step `start` on, a batch a step."""
+    if config.penalty == "none":
+        return None
+    first = start * config.batch_size
+    if config.penalty is None:
+        return supply.endless(supply.drawn(config.seed, first), Preprocessing(config.size), config.batch_size)
+    pictures = supply.cropped(supply.photographs(config.penalty), config.seed, first, crops=False)
+    return supply.endless(pictures, Preprocessing(config.size, 2 * max(config.size)), config.batch_size)
+
+
+def _first_and_last(curve: Sequence[Sequence[float]]) -> dict[str, list[float]]:
+    """Each term of the loss, averaged over the first and the last hundredth of the steps."""
+    ends = (curve[0], curve[-1])
+    return {name: [round(end[number], 6) for end in ends] for number, name in enumerate(LOSSES)}
+
+
+class ChannelStatistics:
+    """Mean and deviation of each channel over any number of batches, in one pass and double precision (Chan, 1979)."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.mean, self.squares = torch.zeros(()), torch.zeros(())
+
+    def add(self, features: Tensor) -> None:
+        """(B, C, h, w)."""
+        values = features.transpose(0, 1).flatten(1).double()
+        count, mean = values.shape[1], values.mean(1)
+        total = self.count + count
+        apart = mean - self.mean.to(mean)
+        self.squares = self.squares.to(mean) + values.sub(mean[:, None]).square().sum(1)
+        self.squares += apart.square() * self.count * count / total
+        self.mean = self.mean.to(mean) + apart * count / total
+        self.count = total
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        """Mean (C,) and population deviation (C,), 1 for a channel that is constant; float32."""
+        deviation = (self.squares / self.count).sqrt().float()
+        return self.mean.float(), deviation.masked_fill(deviation < 1e-6, 1.0)
 
 
 class Pace:
@@ -24,8 +154,8 @@ class Pace:
         self.taken += 1
         if self.taken == 1:
             self.started = time.perf_counter()
-        elif self.taken == 1 + MEASURED and self.device.type == "cpu":
-            each = (time.perf_counter() - self.started) / MEASURED
+        elif self.taken == 1 + MEASURED_STEPS and self.device.type == "cpu":
+            each = (time.perf_counter() - self.started) / MEASURED_STEPS
             if (total := each * self.left) > WORTH_TELLING:
                 log.warning(
                     "There is no GPU that torch can use: %s steps of %.1f s take about %.1f hours. %s",
