@@ -112,7 +112,7 @@ def watch(folder: str | None, model: str, camera: str | None, quiet: bool, **opt
     from kizu import load
     from kizu.serving.watch.incoming import Arrivals
     from kizu.serving.watch.ledger import Ledger
-    from kizu.serving.watch.watcher import Watch, from_folder
+    from kizu.serving.watch.watcher import Watcher, from_folder
 
     home = model_folder(model)
     ledger = Ledger(Path(options["output"]))
@@ -128,35 +128,35 @@ def watch(folder: str | None, model: str, camera: str | None, quiet: bool, **opt
         patience = {"settle": options["settle"], "patience": options["patience"]}
         arrivals = Arrivals(Path(folder), ledger.knows, leave_out=[aside] if aside else [], **patience)
         source = from_folder(arrivals, options["interval"], options["once"], stop)
-    working = Watch(
+    watcher = Watcher(
         ledger,
         sinks=_sinks(ledger.path, options),
-        aside=aside,
-        said=(lambda row: None) if quiet else _say,
-        warn=lambda sentence: click.echo(f"kizu: {sentence}", err=True),
+        stopped_folder=aside,
+        on_row=(lambda row: None) if quiet else _say,
+        on_warning=lambda sentence: click.echo(f"kizu: {sentence}", err=True),
     )
     try:
         if folder is not None:
-            working.catch_up(Path(folder))
+            watcher.catch_up(Path(folder))
         before = ledger.count
-        working.run(load(home), home.resolve().name, source, stop)
+        watcher.run(load(home), home.resolve().name, source, stop)
         if options["once"] and ledger.count == before and not quiet:
             click.echo(f"Nothing new: {before} were judged before.")
     finally:
-        working.close(30.0 if options["once"] else 5.0)
+        watcher.close(30.0 if options["once"] else 5.0)
 
 
 def _sinks(ledger: Path, options: dict[str, Any]) -> "list[Sink]":
-    from kizu.serving.watch.sinks import Broker, Table, Webhook
+    from kizu.serving.watch.sinks import CsvSink, MqttSink, WebhookSink
 
     only = "stop" if options["notify"] == "stop" else None
     sinks: list[Sink] = []
     if options["csv_file"]:
-        sinks.append(Table(Path(options["csv_file"])))
+        sinks.append(CsvSink(Path(options["csv_file"])))
     if options["webhook"]:
-        sinks.append(Webhook(options["webhook"], ledger, only))
+        sinks.append(WebhookSink(options["webhook"], ledger, only))
     if options["mqtt"]:
-        sinks.append(Broker(options["mqtt"], ledger, only))
+        sinks.append(MqttSink(options["mqtt"], ledger, only))
     return sinks
 
 

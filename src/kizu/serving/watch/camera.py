@@ -16,24 +16,24 @@ PAUSE = 2.0  # seconds until a camera that fell silent is tried again
 
 
 def frames(source: str, every: float, known: Callable[[Identity], bool], first: int) -> Iterator[list[Arrival]]:
-    """A frame every so many seconds: of a video file to its end, of a camera (its number or address) for ever.
+    """A frame each `every` seconds, of a video file to its end, of a camera (its number or address) for ever.
 
-    Frames of a file that are known are left out; a camera's are numbered from `first` on. While there is nothing to
-    give, an empty list comes. Raises `OptionError` where the source cannot be opened.
+    Frames of a file that are known already are left out; a camera's frames are numbered from `first` on. While there
+    is no frame, an empty list comes. Raises `OptionError` where the source cannot be opened.
     """
     cv2 = require("cv2")
     if source.isdigit() or "://" in source:
         address = int(source) if source.isdigit() else source
         video = cv2.VideoCapture(address)
         if not video.isOpened():
-            raise OptionError(f"--camera {source}: there is no camera that OpenCV can open")
+            raise OptionError(f"`camera={source}`: there is no camera that OpenCV can open")
         return _camera(cv2, video, address, every, first)
     path = Path(source)
     if not path.is_file():
-        raise OptionError(f"--camera {path}: there is no such file (a camera is a number or an address)")
+        raise OptionError(f"`camera={path}`: there is no such file (a camera is a number or an address)")
     video = cv2.VideoCapture(str(path))
     if not video.isOpened():
-        raise OptionError(f"--camera {path}: OpenCV cannot read it as a video")
+        raise OptionError(f"`camera={path}`: OpenCV cannot read it as a video")
     return _file(cv2, video, path, every, known)
 
 
@@ -59,7 +59,7 @@ def _camera(cv2: Any, video: Any, address: int | str, every: float, first: int) 
     number, due = first, time.monotonic()
     try:
         while True:
-            if not video.grab():  # frames are taken as they come, so that the one judged is never an old one
+            if not video.grab():  # every frame is taken as it comes, so that the judged one is never old
                 video.release()
                 yield []
                 time.sleep(PAUSE)

@@ -1,4 +1,4 @@
-"""Photographs as they arrive in a folder, each when it is all there."""
+"""Incoming photographs: files of a folder, each as soon as all of it is there."""
 
 import os
 import time
@@ -13,7 +13,7 @@ from kizu.serving.watch.ledger import Identity
 __all__ = ["Arrival", "Arrivals"]
 
 PAUSE = 0.5  # seconds between two tries to read a file
-MOST = 8  # photographs given at once
+BATCH = 8  # photographs given at once
 UNFINISHED = (".tmp", ".part", ".partial", ".filepart", ".crdownload")
 
 
@@ -24,21 +24,21 @@ class Arrival:
     identity: Identity
     photo: Photo
     path: Path | None = None  # where its file lies, if it has one
-    final: bool = True  # False: what cannot be read of it may still come
-    facts: dict[str, float] = field(default_factory=dict)
+    final: bool = True  # False: if it cannot be read, the rest of it may still come
+    facts: dict[str, float] = field(default_factory=dict)  # more columns for its row
 
 
 @dataclass
 class _Wait:
     state: tuple[int, int]  # bytes, time of change
     since: float
-    due: float  # not looked at before
+    due: float  # when it is looked at again
 
 
 class Arrivals:
-    """Looks into a folder and all below it again and again, and gives what is new, oldest first.
+    """The new files of a folder and of all folders below it, oldest first.
 
-    A file is given when its size and time have stayed the same for `settle` seconds. One that cannot be read then is
+    A file is given when its size and time have stayed the same for `settle` seconds. If it cannot be read then, it is
     given again and again until `patience` seconds have passed without a change, the last time as final.
     """
 
@@ -57,28 +57,28 @@ class Arrivals:
         self._settle = settle
         self._patience = patience
         self._waiting: dict[Path, _Wait] = {}
-        self._now: list[Path] = []
+        self._ready: list[Path] = []
 
     @property
     def settling(self) -> bool:
-        """Whether there are files that were not given for good yet."""
+        """Whether there are files that are still to be judged."""
         return bool(self._waiting)
 
     def take(self) -> list[Arrival]:
-        """What is ready now, a few at most."""
-        if not self._now:
-            self._now = self._look()
-        some, self._now = self._now[:MOST], self._now[MOST:]
-        return [arrival for path in some if (arrival := self._read(path)) is not None]
+        """The photographs that are ready, at most a batch."""
+        if not self._ready:
+            self._ready = self._look()
+        batch, self._ready = self._ready[:BATCH], self._ready[BATCH:]
+        return [arrival for path in batch if (arrival := self._read(path)) is not None]
 
     def _look(self) -> list[Path]:
         """Files that have settled, in the order in which they were written."""
-        found = {path: (state.st_size, state.st_mtime_ns) for path, state in _files(self._folder, self._leave_out)}
+        states = {path: (state.st_size, state.st_mtime_ns) for path, state in _files(self._folder, self._leave_out)}
         now = time.monotonic()
-        for path in [path for path in self._waiting if path not in found]:
+        for path in self._waiting.keys() - states.keys():
             del self._waiting[path]
         ready = []
-        for path, state in found.items():
+        for path, state in states.items():
             if self._known((self._name(path), *state)):
                 self._waiting.pop(path, None)
                 continue

@@ -1,26 +1,27 @@
-"""Where verdicts go besides the ledger: a table, a webhook, an MQTT broker. What one misses while down comes later."""
+"""Where verdicts go besides the ledger: a CSV file, a webhook, an MQTT broker.
+
+What a sink misses while it is down is delivered later.
+"""
 
 import csv
 import io
 import json
 import threading
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 from urllib.parse import unquote, urlsplit
 
 from kizu.data import files
 from kizu.errors import KizuError, OptionError, require
-from kizu.serving.watch.ledger import rows
+from kizu.serving.watch.ledger import Row, rows
 
-__all__ = ["Broker", "Courier", "Sink", "Table", "Undelivered", "Webhook"]
+__all__ = ["Courier", "CsvSink", "MqttSink", "Sink", "Undelivered", "WebhookSink"]
 
 COLUMNS = ("number", "time", "image", "verdict", "score", "p_value", "threshold", "model", "error")
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 60.0  # seconds between tries
 PATIENCE = 10.0  # seconds for an answer
-
-Row = dict[str, Any]
 
 
 class Undelivered(KizuError):
@@ -28,36 +29,36 @@ class Undelivered(KizuError):
 
 
 class Sink(Protocol):
-    """Takes rows one after the other. `delivered` is the number of the last one that arrived."""
+    """Takes rows one after the other. `delivered` is the number of the last row that arrived."""
 
     name: str
     delivered: int
 
     def deliver(self, row: Row) -> None:
-        """Returns when the row has arrived. Raises `Undelivered`."""
+        """Return when the row has arrived. Raises `Undelivered`."""
         ...
 
     def close(self) -> None: ...
 
 
 class Courier:
-    """A thread that carries the ledger's rows to a sink, in order, from where the sink is on."""
+    """A thread that carries the ledger's rows to a sink, in order, from the first that it has not delivered."""
 
-    def __init__(self, ledger: Path, sink: Sink, warn: Callable[[str], None]) -> None:
+    def __init__(self, ledger: Path, sink: Sink, on_warning: Callable[[str], None]) -> None:
         self._ledger = ledger
         self._sink = sink
-        self._warn = warn
+        self._on_warning = on_warning
         self._news = threading.Event()
         self._ending = threading.Event()
         self._thread = threading.Thread(target=self._work, name=sink.name, daemon=True)
         self._thread.start()
 
     def wake(self) -> None:
-        """There are new rows."""
+        """Tell the thread that there are new rows."""
         self._news.set()
 
     def end(self, patience: float) -> bool:
-        """Deliver what is there, as far as `patience` seconds go. Whether all of it arrived."""
+        """Deliver what is left, for at most `patience` seconds; returns whether all of it arrived."""
         self._ending.set()
         self._news.set()
         self._thread.join(patience)
@@ -75,7 +76,7 @@ class Courier:
                         self._sink.delivered = row["number"]
                     start, pause = end, FIRST_PAUSE
             except (Undelivered, OSError) as error:
-                self._warn(f"{error}; trying again in {pause:g} seconds")
+                self._on_warning(f"{error}; trying again in {pause:g} seconds")
                 self._ending.wait(pause)
                 pause = min(2 * pause, LONGEST_PAUSE)
                 continue
@@ -85,21 +86,21 @@ class Courier:
             self._news.wait()
 
 
-class Table:
-    """A CSV file with a line a row."""
+class CsvSink:
+    """A CSV file with a line for each row."""
 
     name = "csv"
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         text = path.read_bytes() if path.exists() else b""
-        whole = text[: text.rfind(b"\n") + 1].decode()
-        lines = list(csv.reader(io.StringIO(whole)))
+        complete = text[: text.rfind(b"\n") + 1].decode()
+        lines = list(csv.reader(io.StringIO(complete)))
         if lines and lines[0] != list(COLUMNS):
-            raise OptionError(f"--csv {path} is a table of something else: give another name")
+            raise OptionError(f"`csv={path}` is a table of something else: give another name")
         self.delivered = int(lines[-1][0]) if len(lines) > 1 else 0
         self._file = path.open("a", newline="", encoding="utf-8", errors="surrogateescape")
-        self._file.truncate(len(whole.encode()))
+        self._file.truncate(len(complete.encode()))
         if not lines:
             self._write(COLUMNS)
 
@@ -109,13 +110,13 @@ class Table:
     def close(self) -> None:
         self._file.close()
 
-    def _write(self, cells: Any) -> None:
+    def _write(self, cells: Sequence[object]) -> None:
         self._file.write(files.csv_text([cells]))
         self._file.flush()
 
 
-class _Remembered:
-    """A sink whose progress stands in a file beside the ledger."""
+class _RemoteSink:
+    """Base of sinks on other machines: what they have taken stands in a file beside the ledger."""
 
     name: str
 
@@ -138,14 +139,14 @@ class _Remembered:
         return self._only is None or row["verdict"] == self._only
 
 
-class Webhook(_Remembered):
+class WebhookSink(_RemoteSink):
     """POSTs each row as JSON, with its number as Idempotency-Key."""
 
     name = "webhook"
 
     def __init__(self, url: str, ledger: Path, only: str | None = None) -> None:
         if urlsplit(url).scheme not in ("http", "https"):
-            raise OptionError(f"--webhook {url}: an address starts with http:// or https://")
+            raise OptionError(f"`webhook={url}`: an address starts with http:// or https://")
         super().__init__(ledger, only)
         self._url = url
 
@@ -164,15 +165,15 @@ class Webhook(_Remembered):
         pass
 
 
-class Broker(_Remembered):
-    """Publishes each row as JSON, at least once (QoS 1): mqtt://user:password@host:1883/topic, or mqtts://."""
+class MqttSink(_RemoteSink):
+    """Publishes each row as JSON, at least once (QoS 1), to mqtt://user:password@host:1883/topic or mqtts://…"""
 
     name = "mqtt"
 
     def __init__(self, url: str, ledger: Path, only: str | None = None) -> None:
         parts = urlsplit(url)
         if parts.scheme not in ("mqtt", "mqtts") or not parts.hostname or len(parts.path) < 2:
-            raise OptionError(f"--mqtt {url}: an address is like mqtt://host:1883/topic")
+            raise OptionError(f"`mqtt={url}`: an address is like mqtt://host:1883/topic")
         super().__init__(ledger, only)
         self._topic = unquote(parts.path[1:])
         self._where = f"{parts.scheme}://{parts.hostname}{parts.path}"
@@ -208,5 +209,5 @@ class Broker(_Remembered):
             self._running = False
 
 
-def _cell(value: Any) -> Any:
-    return "" if value is None else f"{value:.9g}" if isinstance(value, float) else value
+def _cell(value: object) -> object:
+    return f"{value:.9g}" if isinstance(value, float) else value
