@@ -1,6 +1,6 @@
 """Exported models: verdicts from a graph in onnxruntime or OpenVINO, without torch.
 
-An exported model checks at load that it reproduces what the trained one said of some photographs, which lie inside.
+An exported model has some photographs inside, and checks at load that it still says of them what the trained one said.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from kizu.data.preprocessing import Preprocessing
 from kizu.errors import ModelError, require
 from kizu.inference import model_folder as saved
 from kizu.inference.evidence import BankOutputs, nearest_patch
-from kizu.inference.image_features import Wholes
+from kizu.inference.image_features import GlobalFeatures
 from kizu.inference.inspector import Inspector
 from kizu.inference.parity import Cases, Difference, Tolerance
 from kizu.inference.prediction import NearestPatch
@@ -31,8 +31,8 @@ __all__ = ["BACKENDS", "CASES", "TABLES", "Exported", "digest", "load", "open_gr
 
 CASES = "parity.safetensors"
 TABLES = "keepsakes.safetensors"  # what explains a score and a map: `Detector.export_tables`
-CHECKED = 2  # cases at load
-TOGETHER = 8  # images in one run of the graph: more take memory and are no faster
+CASES_AT_LOAD = 2  # that are checked
+BATCH = 8  # images in one run of the graph: more take memory and are no faster
 ROUNDING = 1e-6
 
 Arrays = dict[str, npt.NDArray[Any]]
@@ -40,7 +40,7 @@ Run = Callable[[npt.NDArray[np.uint8], Sequence[str]], list[npt.NDArray[Any]]]  
 
 
 class Exported(Inspector):
-    """A model that `kizu export` wrote. It judges as the trained one does, and cannot be changed."""
+    """A model that `kizu export` wrote. It judges as the trained one does, and cannot learn or be changed."""
 
     def __init__(self, folder: Path, about: dict[str, Any], run: Run, tables: Arrays) -> None:
         config = about["config"]
@@ -61,18 +61,18 @@ class Exported(Inspector):
 
     @property
     def tolerance(self) -> Tolerance:
-        """How far it may be off what torch said."""
+        """How far scores and maps may differ from torch's."""
         return Tolerance(**self.export["parity"]["tolerance"])
 
     @property
     def promise(self) -> str:
-        """What was found when it was exported, in a sentence."""
-        found = Difference(**self.export["parity"]["compared"])
-        return f"{self.export['format']}, {self.export['precision']}: {found.sentence(self.tolerance)}."
+        """What the comparison with torch gave at export, in a sentence."""
+        difference = Difference(**self.export["parity"]["compared"])
+        return f"{self.export['format']}, {self.export['precision']}: {difference.sentence(self.tolerance)}."
 
     def outputs(self, pixels: npt.NDArray[np.uint8], names: Sequence[str]) -> list[npt.NDArray[Any]]:
-        """Some of the graph's outputs for images (B, 3, h, w); `export["outputs"]` has the names of all."""
-        parts = [self._run(pixels[start : start + TOGETHER], names) for start in range(0, len(pixels), TOGETHER)]
+        """The outputs called `names` of the graph for images (B, 3, h, w); `export["outputs"]` lists all names."""
+        parts = [self._run(pixels[start : start + BATCH], names) for start in range(0, len(pixels), BATCH)]
         return [np.concatenate(values) for values in zip(*parts, strict=True)] if len(parts) > 1 else parts[0]
 
     def __call__(self, pixels: npt.NDArray[np.uint8]) -> tuple[images.Float, images.Float]:
@@ -84,8 +84,8 @@ class Exported(Inspector):
         if names[0] not in self.export["outputs"]:
             return super().score_in_parts(pixels)
         scores, maps, *extras = self.outputs(pixels, ("score", "map", *names))
-        wholes = Wholes(**self._tables, groups=list(self.facts["groups"]), names=self.training["names"])
-        return scores, maps, wholes.explain(*extras)
+        features = GlobalFeatures(**self._tables, groups=list(self.facts["groups"]), names=self.training["names"])
+        return scores, maps, features.explain(*extras)
 
     def nearest_good(self, seen: npt.NDArray[np.uint8], place: tuple[float, float]) -> NearestPatch | None:
         banks = BankOutputs.among(self.export["outputs"])
@@ -96,25 +96,24 @@ class Exported(Inspector):
         share = place[0] / seen.shape[1], place[1] / seen.shape[0]
         return nearest_patch(dict(zip(names, outputs, strict=True)), self._tables, share, self.training["names"])
 
-    def verify(self, most: int | None = None) -> Difference:
-        """Judge the photographs that lie inside again, or the first of them, and compare with what torch said.
+    def verify(self, max_cases: int | None = None) -> Difference:
+        """Judge the photographs inside again, all or the first `max_cases`, and compare with what torch said.
 
-        Raises `ModelError` where an outcome, a verdict or a p-value is off by more than the model's own tolerance.
+        Raises `ModelError` where an outcome, a verdict or a p-value differs by more than the model's tolerance.
         """
         tolerance = self.tolerance
         cases = Cases.read(self.folder / CASES)
-        cases = cases.take(range(len(cases.scores))[:most])
+        cases = cases.take(range(len(cases.scores))[:max_cases])
         scores, p_values, verdicts, maps = self.outputs(cases.images, ("score", "p_value", "verdict", "map"))
-        found = cases.difference(scores, maps, self.threshold.value, tolerance)
-        if not found.within(tolerance):
-            raise ModelError(
-                f"{self.folder} does not reproduce itself on this machine: {found.sentence(tolerance)}. Export it again"
-            )
+        difference = cases.difference(scores, maps, self.threshold.value, tolerance)
+        if not difference.within(tolerance):
+            found = difference.sentence(tolerance)
+            raise ModelError(f"{self.folder} does not reproduce itself on this machine: {found}. Export it again")
         expected = [p_value(float(score), self.calibration_scores) for score in scores]
         stopped = [bool(score > self.threshold.value) for score in scores]
         if np.abs(p_values - expected).max() > ROUNDING or verdicts.tolist() != stopped:
             raise ModelError(f"{self.folder}: model.json and the graph disagree on the threshold. Export it again")
-        return found
+        return difference
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         raise ModelError(
@@ -122,8 +121,8 @@ class Exported(Inspector):
         )
 
 
-def load(folder: str | os.PathLike[str], *, check: int | None = CHECKED) -> Exported:
-    """Read an exported model and check it on some of its cases; None is all, 0 is none.
+def load(folder: str | os.PathLike[str], *, check: int | None = CASES_AT_LOAD) -> Exported:
+    """Read an exported model and check it on `check` of the photographs inside; None is all, 0 is none.
 
     Raises `ModelError` where a file is missing, was changed, or the model does not reproduce itself, and `MissingExtra`
     where what runs it is not installed.
@@ -149,14 +148,14 @@ def load(folder: str | os.PathLike[str], *, check: int | None = CHECKED) -> Expo
 
 
 def seal(about: dict[str, Any]) -> str:
-    """A hash of what model.json says, but for the seal itself."""
+    """A hash of what model.json says, without the seal itself."""
     export = {key: value for key, value in about["export"].items() if key != "seal"}
     text = json.dumps(about | {"export": export}, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def digest(path: Path) -> str:
-    """Of a file's content. Raises `ModelError` where there is none."""
+    """A hash of a file's content. Raises `ModelError` where it cannot be read."""
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
@@ -203,7 +202,7 @@ def _openvino(folder: Path) -> Run:
     compiled = core.compile_model(core.read_model(str(folder / "model.xml")), "CPU", settings)
 
     def run(pixels: npt.NDArray[np.uint8], names: Sequence[str]) -> list[npt.NDArray[Any]]:
-        request = compiled.create_infer_request()  # one alone serves one thread alone
+        request = compiled.create_infer_request()  # a request serves one thread at a time
         request.infer({"images": pixels})
         return [request.get_tensor(name).data.copy() for name in names]
 
@@ -214,7 +213,7 @@ BACKENDS: Mapping[str, Callable[[Path], Run]] = {"onnx": _onnxruntime, "openvino
 
 
 def _cores() -> int:
-    """That this process may use."""
+    """How many processor cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

@@ -1,4 +1,4 @@
-"""What every model is, freshly learned, loaded or exported: photographs in, verdicts out. Needs no torch."""
+"""The base of every model, freshly trained, loaded or exported: photographs in, predictions out."""
 
 import os
 from abc import ABC, abstractmethod
@@ -24,9 +24,9 @@ Item = TypeVar("Item", bound=Readable)
 
 
 class Inspector(ABC):
-    """Base of whatever judges photographs: preprocessing, levels, what was learned from; a subclass gives the call."""
+    """A model with its preprocessing, thresholds and what is known of its training; a subclass gives the call."""
 
-    method: str  # by which it learned
+    method: str  # patchcore, simplenet, …
     config: Any  # the method's hyper-parameters
 
     def __init__(self, preprocessing: Preprocessing, rate: float) -> None:
@@ -64,17 +64,17 @@ class Inspector(ABC):
     def judge(
         self, items: Iterable[Item], *, batch_size: int = BATCH, workers: int | None = None
     ) -> Iterator[tuple[Item, Prediction | BadImage]]:
-        """Judge many, in threads ahead of the network; what cannot be read comes with its error."""
+        """Judge many photographs, read in threads ahead of the network; an unreadable one comes with its error."""
         for batch in batches(items, self.preprocessing, batch_size=batch_size, workers=workers or self.workers):
             yield from batch.failures
             if not batch.items:
                 continue
-            judged = zip(batch.items, batch.shapes, *self.score_in_parts(batch.pixels), strict=True)
-            for item, shape, score, anomaly_map, parts in judged:
+            rows = zip(batch.items, batch.shapes, *self.score_in_parts(batch.pixels), strict=True)
+            for item, shape, score, anomaly_map, parts in rows:
                 yield item, Prediction(float(score), self.threshold.value, anomaly_map[0], shape, item, self, parts)
 
     def score_in_parts(self, pixels: npt.NDArray[np.uint8]) -> tuple[images.Float, images.Float, list[dict[str, Any]]]:
-        """As a call, and what each image's score is made of: nothing to say, unless a method has more."""
+        """Scores and maps as of a call, and what each score is made of: an empty dict, unless a method says more."""
         return *self(pixels), [{} for _ in pixels]
 
     def picture(self, number: int) -> npt.NDArray[np.uint8] | None:
@@ -88,7 +88,7 @@ class Inspector(ABC):
             return None
 
     def nearest_good(self, seen: npt.NDArray[np.uint8], place: tuple[float, float]) -> NearestPatch | None:
-        """The training patch nearest to a place (x, y) of a photograph as the network sees it (h, w, 3).
+        """The good patch nearest to a place (x, y) of a photograph as the network sees it (h, w, 3).
 
         None for methods that remember no patches.
         """
@@ -114,14 +114,16 @@ class Inspector(ABC):
         return evidence
 
     def knows(self, items: Iterable[Readable]) -> int:
-        """How many of these photographs it has learned from."""
+        """How many of these photographs the model has learned from."""
         learned = set(self.training["digests"])
-        return sum(d in learned for batch in batches(items, self.preprocessing) for d in digests(batch.pixels))
+        return sum(
+            digest in learned for batch in batches(items, self.preprocessing) for digest in digests(batch.pixels)
+        )
 
     def restore_thresholds(self, about: dict[str, Any]) -> None:
-        """Take levels and facts as `describe` gave them."""
-        level = about["threshold"]
-        self.threshold = Threshold(from_finite(level["value"]), level["rate"], level["count"], level["tuned"])
+        """Take thresholds, facts and training from a model.json."""
+        saved = about["threshold"]
+        self.threshold = Threshold(from_finite(saved["value"]), saved["rate"], saved["count"], saved["tuned"])
         self.calibration_scores, self.map_peaks = about["calibration_scores"], about["map"]["peaks"]
         self.pixel_threshold, self.heat_map_range = from_finite(about["map"]["level"]), tuple(about["map"]["scale"])
         self.facts, self.training = about["facts"], about["training"]

@@ -1,4 +1,4 @@
-"""A model's folder: what lies in it, whichever way it is run."""
+"""A model's folder: where it is, what lies in it, and `load`, for trained and exported models."""
 
 import json
 import os
@@ -20,9 +20,10 @@ THUMBNAILS = "thumbnails.safetensors"
 
 
 def load(folder: str | os.PathLike[str]) -> Inspector:
-    """Read a model, trained or exported; the former needs torch. Nothing in it is executed.
+    """Read a model, trained or exported; a trained one needs torch. Nothing in the folder is executed.
 
-    Raises `ModelError` when it is none, is damaged, or, exported, does not reproduce itself.
+    Raises `ModelError` where there is no model, where it is damaged, and where an exported one does not reproduce
+    itself.
     """
     home = "kizu.inference.exported" if "export" in description(folder) else "kizu.detectors.base"
     model: Inspector = require(home).load(folder)
@@ -30,7 +31,7 @@ def load(folder: str | os.PathLike[str]) -> Inspector:
 
 
 def description(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """What model.json says. Raises `ModelError` where it does not, or says it in another version's way."""
+    """What model.json says. Raises `ModelError` where it is missing, damaged or of another version of kizu."""
     try:
         about = json.loads((Path(folder) / "model.json").read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
@@ -45,7 +46,7 @@ def description(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def thumbnails(folder: Path) -> list[bytes]:
-    """The encoded pictures of the training images, as far as the model keeps them."""
+    """The encoded pictures of the training images; none if the model keeps no thumbnails."""
     try:
         encoded = load_file(folder / THUMBNAILS) if (folder / THUMBNAILS).exists() else {}
     except (OSError, ValueError, SafetensorError) as error:
@@ -54,13 +55,13 @@ def thumbnails(folder: Path) -> list[bytes]:
 
 
 def write_thumbnails(folder: Path, pictures: Sequence[bytes]) -> None:
-    """Write encoded pictures as `thumbnails` reads them."""
+    """Write encoded pictures so that `thumbnails` reads them."""
     encoded = {f"{number:06}": np.frombuffer(picture, np.uint8) for number, picture in enumerate(pictures)}
     save_file(encoded, folder / THUMBNAILS)
 
 
 def model_folder(path: str, category: str | None = None) -> Path:
-    """A model's folder from itself, or from a run or its models folder, by category where there are several."""
+    """A model's folder, from itself, a run's folder or a run's models folder; `category` picks one of several."""
     folder = Path(path)
     if (folder / "model.json").exists():
         return folder

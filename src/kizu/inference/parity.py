@@ -1,4 +1,4 @@
-"""Whether an exported model says what the trained one said: photographs, outcomes in torch, how far off one may be."""
+"""Parity: whether an exported model says what the trained one said of the same photographs."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -19,22 +19,22 @@ Float = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Tolerance:
-    """How far scores and maps may be off, as shares of themselves, or of the usual size where they are smaller."""
+    """How far scores and maps may differ, as shares of themselves, or of the mean size where they are smaller."""
 
     score: float = 1e-4
     map: float = 1e-4  # of a map's maximum
-    place: int = 1  # pixels, in which the maximum may lie elsewhere, or else the map is as high in both places
+    place: int = 1  # pixels by which the maximum may move; farther, if the map is as high in both places
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How far an exported model's outcomes were off at most, in the units of `Tolerance`."""
+    """How far an exported model's outcomes differ at most, in the units of `Tolerance`."""
 
     cases: int
     score: float
     map: float
     place: float
-    verdicts: int  # that differ, though the score is farther from the threshold than it may be off
+    verdicts: int  # that differ, where the score is farther from the threshold than the tolerance
 
     def within(self, tolerance: Tolerance) -> bool:
         scores, maps = self.score <= tolerance.score, self.map <= tolerance.map  # false for NaN
@@ -59,7 +59,7 @@ class Cases:
     scores: Float  # (N,)
     peaks: Float  # (N,) maxima of the maps
     places: npt.NDArray[np.int64]  # (N, 2) where these lie: row, column
-    usual: npt.NDArray[np.float64]  # (2,) the mean size of scores and of peaks
+    usual: npt.NDArray[np.float64]  # (2,) the mean sizes of scores and of peaks; the name is that in the file
 
     @classmethod
     def of(cls, images: npt.NDArray[np.uint8], scores: Float, maps: Float) -> Self:
@@ -73,20 +73,20 @@ class Cases:
         return Cases(self.images[chosen], self.scores[chosen], self.peaks[chosen], self.places[chosen], self.usual)
 
     def difference(self, scores: Float, maps: Float, threshold: float, tolerance: Tolerance) -> Difference:
-        """Of the outcomes (N,) and (N, 1, H, W) of another way to run the model."""
+        """How far the scores (N,) and maps (N, 1, H, W) of another way to run the model differ from torch's."""
         sizes, heights = (np.maximum(np.abs(v), u) for v, u in zip((self.scores, self.peaks), self.usual, strict=True))
         rows, columns = self.places.T
-        there = maps[np.arange(len(maps)), 0, rows, columns]
-        apart = np.abs(_places(maps) - self.places).max(1)
+        at_places = maps[np.arange(len(maps)), 0, rows, columns]
+        moved = np.abs(_places(maps) - self.places).max(1)
         peaks = maps.max((1, 2, 3))
-        as_high = peaks - there <= tolerance.map * heights
+        as_high = peaks - at_places <= tolerance.map * heights
         in_doubt = np.abs(self.scores - threshold) <= tolerance.score * sizes
         changed = ((scores > threshold) != (self.scores > threshold)) & ~in_doubt
         return Difference(
             cases=len(scores),
             score=float((np.abs(scores - self.scores) / sizes).max()),
             map=float((np.abs(peaks - self.peaks) / heights).max()),
-            place=float(np.where(as_high, 0, apart).max()),
+            place=float(np.where(as_high, 0, moved).max()),
             verdicts=int(changed.sum()),
         )
 

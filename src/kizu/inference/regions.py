@@ -1,4 +1,4 @@
-"""What is marked in a photograph: connected regions of the map above the level, with box, contour, area and peak."""
+"""What is marked in a photograph: connected regions of the map above the pixel threshold."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ Mask = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class MarkedRegion:
-    """A connected region of the anomaly map above the level, in pixels of the photograph."""
+    """A connected region of the anomaly map above the pixel threshold, in pixels of the photograph."""
 
     box: Annotated[tuple[int, int, int, int], Field(description="left, top, width, height")]
     area: Annotated[int, Field(description="pixels")]
@@ -33,12 +33,12 @@ class MarkedRegion:
     ]
 
 
-def find_regions(values: npt.NDArray[np.float32], level: float, good_peaks: Sequence[float]) -> list[MarkedRegion]:
-    """Regions of a map (H, W) above `level`, the highest peak first; pixels that touch at a corner belong together.
+def find_regions(values: npt.NDArray[np.float32], threshold: float, good_peaks: Sequence[float]) -> list[MarkedRegion]:
+    """Regions of a map (H, W) above `threshold`, the highest peak first; pixels that touch at a corner belong together.
 
     `good_peaks` are the largest map values of good images, for the p-values.
     """
-    labels, boxes = _labelled(values > level)
+    labels, boxes = _labelled(values > threshold)
     regions = []
     for number, (rows, columns) in enumerate(boxes, 1):
         region = labels[rows, columns] == number
@@ -84,12 +84,12 @@ def _labelled(mask: Mask) -> tuple[npt.NDArray[np.int_], list[tuple[slice, slice
     return labels, [(slice(top, bottom), slice(left, right)) for top, bottom, left, right in sides]
 
 
-def _joined(count: int, one: npt.NDArray[np.int_], other: npt.NDArray[np.int_]) -> npt.NDArray[np.int_]:
-    """The lowest number (count,) that each of `count` things is connected with, by pairs of things (N,)."""
+def _joined(count: int, first: npt.NDArray[np.int_], second: npt.NDArray[np.int_]) -> npt.NDArray[np.int_]:
+    """For each of `count` runs the lowest number that it is connected with; first[i] and second[i] touch."""
     names = np.arange(count)
-    while (names[one] != names[other]).any():
-        lowest = np.minimum(names[one], names[other])
-        for ends in (one, other):
+    while (names[first] != names[second]).any():
+        lowest = np.minimum(names[first], names[second])
+        for ends in (first, second):
             np.minimum.at(names, names[ends], lowest)
         while (names[names] != names).any():
             names = names[names]
@@ -102,8 +102,8 @@ def contour(region: Mask, tolerance: float = TOLERANCE) -> list[tuple[int, int]]
     if tolerance == 0 or len(corners) <= 4:
         return [(int(x), int(y)) for x, y in corners]
     far = int(((corners - corners[0]) ** 2).sum(1).argmax())
-    there, back = corners[: far + 1], np.concatenate([corners[far:], corners[:1]])
-    kept = _thinned(there, tolerance)[:-1] + _thinned(back, tolerance)[:-1]
+    out, back = corners[: far + 1], np.concatenate([corners[far:], corners[:1]])
+    kept = _thinned(out, tolerance)[:-1] + _thinned(back, tolerance)[:-1]
     return kept if len(kept) >= 3 else [(int(x), int(y)) for x, y in corners]
 
 

@@ -24,7 +24,7 @@ from kizu.detectors.base import Detector
 from kizu.detectors.fitting import FitContext, FitResult
 from kizu.detectors.puad.gaussian import ROUNDING, Gaussian, cross_fitted
 from kizu.errors import ModelError
-from kizu.inference.image_features import Wholes
+from kizu.inference.image_features import GlobalFeatures
 
 __all__ = ["PUAD", "PUADGraph"]
 
@@ -205,7 +205,7 @@ class PUAD(Detector):
             )
 
     def score_in_parts(self, pixels: npt.NDArray[np.uint8]) -> tuple[images.Float, images.Float, list[dict[str, Any]]]:
-        """Scores, maps, and of each image what `Wholes.explain` says."""
+        """Scores, maps, and of each image what `GlobalFeatures.explain` says."""
         if self.graph is None:
             raise ModelError("This detector has learned nothing yet: call fit first, or kizu.load a saved model.")
         with torch.inference_mode():
@@ -223,9 +223,9 @@ class PUAD(Detector):
         assert isinstance(self.graph, PUADGraph)
         return {"good": self.graph.good, "numbers": self.graph.numbers, "sizes": self.graph.sizes}
 
-    def wholes(self) -> Wholes:
+    def wholes(self) -> GlobalFeatures:
         kept = {name: tensor.numpy(force=True) for name, tensor in self.export_tables().items()}
-        return Wholes(**kept, groups=list(self.facts["groups"]), names=self.training["names"])
+        return GlobalFeatures(**kept, groups=list(self.facts["groups"]), names=self.training["names"])
 
     @classmethod
     def pretrained_name(cls, config: Any) -> str:
