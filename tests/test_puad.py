@@ -230,5 +230,5 @@ def test_base_settings_are_checked_as_the_bases_own():
     ):
         with pytest.raises(OptionError, match=words):
             kizu.PUAD(**settings)
-    with pytest.raises(OptionError, match="--feature token"):
+    with pytest.raises(OptionError, match='`feature="token"`'):
         kizu.PUAD(**SMALL, feature="token").fit(GOOD[:3])

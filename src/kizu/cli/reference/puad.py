@@ -43,11 +43,10 @@ def run(dataset_path: str, model_dir_path: str, size: str, feature_extractor: st
     base = models.read_reference(folder)
     settings = base.config.model_dump(include={"teacher", "network", "border"})
     given = {"base": "efficientad", "base_settings": settings, "feature_extractor": feature_extractor, "exact": True}
-    detector = PUAD(build(PUADConfig, given))
+    detector = PUAD(build(PUADConfig, given), fitted_base=base)
     on = device(options["gpu"])
     place(base, on, 2)
     place(detector, on, 2)
-    detector.over = base
     with terminal.progress(False) as progress, terminal.messages(False, warnings_only=True):
         training, held_out = validated(found)
         detector.fit(training, held_out=held_out, progress=progress(category))

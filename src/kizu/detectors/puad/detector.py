@@ -1,13 +1,8 @@
-"""PUAD: what can be pointed at, judged by another method, and what cannot: the whole image's feature.
-
-Sugawara & Imamura, "PUAD: Frustratingly Simple Method for Robust Anomaly Detection", ICIP 2024. The head is the
-Mahalanobis distance of the mean feature. Beyond the paper, and switchable: any method under it, a balance, and a gate
-whose level good images alone set (`gate`). One pass of the network gives map, score and feature.
-"""
+"""The PUAD detector: another method scores what can be pointed at, a Gaussian of whole images the rest."""
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -20,8 +15,8 @@ from kizu.data import image as images
 from kizu.data.preprocessing import Stack
 from kizu.data.progress import Progress
 from kizu.detectors import detector_class
-from kizu.detectors.base import Detector
-from kizu.detectors.fitting import FitContext, FitResult
+from kizu.detectors.base import UNFITTED, Detector
+from kizu.detectors.fitting import FitContext, FitResult, Split
 from kizu.detectors.puad.gaussian import ROUNDING, Gaussian, cross_fitted
 from kizu.errors import ModelError
 from kizu.inference.image_features import GlobalFeatures
@@ -29,9 +24,9 @@ from kizu.inference.image_features import GlobalFeatures
 __all__ = ["PUAD", "PUADGraph"]
 
 FOLDS = 10
-VALIDATED = 0.15  # share of the good images that --exact standardises by, where the base keeps none (reference: 0.15)
+VALIDATION_SHARE = 0.15  # of the good images, that `exact` standardises by where the base keeps none (as published)
 REMEMBERED = 1000  # good images that others are compared with
-WHISPER = 0.1  # weight of a logical score that good images reach too: adds 0.5 % to the deviation of their sums
+QUIET_WEIGHT = 0.1  # weight of a logical score that good images reach too: adds 0.5 % to the deviation of their sums
 
 
 class PUADGraph(nn.Module):
@@ -57,10 +52,10 @@ class PUADGraph(nn.Module):
         self.register_buffer("sizes", torch.zeros(groups, dtype=torch.int64))  # features of each group
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        scores, anomaly_maps, _, _ = self.explained(images)
+        scores, anomaly_maps, _, _ = self.score_in_parts(images)
         return scores, anomaly_maps
 
-    def explained(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def score_in_parts(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Scores, maps, both standardised scores (B, 2), and the whole images' whitened features (B, D)."""
         structural, anomaly_maps, global_features = self.base.forward_with_global_features(images, self.kind)
         whitened = self.head.whitened(joined(global_features))
@@ -78,12 +73,21 @@ class PUADGraph(nn.Module):
     def contributions(self, parts: Tensor) -> Tensor:
         """(B, 2): what each adds to the score.
 
-        Behind the gate, the logical score is heard in full only where it exceeds what good images hardly ever reach.
+        Behind the gate, the logical score counts in full only above the threshold that good images hardly ever reach.
         """
         structural, logical = parts.unbind(1)
         if self.gated:
-            logical = WHISPER * logical + (1 - WHISPER) * (logical - self.level).clamp(min=0)
+            logical = QUIET_WEIGHT * logical + (1 - QUIET_WEIGHT) * (logical - self.level).clamp(min=0)
         return torch.stack([2 * (1 - self.balance) * structural, 2 * self.balance * logical], dim=1)
+
+
+class _Head(NamedTuple):
+    """A Gaussian, and distances of good images from it."""
+
+    gaussian: Gaussian
+    rows: Sequence[int]  # which of the base's scores belong to `distances`
+    distances: Tensor  # (M,) of images that it is not fitted to
+    fitted_distances: Tensor  # of those that it is
 
 
 class PUAD(Detector):
@@ -91,89 +95,103 @@ class PUAD(Detector):
 
     method = "puad"
     config_class = PUADConfig
-    over: Detector | None = None  # a base that has learned already: it stays as it is, and judges what is held out
+
+    def __init__(
+        self, config: PUADConfig | None = None, *, fitted_base: Detector | None = None, **settings: Any
+    ) -> None:
+        """From a config or its fields. A `fitted_base` stays as it is, and only scores what is held out."""
+        super().__init__(config, **settings)
+        self.fitted_base = fitted_base
 
     def learn(self, context: FitContext) -> FitResult:
         photos, held_out, progress = context.photos, context.held_out, context.progress
-        base = self._base()
-        if self.over is None:
-            learned = base.learn(context)
+        if self.fitted_base is None:
+            base = self._base()
+            result = base.learn(context)
+            self.curves, self.remarks = base.curves, [*self.remarks, *base.remarks]
         else:
-            assert self.over.graph is not None
-            learned = self.over.score_held_out(self.over.graph, held_out, progress)
-        self.curves, self.remarks = base.curves, [*self.remarks, *base.remarks]
+            assert self.fitted_base.graph is not None
+            result = self.fitted_base.score_held_out(self.fitted_base.graph, held_out, progress)
         with context.timed("whole images"), torch.inference_mode():
-            good, groups = self._wholes(learned.graph, photos, progress)
-            others = self._wholes(learned.graph, held_out, progress)[0] if len(held_out) else None
-            return self._with_head(learned, good, others, groups)
+            good, groups = self._global_features(result.graph, photos, progress)
+            others = self._global_features(result.graph, held_out, progress)[0] if len(held_out) else None
+            return self._with_head(result, good, others, groups)
 
     def _base(self) -> Detector:
         base = detector_class(self.config.base)(self.config.base_config)
         base.device, base.workers = self.device, self.workers
         return base
 
-    def _wholes(self, graph: Any, photos: Stack, progress: Progress) -> tuple[Tensor, dict[str, int]]:
-        """Whole images' features (N, D), and how many are of each group."""
-        found = [
+    def _global_features(self, graph: Any, photos: Stack, progress: Progress) -> tuple[Tensor, dict[str, int]]:
+        """Global features (N, D), and how many are of each group."""
+        batches = [
             graph.global_features(pixels, self.config.whole)
             for _, pixels in self.stream(photos, "Whole images", progress)
         ]
-        return torch.cat([joined(wholes) for wholes in found]), {name: w.shape[1] for name, w in found[0].items()}
+        groups = {name: features.shape[1] for name, features in batches[0].items()}
+        return torch.cat([joined(batch) for batch in batches]), groups
 
-    def _with_head(self, learned: FitResult, good: Tensor, others: Tensor | None, groups: dict[str, int]) -> FitResult:
-        """The base's result with the head fitted to whole images' features (N, D), and the scores of both."""
-        head, places, distances, usual = self._judged_as_new(good, others, learned.scored_indices)
-        graph = PUADGraph(self.config, learned.graph, head, min(len(good), REMEMBERED), len(groups))
+    def _with_head(self, base: FitResult, good: Tensor, others: Tensor | None, groups: dict[str, int]) -> FitResult:
+        """The base's result with the head fitted to global features (N, D), and the scores of both."""
+        head = self._fitted_head(good, others, base.scored_indices)
+        graph = PUADGraph(self.config, base.graph, head.gaussian, min(len(good), REMEMBERED), len(groups))
         graph.to(good.device)
         graph.sizes = torch.tensor(list(groups.values()), device=good.device)
         graph.numbers = torch.linspace(0, len(good) - 1, len(graph.numbers), device=good.device).round().long()
-        graph.good = head.whitened(good[graph.numbers]).float()
-        structural = torch.tensor([learned.scores[place] for place in places], dtype=torch.float64, device=good.device)
-        self._standardise(graph, structural, distances)
-        parts = graph.standardised(structural, distances)
-        level = calibrate(parts[:, 1].tolist(), self.config.false_alarms)
-        graph.level.fill_(level.value)
-        scores = graph.combined(parts).tolist()
-        self._remark(head, good)
+        graph.good = head.gaussian.whitened(good[graph.numbers]).float()
+        structural = [base.scores[row] for row in head.rows]
+        standardised = self._standardise(graph, torch.tensor(structural, dtype=torch.float64), head.distances)
+        threshold = calibrate(standardised[:, 1].tolist(), self.config.false_alarms)
+        graph.level.fill_(threshold.value)
+        self._remark(head.gaussian, good)
         facts = {
-            **learned.facts,
+            **base.facts,
             "groups": groups,
-            "shrinkage": head.shrinkage,
-            "distance of images learned from": _median(usual),
-            "distance of images held out": _median(distances),
-            "logical level": level.value if level.count else None,
+            "shrinkage": head.gaussian.shrinkage,
+            "distance of images learned from": _median(head.fitted_distances),
+            "distance of images held out": _median(head.distances),
+            "logical level": threshold.value if threshold.count else None,
         }
-        return replace(learned, graph=graph, scores=scores, facts=facts)
+        return replace(base, graph=graph, scores=graph.combined(standardised).tolist(), facts=facts)
 
-    def _judged_as_new(
-        self, good: Tensor, others: Tensor | None, judged: Sequence[int]
-    ) -> tuple[Gaussian, Sequence[int], Tensor, Tensor]:
-        """The head; which of the base's scores the images are of that it is measured on; the distances of these as if
-        new (M,), and of the images that the head was fitted to.
+    def _fitted_head(self, good: Tensor, others: Tensor | None, scored: Sequence[int]) -> "_Head":
+        """The head, and its distances of the images that the base scored, none of which it is fitted to.
+
+        `scored` are their indices among those held out, or else among the good images.
         """
-        rows = torch.tensor(judged, dtype=torch.int64, device=good.device)
-        everything = range(len(judged))
+        rows = torch.tensor(scored, dtype=torch.int64, device=good.device)
         if others is not None:
             head = Gaussian.fitted(good)
-            return head, everything, head(others[rows]), head(good)
-        order = np.random.default_rng([self.config.seed, len(good)]).permutation(len(good))
+            return _Head(head, range(len(scored)), head(others[rows]), head(good))
         if not self.config.exact:
             head = Gaussian.fitted(good)
-            folds = [torch.from_numpy(fold).to(good.device) for fold in np.array_split(order, FOLDS) if len(fold)]
-            distances = cross_fitted(good, folds)[rows]
+            folds = [fold for fold in np.array_split(self._order(len(good)), FOLDS) if len(fold)]
+            distances = cross_fitted(good, [torch.from_numpy(fold).to(good.device) for fold in folds])[rows]
             known = distances.isfinite()
-            return head, known.nonzero()[:, 0].tolist(), distances[known], head(good)
-        places: Sequence[int] = everything
-        if len(judged) == len(good):
-            places = sorted(order[: max(1, int(VALIDATED * len(good)))].tolist())
-        kept = rows[torch.tensor(places, dtype=torch.int64, device=good.device)]
-        fitted = torch.ones(len(good), dtype=torch.bool, device=good.device)
-        fitted[kept] = len(good) == len(kept)  # an image alone is fitted to all the same
-        head = Gaussian.fitted(good[fitted])
-        return head, places, head(good[kept]), head(good[fitted])
+            return _Head(head, known.nonzero()[:, 0].tolist(), distances[known], head(good))
+        split = self._split(len(good), scored)
+        head = Gaussian.fitted(good[split.train])
+        row_of = {index: row for row, index in enumerate(scored)}
+        rows_kept = [row_of[index] for index in split.calibrate]
+        return _Head(head, rows_kept, head(good[split.calibrate]), head(good[split.train]))
 
-    def _standardise(self, graph: PUADGraph, structural: Tensor, distances: Tensor) -> None:
-        """By the scores (M,) of good images held out; a deviation that is not there is one."""
+    def _split(self, count: int, scored: Sequence[int]) -> Split:
+        """Which good images the head of `exact` is fitted to, and which put its distances on a scale.
+
+        These are the ones that the base kept; of a base that scored all, a share. An image alone is both.
+        """
+        kept = list(scored)
+        if len(scored) == count:
+            kept = sorted(self._order(count)[: max(1, int(VALIDATION_SHARE * count))].tolist())
+        train = sorted(set(range(count)) - set(kept)) or list(range(count))
+        return Split(train, [], kept)
+
+    def _order(self, count: int) -> npt.NDArray[np.int64]:
+        return np.random.default_rng([self.config.seed, count]).permutation(count)
+
+    def _standardise(self, graph: PUADGraph, structural: Tensor, distances: Tensor) -> Tensor:
+        """Both scores (M, 2) in deviations of good images held out (M,); a deviation that is not there is one."""
+        structural = structural.to(distances.device)
         if len(distances) < 2:
             self.remarks.append(
                 f"{len(distances)} good images are left to put both scores on one scale, and two are needed: they are "
@@ -190,6 +208,7 @@ class PUAD(Detector):
                 self.remarks.append(
                     f"All good images held out have the same {name} score: it is added in its own unit."
                 )
+        return graph.standardised(structural, distances)
 
     def _remark(self, head: Gaussian, good: Tensor) -> None:
         count, dimension = good.shape
@@ -207,25 +226,25 @@ class PUAD(Detector):
     def score_in_parts(self, pixels: npt.NDArray[np.uint8]) -> tuple[images.Float, images.Float, list[dict[str, Any]]]:
         """Scores, maps, and of each image what `GlobalFeatures.explain` says."""
         if self.graph is None:
-            raise ModelError("This detector has learned nothing yet: call fit first, or kizu.load a saved model.")
+            raise ModelError(UNFITTED)
         with torch.inference_mode():
-            scores, maps, told = self.forward_with_extras(torch.from_numpy(pixels).to(self.device))
-        said = self.wholes().explain(*(told[name].numpy(force=True) for name in ("parts", "contributions", "whitened")))
-        return scores.numpy(force=True), maps.numpy(force=True), said
+            scores, maps, extras = self.forward_with_extras(torch.from_numpy(pixels).to(self.device))
+        arrays = [extras[name].numpy(force=True) for name in ("parts", "contributions", "whitened")]
+        return scores.numpy(force=True), maps.numpy(force=True), self.global_features().explain(*arrays)
 
     def forward_with_extras(self, images: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         assert isinstance(self.graph, PUADGraph)
-        scores, maps, parts, whitened = self.graph.explained(images)
-        told = {"parts": parts, "contributions": self.graph.contributions(parts), "whitened": whitened}
-        return scores, maps, told
+        scores, maps, parts, whitened = self.graph.score_in_parts(images)
+        extras = {"parts": parts, "contributions": self.graph.contributions(parts), "whitened": whitened}
+        return scores, maps, extras
 
     def export_tables(self) -> dict[str, Tensor]:
         assert isinstance(self.graph, PUADGraph)
         return {"good": self.graph.good, "numbers": self.graph.numbers, "sizes": self.graph.sizes}
 
-    def wholes(self) -> GlobalFeatures:
-        kept = {name: tensor.numpy(force=True) for name, tensor in self.export_tables().items()}
-        return GlobalFeatures(**kept, groups=list(self.facts["groups"]), names=self.training["names"])
+    def global_features(self) -> GlobalFeatures:
+        tables = {name: tensor.numpy(force=True) for name, tensor in self.export_tables().items()}
+        return GlobalFeatures(**tables, groups=list(self.facts["groups"]), names=self.training["names"])
 
     @classmethod
     def pretrained_name(cls, config: Any) -> str:
@@ -245,9 +264,9 @@ class PUAD(Detector):
         return PUADGraph(config, base, Gaussian(dimension), good, len(tensors["sizes"]))
 
 
-def joined(wholes: dict[str, Tensor]) -> Tensor:
-    """Groups (B, C) → (B, D)."""
-    return torch.cat(list(wholes.values()), dim=1)
+def joined(groups: dict[str, Tensor]) -> Tensor:
+    """Groups of features (B, C) → (B, D)."""
+    return torch.cat(list(groups.values()), dim=1)
 
 
 def _median(values: Tensor) -> float | None:

@@ -1,4 +1,4 @@
-"""A normal distribution of whole images' features: fitted to few images, distances from it, what deviates.
+"""A normal distribution of global features: fitted to few images, distances from it, what deviates.
 
 Ledoit & Wolf, "A well-conditioned estimator for large-dimensional covariance matrices", J. Multivariate Analysis 88
 (2004). All in double precision.
@@ -51,15 +51,15 @@ class Gaussian(nn.Module):
     @classmethod
     def fitted(cls, features: Tensor) -> "Gaussian":
         """To features (N, D) of good images, N ≥ 1."""
-        made = cls(features.shape[1]).to(features.device)
-        made.mean = features.double().mean(0)
-        covariance, made.shrinkage = ledoit_wolf(features)
+        gaussian = cls(features.shape[1]).to(features.device)
+        gaussian.mean = features.double().mean(0)
+        covariance, gaussian.shrinkage = ledoit_wolf(features)
         values, vectors = torch.linalg.eigh(covariance)
         least = values.max().clamp(min=0) * len(values) * torch.finfo(torch.float64).eps
-        kept = values > torch.maximum(least, (ROUNDING * made.mean).square().mean())
+        kept = values > torch.maximum(least, (ROUNDING * gaussian.mean).square().mean())
         factors = torch.where(kept, values, 1).rsqrt() * kept
-        made.root = (vectors * factors) @ vectors.T
-        return made
+        gaussian.root = (vectors * factors) @ vectors.T
+        return gaussian
 
     @property
     def is_flat(self) -> bool:
