@@ -15,10 +15,10 @@ from kizu.cli.terminal import print_table
 from kizu.config import PatchCoreConfig
 from kizu.data import dataset
 from kizu.data.files import write_csv
-from kizu.detectors.base import Prediction
 from kizu.detectors.patchcore.detector import PatchCore
 from kizu.evaluation.experiment import machine
 from kizu.evaluation.metrics import image_metrics
+from kizu.inference.prediction import Prediction
 
 TARGET = Path(__file__).parent / "results" / "ablation.csv"
 PAPER = {"fusion": "stack", "local_scale": False, "top": 0}

@@ -25,9 +25,9 @@ from accuracy import SHARED
 from kizu.cli.terminal import print_table
 from kizu.data import dataset, demo
 from kizu.data.files import write_csv
-from kizu.detectors.base import Prediction
 from kizu.evaluation.experiment import machine, versions
 from kizu.evaluation.metrics import ranking
+from kizu.inference.prediction import Prediction
 
 TARGET = Path(__file__).parent / "results" / "puad.csv"
 FOLDERS = {

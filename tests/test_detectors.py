@@ -11,7 +11,7 @@ from PIL import Image
 import kizu
 from kizu.config import CONFIGS
 from kizu.detectors import DETECTORS, detector_class
-from kizu.detectors.base import Photo
+from kizu.inference.prediction import Photo
 from teachers import TEACHER
 
 SETTINGS = {

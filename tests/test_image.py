@@ -10,8 +10,8 @@ from PIL import Image, ImageDraw
 
 from kizu.data import image
 from kizu.data.preprocessing import Preprocessing, batches
-from kizu.detectors.base import Photo
 from kizu.errors import BadImage
+from kizu.inference.prediction import Photo
 
 
 def photograph(height=60, width=80, seed=0):

@@ -7,8 +7,8 @@ import pytest
 
 import kizu
 from kizu.calibration.threshold import calibrate
-from kizu.detectors.base import Photo
 from kizu.evaluation.robustness import STRESSES, check
+from kizu.inference.prediction import Photo
 from test_cli import FAST, factory, save, table
 from test_cli import kizu as command
 from test_detectors import part

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from kizu.data.progress import Progress, silent
+
 if TYPE_CHECKING:
     from kizu.data.dataset import Dataset
     from kizu.evaluation.evaluate import CategoryResult
@@ -28,19 +30,20 @@ LOCO_COLUMNS = {
 
 
 @contextmanager
-def progress(quiet: bool) -> Iterator[Callable[[str], Callable[[str, int, int], None]]]:
+def progress(quiet: bool) -> Iterator[Callable[[str], Progress]]:
     """For a label, something to report (stage, done, total) to; bars on a terminal's standard error."""
     if quiet or not sys.stderr.isatty():
-        yield lambda label: lambda stage, done, total: None
+        yield lambda label: silent
         return
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+    with Bars(*columns, console=Console(stderr=True), transient=True) as bars:
         tasks: dict[tuple[str, str], Any] = {}
 
-        def reporter(label: str) -> Callable[[str, int, int], None]:
+        def reporter(label: str) -> Progress:
             def report(stage: str, done: int, total: int) -> None:
                 key = (label, stage.partition(":")[0])  # what follows the colon changes
                 if key not in tasks:

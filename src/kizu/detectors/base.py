@@ -35,9 +35,9 @@ from kizu.errors import BadImage, DataError, ModelError, OptionError
 from kizu.features.backbone import weights_hash
 from kizu.inference import model_folder as saved
 from kizu.inference.inspector import BATCH, Inspector
-from kizu.inference.prediction import Photo, Prediction, name_of, readable
+from kizu.inference.prediction import Photo, name_of, readable
 
-__all__ = ["Detector", "Photo", "Prediction", "gpu_device", "load", "name_of"]
+__all__ = ["Detector", "gpu_device", "load"]
 
 BATCH_SIZE = {"cpu": 4, "cuda": 32}  # while learning: on a CPU more images are no faster and take more memory
 CALIBRATION_BYTES = 1 << 30  # of photographs kept in memory to set a threshold by
@@ -396,4 +396,4 @@ def _items(good: str | os.PathLike[str] | Iterable[Any]) -> list[Readable]:
 
 def _is_file(item: Readable) -> bool:
     """Whether an image can be read again without being kept in memory."""
-    return isinstance(item, dataset.Sample) or isinstance(getattr(item, "source", None), str | os.PathLike)
+    return isinstance(item, dataset.Sample) or (isinstance(item, Photo) and isinstance(item.source, str | os.PathLike))

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from kizu.data import image as images
 from kizu.data.dataset import Sample
 from kizu.data.loco_masks import Region, Saturations, read_regions
+from kizu.data.progress import Progress, silent
 from kizu.errors import BadImage, DataError
 from kizu.evaluation import loco_metrics as loco
 from kizu.evaluation import metrics
@@ -127,7 +128,7 @@ def evaluate(
     saturations: Saturations | None = None,
     maps: Path | None = None,
     overlays: Path | None = None,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress = silent,
 ) -> CategoryResult:
     """Judge the test images and compare with what they are. Nothing of it flows back into the detector.
 
@@ -151,16 +152,13 @@ def evaluate(
                 images.write_map(targets[sample], _restored(outcome))
             if overlays is not None:
                 images.write(overlays / (name.replace("/", "_") + ".png"), outcome.overlay())
-        if progress:
-            progress("Evaluating", len(judged), len(samples))
+        progress("Evaluating", len(judged), len(samples))
     elapsed = time.perf_counter() - start
     order = {sample.name(root): index for index, sample in enumerate(samples)}
     judged.sort(key=lambda row: order[row.image])
-    if progress:
-        progress("Measuring", 0, 1)
+    progress("Measuring", 0, 1)
     values, reasons, notes = measure(predictions, saturations)
-    if progress:
-        progress("Measuring", 1, 1)
+    progress("Measuring", 1, 1)
     return CategoryResult(
         category=category,
         train_images=detector.training.get("images", 0),

@@ -12,6 +12,7 @@ from PIL import Image
 from scipy import ndimage
 
 from kizu.calibration.threshold import CONFIDENCE, interval, upper
+from kizu.data.progress import Progress, silent
 from kizu.errors import BadImage
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ def check(
     detector: "Inspector",
     items: "Sequence[Readable]",
     stresses: "Sequence[Stress] | None" = None,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress = silent,
 ) -> Iterator[Outcome]:
     """False alarms among good photographs as they are, then at every step of every stress.
 
@@ -105,8 +106,7 @@ def check(
                     raise outcome
                 stopped += outcome.is_anomalous
             done += 1
-            if progress:
-                progress("Checking", done, total)
+            progress("Checking", done, total)
             yield Outcome(stress.name, stress.label(step) if number else "", stopped, len(items), promised)
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from kizu.data import files
 from kizu.data.preprocessing import batches
-from kizu.data.progress import Progress
+from kizu.data.progress import Progress, silent
 from kizu.data.streams import drawn, endless
 from kizu.detectors.base import Detector
 from kizu.detectors.base import load as load_trained
@@ -59,7 +59,7 @@ def export(
     precision: Precision = "float32",
     photographs: Iterable[Any] = (),
     tolerance: float = 0.02,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> Exported:
     """Write a detector's whole graph and all that it takes to run it without torch, as a folder, or nothing at all.
 
@@ -68,7 +68,6 @@ def export(
     may change at most the share `tolerance` of the verdicts. Raises `ModelError` where the graph cannot be exported or
     says anything else, and `MissingExtra` where what writes it is not installed.
     """
-    progress = progress or (lambda stage, done, total: None)
     folder = Path(folder)
     for module in NEEDS[to]:
         require(module)

@@ -12,6 +12,7 @@ from pydantic import Field
 from kizu.calibration.threshold import from_finite
 from kizu.data import files
 from kizu.data import image as images
+from kizu.data.progress import Progress, silent
 from kizu.errors import BadImage, DataError
 from kizu.inference.evidence import side_by_side
 from kizu.inference.prediction import NearestPatch, Photo, Prediction
@@ -68,7 +69,7 @@ def predict_files(
     *,
     overlays: Path | None = None,
     why: Path | None = None,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress = silent,
 ) -> list[FileVerdict]:
     """A verdict for each path, in their order.
 
@@ -94,14 +95,13 @@ def predict_files(
         now = time.perf_counter()
         verdicts[path] = FileVerdict.of(str(path), outcome, model, seconds=now - last, nearest=nearest)
         last = now
-        if progress:
-            progress("", len(verdicts), len(paths))
+        progress("", len(verdicts), len(paths))
     return [verdicts[path] for path in paths]
 
 
 def profile(model: "Inspector", paths: Sequence[Path], max_images: int = 20) -> dict[str, float]:
     """Milliseconds an image, one image at a time: decoding, each part of a trained model's graph, and the rest."""
-    graph: Any = getattr(model, "graph", None)  # the torch module; an exported model's graph has no parts to tell apart
+    graph = model.graph
     spent: dict[str, float] = {}
     total = 0.0
     with _timed_parts(graph, spent):

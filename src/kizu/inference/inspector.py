@@ -28,6 +28,7 @@ class Inspector(ABC):
 
     method: str  # patchcore, simplenet, …
     config: Any  # the method's hyper-parameters
+    graph: Any = None  # the torch module of a trained model; an exported one's has no parts to tell apart
 
     def __init__(self, preprocessing: Preprocessing, rate: float) -> None:
         self.preprocessing = preprocessing

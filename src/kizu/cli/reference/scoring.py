@@ -14,12 +14,13 @@ from scipy import ndimage
 from kizu.data import image as images
 from kizu.data.dataset import Sample
 from kizu.data.progress import Progress, silent
-from kizu.detectors.base import Detector, Prediction
+from kizu.detectors.base import Detector
 from kizu.detectors.patchcore.graph import EnsembleGraph
 from kizu.errors import BadImage
 from kizu.evaluation import metrics
 from kizu.evaluation.evaluate import measure
 from kizu.inference.inspector import Inspector
+from kizu.inference.prediction import Prediction
 
 __all__ = ["Row", "as_published", "auroc", "judge", "measured", "results_csv", "write_segmentations"]
 

@@ -105,15 +105,15 @@ def _one_of(names: list[str], size: Size, where: Path) -> str:
         rf"(.*/)?((pretrained_)?teacher_{WORDS[size]}\.pth|{size}_size/teacher/teacher\.pt|"
         rf"efficientad-{size}\.safetensors)"
     )
-    found = sorted(name for name in names if pattern.fullmatch(name))
-    if not found:
+    matches = sorted(name for name in names if pattern.fullmatch(name))
+    if not matches:
         raise ModelError(
             f"{where}: holds no teacher of size {size}; known are teacher_{WORDS[size]}.pth, "
             f"pretrained_teacher_{WORDS[size]}.pth, {size}_size/teacher/teacher.pt, efficientad-{size}.safetensors"
         )
-    if len(found) > 1:
-        raise OptionError(f"{where} holds {len(found)} teachers of size {size}; name one: {', '.join(found)}")
-    return found[0]
+    if len(matches) > 1:
+        raise OptionError(f"{where} holds {len(matches)} teachers of size {size}; name one: {', '.join(matches)}")
+    return matches[0]
 
 
 def _natural(key: str) -> list[tuple[int, int | str]]:
