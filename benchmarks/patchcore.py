@@ -210,7 +210,9 @@ def measure_kizu(job: dict[str, Any]) -> dict[str, Any]:
     """What one process says of kizu; peers/anomalib_patchcore.py says the same of anomalib."""
     bare = memory("VmRSS")
     import kizu
+    from kizu.detectors.ram import allow_tuning
 
+    allow_tuning()  # as the command line does
     detector = kizu.PatchCore(
         backbone="resnet18", layers=LAYERS, weights=job["weights"], size=256, coreset=job["coreset"], **ALIKE
     )

@@ -1,5 +1,9 @@
 """Patch features, maps, neighbours and coresets against slow, separate statements of what they are."""
 
+from contextlib import nullcontext
+from types import SimpleNamespace
+from unittest import mock
+
 import numpy as np
 import pytest
 import torch
@@ -13,7 +17,7 @@ from kizu.detectors.patchcore import coreset
 from kizu.detectors.patchcore.feature_table import FeatureTable
 from kizu.detectors.patchcore.nearest import CellIndex, nearest, sort_into_cells
 from kizu.errors import OptionError
-from kizu.features import backbone
+from kizu.features import backbone, matmul
 from kizu.features.anomaly_map import MapUpsampling
 from kizu.features.matmul import padded, similarities
 from kizu.features.patch_features import PatchFeatures
@@ -83,22 +87,41 @@ def test_rows_kept_layer_by_layer_are_the_aligned_features(grids, target):
     rows.write(0, [part[:2] for part in pooled])
     rows.write(2, [part[2:] for part in pooled])
     assert (len(rows), rows.dimension) == aligned.shape
-    some = torch.randperm(len(rows))[:20]
-    torch.testing.assert_close(rows.take(some), aligned[some])
+    indices = torch.randperm(len(rows))[:20]
+    torch.testing.assert_close(rows.take(indices), aligned[indices])
     torch.testing.assert_close(rows.span(7, 31), aligned[7:31])
-    picks = [coreset.select(one, 9).indices for one in (rows, rows.span(0, len(rows)))]
+    picks = [coreset.select(table, 9).indices for table in (rows, rows.span(0, len(rows)))]
     assert torch.equal(*picks)
 
 
-@settings(max_examples=40, deadline=None)
-@given(st.integers(1, 300), st.integers(1, 700))
-def test_products_say_what_is_nearest_whatever_the_shapes(count, others):
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 300), st.integers(1, 700), st.booleans())
+def test_products_say_what_is_nearest_whatever_the_shapes_with_and_without_onednn(count, others, has_onednn):
     random = torch.Generator().manual_seed(count * others)
     rows, columns = torch.randn(count, 20, generator=random), torch.randn(others, 20, generator=random)
-    found = similarities(rows, columns, columns.square().sum(1) / 2)
+    with nullcontext() if has_onednn else mock.patch.object(matmul, "onednn_linear", return_value=None):
+        products = similarities(rows, columns, columns.square().sum(1) / 2)
     expected = rows.double() @ columns.double().T - columns.double().square().sum(1) / 2
-    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(products.double(), expected, rtol=1e-4, atol=1e-4)
     assert padded(count) >= count
+
+
+def test_this_torch_has_the_private_product_wherever_it_has_onednn():
+    assert (matmul.onednn_linear() is not None) == torch.backends.mkldnn.is_available()
+
+
+@pytest.mark.parametrize(
+    "operations",
+    [
+        {},
+        {"_linear_pointwise": lambda rows, others: rows @ others.T},
+        {"_linear_pointwise": lambda rows, others, bias, *_: rows @ others.T - bias},
+    ],
+    ids=["gone", "other arguments", "another product"],
+)
+def test_a_private_product_that_is_gone_or_changed_is_left_alone(monkeypatch, operations):
+    monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace(**operations))
+    assert matmul.onednn_linear.__wrapped__() is None
 
 
 def test_without_dimensions_each_channel_is_averaged_over_its_neighbourhood():

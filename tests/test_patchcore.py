@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 
 import kizu
 from kizu.data.dataset import find
+from kizu.detectors import ram
 from kizu.detectors.patchcore import coreset
 from kizu.detectors.ram import budget
 from kizu.features import backbone
@@ -137,6 +138,19 @@ def test_amounts_of_memory(asked, amount):
     for wrong in ("much", "2", "GB"):
         with pytest.raises(kizu.OptionError, match="`memory="):
             budget(wrong)
+
+
+def test_the_allocator_is_set_only_in_a_process_that_allows_it(monkeypatch):
+    settings = []
+    monkeypatch.setattr(ram, "_allocate", lambda *sizes: settings.append(sizes))
+    monkeypatch.setattr(ram, "_tuning_allowed", False)
+    with ram.tidy():
+        pass
+    assert not settings
+    ram.allow_tuning()
+    with ram.tidy():
+        assert len(settings) == 1
+    assert len(settings) == 2
 
 
 @pytest.mark.slow

@@ -22,6 +22,7 @@ from kizu.cli.options import PASSED_ON, config_option, run_options
 from kizu.cli.reference.commands import import_models, reference
 from kizu.cli.wording import flagged
 from kizu.detectors import DETECTORS
+from kizu.detectors.ram import allow_tuning
 from kizu.errors import KizuError, OptionError, missing_extra
 from kizu.inference.model_folder import model_folder
 
@@ -98,6 +99,7 @@ def cli() -> None:
 
 def main() -> None:
     """Run a command; errors are one sentence, Ctrl-C is quiet."""
+    allow_tuning()
     try:
         code = cli(standalone_mode=False)
     except click.ClickException as error:

@@ -9,10 +9,12 @@ from contextlib import contextmanager, suppress
 
 from kizu.errors import OptionError
 
-__all__ = ["budget", "release", "tidy"]
+__all__ = ["allow_tuning", "budget", "release", "tidy"]
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+
+_tuning_allowed = False
 
 
 def budget(asked: str | int | None = None) -> int:
@@ -54,12 +56,26 @@ def release() -> None:
             ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
+def allow_tuning() -> None:
+    """Let `tidy` set how this process allocates memory (glibc).
+
+    The command line does so. A program that uses kizu as a library keeps its allocator as it is: glibc does not say
+    what it is set to, so that nothing could set it back.
+    """
+    global _tuning_allowed
+    _tuning_allowed = True
+
+
 @contextmanager
 def tidy() -> Iterator[None]:
-    """Inside, what is large goes back to the system when it is freed, and leaves no holes between what stays (glibc).
+    """Inside, what is large goes back to the system when it is freed, and leaves no holes between what stays.
 
-    Afterwards the C library keeps freed memory, as it soon would by itself: batch after batch needs it again.
+    Afterwards the C library keeps freed memory, as it soon would by itself: batch after batch needs it again. Does
+    nothing in a process that has not called `allow_tuning`.
     """
+    if not _tuning_allowed:
+        yield
+        return
     _allocate(4 * 2**20, 2**17)
     try:
         yield

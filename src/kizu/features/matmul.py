@@ -30,10 +30,11 @@ def similarities(rows: Tensor, others: Tensor, half_norms: Tensor) -> Tensor:
     than half of its speed on processors of another maker. oneDNN compiles and keeps a kernel of half a megabyte for
     each shape that it meets, so sides are rounded up: `padded`.
     """
-    small = len(rows) < LEAST or len(others) < LEAST
-    if is_traced() or small or rows.dtype != torch.float32 or rows.device.type != "cpu":
+    if is_traced():  # asked first: a number of rows that is looked at would be fixed in an export
         return torch.addmm(-half_norms, rows, others.T)
-    linear = onednn_linear()
+    small = len(rows) < LEAST or len(others) < LEAST
+    on_cpu = rows.device.type == "cpu" and rows.dtype == torch.float32
+    linear = onednn_linear() if on_cpu and not small else None
     if linear is None:
         return torch.addmm(-half_norms, rows, others.T)
     count = len(others)

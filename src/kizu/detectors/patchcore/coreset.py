@@ -1,4 +1,7 @@
-"""k-centre selection: the few patches that stand for all of them.
+"""The coreset of section 3.2: the few patches that stand for all of them (Eq. 5, Algorithm 1).
+
+`select` chooses rows of a table; `k_center` is the greedy choice that it rests on; `StreamingCoreset` chooses from more
+rows than memory holds.
 
 Greedy k-centre picks, again and again, the row that is farthest from all rows picked so far. Done literally, every
 pick reads every row. Here the rows are read once for many picks: take the C rows that are farthest now. No other row
@@ -29,7 +32,7 @@ CENTRES = 512  # centres at a time in a matrix product
 PIVOTS = 128  # picks that divide the rows into cells, or fewer where so many picks are to come that
 TABLE = 2**24  # numbers would not hold the distances between both
 SLACK = 1e-4  # for rounding, where distances are compared
-CHUNK = 2**17  # rows that a summary reduces at a time
+CHUNK = 2**17  # rows that a streaming coreset reduces at a time
 OVERSAMPLING = 2, 8  # times its share that a chunk is reduced to: at least, and at most where memory allows it
 
 
@@ -51,8 +54,8 @@ def select(
 ) -> Coreset:
     """Choose `count` of the rows (N, D) by the sampler of that name.
 
-    k_center: greedy, from the row farthest from the mean. greedy_coreset and approx_greedy_coreset: as the reference
-    starts them, on a random projection to 128 dimensions. random, identity: what they say.
+    "k_center" is greedy from the row farthest from the mean; "greedy_coreset" and "approx_greedy_coreset" start as the
+    reference's do, on a random projection to 128 dimensions; "random" draws, "identity" keeps every row.
     Raises `OptionError` for an unknown sampler or a count that does not fit.
     """
     rows = rows if isinstance(rows, FeatureTable) else FeatureTable.of(rows)
@@ -89,9 +92,18 @@ def k_center(
     distances: Tensor,
     picks: list[int],
     count: int,
-    progress: Callable[[int, int], None] | None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Coreset:
-    """Exact greedy from given initial distances (N,)."""
+    """Greedy k-centre, to `count` picks: those given, then the farthest row again and again.
+
+    `distances` (N,) are those to the nearest of the given picks, or what else the choice starts from. What it computes,
+    slowly (Algorithm 1 of the paper):
+
+        while len(picks) < count:
+            picks.append(int(distances.argmax()))
+            distances = torch.minimum(distances, (points - points[picks[-1]]).norm(dim=1))
+        radius = distances.max()
+    """
     cover = _Cover(points, distances, picks, count)
     pivots = min(PIVOTS, max(1, TABLE // count))
     level = math.inf  # distances above it are up to date, those below are upper bounds
@@ -134,7 +146,7 @@ class _Cover:
         self.cells = [len(points)]  # rows in each
         self.pivots = distances.new_zeros(1, points.dimension)  # (cells, D)
         self.to_pivots = distances.new_full((count, 1), -torch.inf)  # (count, cells): of picks
-        self.own = torch.zeros_like(distances)  # (N,) distance to the pivot of the row's cell
+        self.to_own_pivot = torch.zeros_like(distances)  # (N,) distance to the pivot of the row's cell
         self.filled = 0
         self._gathered = distances.new_zeros(BLOCK, points.dimension)  # written again and again: fresh memory costs
         self.pick(torch.tensor(picks, dtype=torch.long, device=points.device))
@@ -171,8 +183,8 @@ class _Cover:
         self.to_pivots[: self.filled] = torch.cdist(self.centres[: self.filled], self.pivots)
         owner = owner[sorting]
         for start in range(0, len(owner), BLOCK):
-            some = slice(start, start + BLOCK)
-            self.own[some] = (self.rows(some) - self.pivots[owner[some]]).norm(dim=1)
+            block = slice(start, start + BLOCK)
+            self.to_own_pivot[block] = (self.rows(block) - self.pivots[owner[block]]).norm(dim=1)
 
     def catch_up(self, positions: Tensor) -> None:
         """Bring the distances of these rows, in ascending order, up to date with all picks."""
@@ -184,26 +196,26 @@ class _Cover:
         counts = bounds.diff(prepend=bounds.new_zeros(1))
         cell = torch.repeat_interleave(torch.arange(len(self.cells), device=positions.device), counts)
         known = counts.new_full((len(self.cells),), self.filled).scatter_reduce_(0, cell, self.seen[positions], "amin")
-        reach = self.own[positions] + self.distances[positions]
+        reach = self.to_own_pivot[positions] + self.distances[positions]
         reach = reach.new_full((len(self.cells),), -torch.inf).scatter_reduce_(0, cell, reach, "amax")
         first = int(known.min())
         near = self.to_pivots[first : self.filled] < reach * (1 + SLACK)
         near &= torch.arange(first, self.filled, device=known.device)[:, None] >= known
         picks = near.T.nonzero()[:, 1] + first
-        some = picks.split(near.sum(0).tolist())
-        for those, rows in zip(some, positions.split(counts.tolist()), strict=True):
-            if len(those) and len(rows):
-                self._compare(rows, those)
+        picks_by_cell, rows_by_cell = picks.split(near.sum(0).tolist()), positions.split(counts.tolist())
+        for cell_picks, cell_rows in zip(picks_by_cell, rows_by_cell, strict=True):
+            if len(cell_picks) and len(cell_rows):
+                self._compare(cell_rows, cell_picks)
         self.seen[positions] = self.filled
 
     def _compare(self, positions: Tensor, picks: Tensor) -> None:
         """distances[positions] ← min(distances[positions], distance to the nearest of these picks)."""
         rows = self.order[positions]
         similar = self.half_norms.new_full(rows.shape, -torch.inf)
-        for some in picks.split(CENTRES):
-            more = F.pad(some, (0, padded(len(some)) - len(some)), value=int(some[0]))
-            centres = self.centres.index_select(0, more)
-            norms = self.centre_norms[more]
+        for part in picks.split(CENTRES):
+            repeated = F.pad(part, (0, padded(len(part)) - len(part)), value=int(part[0]))
+            centres = self.centres.index_select(0, repeated)
+            norms = self.centre_norms[repeated]
             for block, best in zip(rows.split(BLOCK), similar.split(BLOCK), strict=True):
                 self.points.take(block, out=self._gathered[: len(block)])
                 table = similarities(self._gathered[: padded(len(block))], centres, norms)[: len(block)]
@@ -284,67 +296,69 @@ class StreamingCoreset:
 
     def __init__(
         self,
-        images: int,
+        num_images: int,
         shapes: Sequence[Shape],
         share: float,
-        memory: int,
+        memory_bytes: int,
         sampler: str,
         seed: int,
         device: torch.device,
     ) -> None:
-        """For images with layers of `shapes`, of whose rows a share is to be chosen, in at most `memory` bytes.
+        """For images with layers of `shapes`, of whose rows a share is to be chosen, in at most `memory_bytes`.
 
         Raises `OptionError` where the sampler is to keep everything and that does not fit.
         """
         patches, dimension = shapes[0][1] * shapes[0][2], sum(channels for channels, *_ in shapes)
-        self.total, self.share, self.sampler, self.seed, self.shapes = images * patches, share, sampler, seed, shapes
-        self.holds_all = FeatureTable.bytes(images, shapes) <= memory
-        fits = memory // (4 * dimension)
+        self.total, self.share, self.shapes = num_images * patches, share, shapes
+        self.sampler, self.seed = sampler, seed
+        self.holds_all = FeatureTable.bytes(num_images, shapes) <= memory_bytes
+        fits = memory_bytes // (4 * dimension)
         if sampler == "identity" and not self.holds_all:
             everything = f"{self.total:,} patches of {dimension} numbers"
             raise OptionError(f'`sampler="identity"`: {everything} do not fit in `memory`; choose `sampler="k_center"`')
         self.most = max(1, fits // 3)  # entries of a bank that leave room to choose them
         self.rows = (
-            FeatureTable(images, shapes, device)
+            FeatureTable(num_images, shapes, device)
             if self.holds_all
             else FeatureTable(max(fits, 2), [(dimension, 1, 1)], device)
         )
-        self.patches = torch.empty(len(self.rows), dtype=torch.long, device=device)
+        self.patch_ids = torch.empty(len(self.rows), dtype=torch.long, device=device)
         least, most = (times * share for times in OVERSAMPLING)
         self.kept = min(max(least, min(most, len(self.rows) / 2 / self.total)), 1.0)  # of a chunk's rows
         self.radius = 0.0
         self._settled = self._filled = 0
 
-    def add(self, layers: Sequence[Tensor], patches: Tensor) -> None:
-        """Images, each layer (B, C, h, w), and the number of each of their patches (N,)."""
+    def add(self, layers: Sequence[Tensor], patch_ids: Tensor) -> None:
+        """Take images, each layer (B, C, h, w), and the number of each of their patches (N,)."""
         if self.holds_all:
             self.rows.write(self._filled // self.rows.patches, layers)
-            self.patches[self._filled : self._filled + len(patches)] = patches
-            self._filled += len(patches)
+            self.patch_ids[self._filled : self._filled + len(patch_ids)] = patch_ids
+            self._filled += len(patch_ids)
             return
-        images = FeatureTable(len(layers[0]), self.shapes, layers[0].device)
-        images.write(0, layers)
-        rows = images.span(0, len(images))
+        table = FeatureTable(len(layers[0]), self.shapes, layers[0].device)
+        table.write(0, layers)
+        rows = table.span(0, len(table))
         while len(rows):
             if self._filled == len(self.rows) or self._filled - self._settled >= CHUNK:
                 self._reduce()
-            some = rows[: min(len(self.rows) - self._filled, CHUNK)]
-            end = self._filled + len(some)
-            self.rows.layers[0][self._filled : end], self.patches[self._filled : end] = some, patches[: len(some)]
-            rows, patches = rows[len(some) :], patches[len(some) :]
+            count = min(len(rows), len(self.rows) - self._filled, CHUNK)
+            end = self._filled + count
+            self.rows.layers[0][self._filled : end] = rows[:count]
+            self.patch_ids[self._filled : end] = patch_ids[:count]
+            rows, patch_ids = rows[count:], patch_ids[count:]
             self._filled = end
 
     def choose(self, progress: Callable[[int, int], None] | None = None) -> tuple[Tensor, Tensor, float]:
-        """The bank: entries (K, D), their patches (K,), and how far the farthest row is from an entry, at most."""
+        """Entries of a memory bank (K, D), their patches (K,), and how far the farthest row is from one, at most."""
         count = min(max(1, int(self.total * self.share)), self._filled if self.holds_all else self.most)
         rows = self.rows if self.holds_all else FeatureTable.of(self.rows.layers[0][: self._filled])
         chosen = select(rows, min(count, len(rows)), self.sampler, seed=self.seed, progress=progress)
         release()
         indices = chosen.indices.to(rows.device)
         entries = torch.empty(len(indices), rows.dimension, device=rows.device)
-        for some, place in zip(indices.split(BLOCK), entries.split(BLOCK), strict=True):
-            rows.take(some, out=place)
-        return entries, self.patches[indices], self.radius + chosen.radius
+        for block, out in zip(indices.split(BLOCK), entries.split(BLOCK), strict=True):
+            rows.take(block, out=out)
+        return entries, self.patch_ids[indices], self.radius + chosen.radius
 
     def _reduce(self) -> None:
         """Make room: reduce the unsettled chunk to its share, or everything to a half when that leaves too little."""
@@ -358,7 +372,7 @@ class StreamingCoreset:
         kept = chosen.indices.to(chunk.device).sort().values
         end = self._settled + count
         rows[self._settled : end] = chunk[kept]
-        self.patches[self._settled : end] = self.patches[self._settled : self._filled][kept]
+        self.patch_ids[self._settled : end] = self.patch_ids[self._settled : self._filled][kept]
         self.radius = max(self.radius, chosen.radius) if self._settled else self.radius + chosen.radius
         self._settled = self._filled = end
 

@@ -20,12 +20,12 @@ class FeatureTable:
     weighted sum of four places: keeping these instead of the patches takes a quarter of the memory, or less.
     """
 
-    def __init__(self, images: int, shapes: Sequence[Shape], device: torch.device | None = None) -> None:
+    def __init__(self, num_images: int, shapes: Sequence[Shape], device: torch.device | None = None) -> None:
         """Room for images whose layers are of `shapes`, none of which has more places than the first."""
         self.shapes = list(shapes)
         self.patches = shapes[0][1] * shapes[0][2]  # of an image
         self.layers = [
-            torch.empty(images * height * width, channels, device=device) for channels, height, width in shapes
+            torch.empty(num_images * height * width, channels, device=device) for channels, height, width in shapes
         ]
         self.taps = [_taps(shape, shapes[0], device) for shape in shapes]
 
@@ -37,9 +37,9 @@ class FeatureTable:
         return rows
 
     @staticmethod
-    def bytes(images: int, shapes: Sequence[Shape]) -> int:
+    def bytes(num_images: int, shapes: Sequence[Shape]) -> int:
         """What so many images take."""
-        return 4 * images * sum(channels * height * width for channels, height, width in shapes)
+        return 4 * num_images * sum(channels * height * width for channels, height, width in shapes)
 
     def __len__(self) -> int:
         return len(self.layers[0])
@@ -61,22 +61,22 @@ class FeatureTable:
             layer[start : start + len(rows)] = rows
 
     def take(self, indices: Tensor, out: Tensor | None = None) -> Tensor:
-        """Those of indices (n,): (n, D), written to `out` if there is one."""
+        """The patches of these indices (n,): (n, D), written to `out` if there is one."""
         if len(self.layers) == 1:
             return torch.index_select(self.layers[0], 0, indices, out=out)
-        image, place = indices // self.patches, indices % self.patches
+        image_ids, place = indices // self.patches, indices % self.patches
         parts = []
         for layer, (_, height, width), taps in zip(self.layers, self.shapes, self.taps, strict=True):
             if taps is None:
                 parts.append(layer.index_select(0, indices))
             else:
                 places, weights = (table.index_select(0, place) for table in taps)
-                places = places + (image * (height * width))[:, None]
+                places = places + (image_ids * (height * width))[:, None]
                 parts.append(F.embedding_bag(places, layer, per_sample_weights=weights, mode="sum"))
         return torch.cat(parts, 1, out=out)
 
     def span(self, start: int, stop: int) -> Tensor:
-        """Those from start to stop: (stop − start, D)."""
+        """The patches from start to stop: (stop − start, D)."""
         if len(self.layers) == 1:
             return self.layers[0][start:stop]
         return self.take(torch.arange(start, min(stop, len(self)), device=self.device))
