@@ -28,7 +28,7 @@ WITHOUT_TORCH = """
 import json, sys
 for name in ("torch", "torchvision", "timm", "scipy", "sklearn", "jinja2", "onnx", "pandas"):
     sys.modules[name] = None
-import kizu, kizu.runtime
+import kizu, kizu.inference.exported
 model = kizu.load(sys.argv[1])
 told = []
 for path in sys.argv[2:]:
@@ -161,13 +161,13 @@ def test_a_graph_that_does_not_reproduce_the_model_is_refused(plain, other, tmp_
 
 
 def test_a_graph_that_says_something_else_is_not_written(patchcore, tmp_path, monkeypatch):
-    say = kizu.PatchCore.tell
+    forward = kizu.PatchCore.forward_with_extras
 
     def a_little_more(self, images):
-        scores, *others = say(self, images)
+        scores, *others = forward(self, images)
         return scores * 1.001, *others
 
-    monkeypatch.setattr(kizu.PatchCore, "tell", a_little_more)
+    monkeypatch.setattr(kizu.PatchCore, "forward_with_extras", a_little_more)
     with pytest.raises(kizu.ModelError, match="does not say what torch says"):
         export(patchcore, tmp_path / "exported")
     assert list(tmp_path.iterdir()) == []
