@@ -60,6 +60,7 @@ class Detector(Inspector):
         super().__init__(Preprocessing(self.config.size, self.config.resize), self.config.false_alarms)
         self.augmentation = Augmentation.of(self.config)
         self.graph: nn.Module | None = None
+        # with `workers`, where and how fast it works; prediction needs them as well as a fit, which has its own context
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.batch_size: int | None = None  # photographs at a time, instead of what suits the device
 

@@ -23,12 +23,12 @@ def ledoit_wolf(features: Tensor) -> tuple[Tensor, float]:
     count, dimension = features.shape
     centred = features.double() - features.double().mean(0)
     sample = centred.T @ centred / count
-    level = sample.trace() / dimension
-    spread = (sample - level * torch.eye(dimension, dtype=sample.dtype, device=sample.device)).square().sum()
+    mean_variance = sample.trace() / dimension
+    spread = (sample - mean_variance * torch.eye(dimension, dtype=sample.dtype, device=sample.device)).square().sum()
     error = (centred.square().sum(1).square().sum() - count * sample.square().sum()) / count**2
     share = float((torch.minimum(error, spread) / spread).clamp(min=0)) if spread > 0 else 0.0
     shrunk = (1 - share) * sample
-    shrunk.diagonal().add_(share * level)
+    shrunk.diagonal().add_(share * mean_variance)
     return shrunk, share
 
 
