@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from kizu.calibration.threshold import Threshold
-from kizu.config import CONFIGS
-from kizu.errors import EXTRAS, ModelError
+from kizu.config import Config
+from kizu.detectors import config_class
+from kizu.errors import EXTRAS, KizuError, ModelError
 from kizu.features import hub
 from kizu.inference.parity import Difference, Tolerance
 
@@ -71,9 +72,12 @@ def describe_model(folder: Path) -> dict[str, Any]:
 
 
 def _settings(method: str, config: dict[str, Any]) -> list[str]:
-    """Those that are not as they come, a line each."""
-    usual = json.loads(CONFIGS[method]().model_dump_json())
-    chosen = [f"{key}: {_plain(value)}" for key, value in config.items() if usual.get(key, ...) != value]
+    """Those that are not as they come, a line each; where the method's package is missing, its own settings too."""
+    try:
+        defaults = config_class(method)().model_dump(mode="json")
+    except KizuError:
+        defaults = Config().model_dump(mode="json")
+    chosen = [f"{key}: {_plain(value)}" for key, value in config.items() if defaults.get(key, ...) != value]
     return [*chosen, f"{'all' if not chosen else 'the others'} as they come (model.json has each)"]
 
 

@@ -21,7 +21,7 @@ from kizu.cli.arguments import json_option, quiet_option
 from kizu.cli.options import PASSED_ON, config_option, run_options
 from kizu.cli.reference.commands import import_models, reference
 from kizu.cli.wording import flagged
-from kizu.detectors import DETECTORS
+from kizu.detectors import DETECTORS, config_class, methods
 from kizu.detectors.ram import allow_tuning
 from kizu.errors import KizuError, OptionError, missing_extra
 from kizu.inference.model_folder import model_folder
@@ -57,10 +57,15 @@ class Methods(click.Group):
     """One `train` command a method, its options made from the method's config when it is asked for."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(DETECTORS)
+        return list(methods())
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
-        return _train_command(name) if name in DETECTORS else None
+        return _train_command(name) if name in DETECTORS or name in methods() else None
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Without asking for any of them, which would import plug-ins."""
+        with formatter.section("Commands"):
+            formatter.write_dl(list(methods().items()))
 
 
 class TrainCommand(click.Command):
@@ -158,12 +163,12 @@ def train() -> None:
 
 
 def _train_command(method: str) -> click.Command:
-    from kizu.config import CONFIGS, Augmented, Config, build
+    from kizu.config import Augmented, Config, build
 
-    kind = CONFIGS[method]
-    about_method = (kind.__doc__ or "").split("\n")[0].rstrip(".")
+    kind = config_class(method)
+    about_method = (kind.__doc__ or method).split("\n")[0].rstrip(".")
 
-    @click.command(method, cls=TrainCommand, short_help=about_method)
+    @click.command(method, cls=TrainCommand)
     @click.argument("data")
     @data_options
     @run_options

@@ -19,6 +19,7 @@ __all__ = [
     "Config",
     "DistillationConfig",
     "EfficientADConfig",
+    "OtherConfig",
     "PUADConfig",
     "PatchCoreConfig",
     "SimpleNetConfig",
@@ -106,6 +107,12 @@ class Config(Augmented):
         if self.resize is not None and self.resize < min(self.size):
             raise ValueError(f"--resize {self.resize} is smaller than --size {min(self.size)}")
         return self
+
+
+class OtherConfig(Config):
+    """Settings of a method whose own class is not at hand: every value as model.json has it."""
+
+    model_config = ConfigDict(extra="allow")
 
 
 class BackboneConfig(Config):

@@ -183,7 +183,8 @@ def measure(
 ) -> tuple[dict[str, float | None], dict[str, str], list[str]]:
     """Metrics, reasons for missing ones, notes. Maps and masks are made anew whenever needed, one at a time."""
     scores = [prediction.score for _, prediction in predictions]
-    values, reasons = metrics.image_metrics(scores, [sample.is_anomalous for sample, _ in predictions])
+    labels = [sample.is_anomalous for sample, _ in predictions]
+    values, reasons = metrics.image_metrics(scores, labels)
     usable, notes = _usable(predictions, saturations)
     found = [
         metrics.pixel_metrics(
@@ -203,6 +204,7 @@ def measure(
         found.append(loco.localisation([sample.defect for sample, _ in usable], image))
         if saturations is None:
             notes.append(loco.NO_CONFIG)
+    found.append(metrics.plugin_metrics(scores, labels))
     for more, why in found:
         values, reasons = values | more, reasons | why
     return values, reasons, notes

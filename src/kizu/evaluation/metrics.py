@@ -5,6 +5,7 @@ All of these need labels: they are reports and never decide anything about a det
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib.metadata import EntryPoint
 from typing import Any
 
 import numpy as np
@@ -12,10 +13,12 @@ import numpy.typing as npt
 from scipy import ndimage
 from sklearn import metrics as sklearn_metrics
 
+from kizu.config.plugins import load, plugins
 from kizu.data.loco_masks import Region
+from kizu.errors import KizuError, OptionError
 
-__all__ = ["IMAGE", "PIXEL", "Reasons", "Values", "au_pro", "au_spro", "image_metrics", "pixel_metrics"]
-__all__ += ["presorted_bad", "presorted_good", "ranking"]
+__all__ = ["IMAGE", "PIXEL", "Reasons", "Values", "au_pro", "au_spro", "image_metrics", "metric_plugins"]
+__all__ += ["pixel_metrics", "plugin_metrics", "presorted_bad", "presorted_good", "ranking"]
 
 IMAGE = ("image_auroc", "image_ap", "image_f1max", "pg2", "pb2")
 PIXEL = ("pixel_auroc", "pixel_ap", "pixel_f1max", "au_pro")
@@ -55,6 +58,34 @@ def pixel_metrics(maps: Iterable[Floats], masks: Iterable[Bools]) -> tuple[Value
         return dict.fromkeys(PIXEL), dict.fromkeys(PIXEL, curve)
     values = (curve.auroc(), curve.average_precision(), curve.f1_max(), curve.area(0.3))
     return dict(zip(PIXEL, values, strict=True)), {}
+
+
+def metric_plugins() -> dict[str, EntryPoint]:
+    """The metrics that other packages bring, by the names of their columns."""
+    return {name: plugin for name, plugin in plugins("kizu.metrics").items() if name not in (*IMAGE, *PIXEL)}
+
+
+def plugin_metrics(scores: Sequence[float], labels: Sequence[bool]) -> tuple[Values, Reasons]:
+    """What these metrics give. One that fails is None, with the reason."""
+    values: Values = {}
+    reasons: Reasons = {}
+    for name, plugin in metric_plugins().items():
+        try:
+            values[name] = _plugin_value(plugin, scores, labels)
+        except KizuError as error:
+            values[name], reasons[name] = None, str(error)
+    return values, reasons
+
+
+def _plugin_value(plugin: EntryPoint, scores: Sequence[float], labels: Sequence[bool]) -> float:
+    function = load(plugin)
+    try:
+        value = float(function(np.asarray(scores, dtype=np.float64), np.asarray(labels, dtype=bool)))
+    except Exception as error:  # somebody else's code raises anything
+        raise OptionError(f"{plugin.value} fails ({type(error).__name__}: {error})") from None
+    if not np.isfinite(value):
+        raise OptionError(f"{plugin.value} gives {value}")
+    return value
 
 
 def ranking(scores: Floats, labels: Bools) -> tuple[float, float, float]:

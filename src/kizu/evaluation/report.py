@@ -17,6 +17,7 @@ from kizu.data import files, image
 from kizu.evaluation import loco_metrics as loco
 from kizu.evaluation.evaluate import CategoryResult, Judged, Picture
 from kizu.evaluation.html import templates
+from kizu.evaluation.metrics import metric_plugins
 
 __all__ = ["MAX_BYTES", "RunSummary", "render", "write"]
 
@@ -82,6 +83,7 @@ def _page(summary: RunSummary, results: Sequence[CategoryResult], note: str) -> 
         total=Tally.of(chain.from_iterable(section.verdicts.values() for section in sections)),
         means={key: mean for key in _keys(results) if (mean := _mean(results, key)) is not None},
         limits=loco.LIMITS,
+        plugin_metrics=list(metric_plugins()),
         palette=", ".join(f"rgb({r} {g} {b})" for r, g, b in image.heat(np.linspace(0, 1, 16, dtype="f4"), 0, 1)),
         note=note,
     )

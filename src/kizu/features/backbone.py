@@ -1,16 +1,21 @@
 """Pretrained networks from timm, where their weights come from, and taps on their layers."""
 
 import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 from safetensors.torch import load_file
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import Conv2dSame, get_same_padding, resample_abs_pos_embed
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.models.feature_extraction import create_feature_extractor
 
+from kizu.config.plugins import load, plugins
 from kizu.errors import ModelError, OptionError, require
 from kizu.features.hub import impatient
 from kizu.features.matmul import is_traced
@@ -26,6 +31,8 @@ EMBEDDED = {
     )
 }
 ALIASES = {"clip": "vit_base_patch32_clip_quickgelu_224.openai"}
+IMAGENET = {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
+TRIAL = (64, 64)  # pixels of an image of zeros
 DEFAULT_REDUCTIONS = (8, 16)
 DEFAULT_DEPTHS = (1 / 2, 3 / 4)  # of a transformer, whose layers all have the same reduction
 
@@ -44,6 +51,9 @@ class Backbone(nn.Module):
         size that is no multiple of its patches.
         """
         super().__init__()
+        if (plugin := _plugin(name)) is not None:
+            self._tap_plugin(plugin, layers, size)
+            return
         timm_name = EMBEDDED[name][0] if name in EMBEDDED else ALIASES.get(name, name)
         probe = _probe(timm_name, name)
         stages = {str(entry["module"]): int(entry["reduction"]) for entry in probe.feature_info.info}
@@ -61,12 +71,31 @@ class Backbone(nn.Module):
         if hasattr(self.network, "blocks"):  # timm keeps those that nothing is taken from
             last = max((int(layer.split(".")[1]) for layer in self.layers if layer.startswith("blocks.")), default=-1)
             self.network.blocks = self.network.blocks[: last + 1]
-        self.order = [sorted(set(indices)).index(index) for index in indices]
+        self.order: Sequence[int | str] = [sorted(set(indices)).index(index) for index in indices]
         config = (
             self.network.default_cfg
             if hasattr(self.network, "default_cfg")
             else timm.get_pretrained_cfg(timm_name).to_dict()
         )
+        self._normalise_by(config)
+
+    def _tap_plugin(self, plugin: EntryPoint, layers: tuple[str, ...], size: tuple[int, int] | None) -> None:
+        """As for timm's networks, for a network of another package; its layers are its modules, by their names."""
+        network = _make(plugin, pretrained=False)
+        stages = _stages(plugin.name, network, size or TRIAL)
+        last = {reduction: name for name, reduction in stages.items()}
+        self.is_transformer = False
+        defaults = tuple(last[reduction] for reduction in DEFAULT_REDUCTIONS if reduction in last)
+        self.layers = self.order = _layers(plugin.name, layers or defaults, stages, is_transformer=False)
+        try:
+            self.network = create_feature_extractor(network, list(self.layers))
+        except Exception as error:  # of torch.fx, or of the network's code
+            reason = str(error).splitlines()[0]
+            raise OptionError(f"`backbone={plugin.name}`: torch.fx cannot trace the network ({reason})") from None
+        self._normalise_by(getattr(network, "default_cfg", IMAGENET))
+
+    def _normalise_by(self, config: Mapping[str, Any]) -> None:
+        """Take the mean and deviation of each channel that the network was trained with."""
         self.register_buffer("mean", 255 * torch.tensor(config["mean"]).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", 255 * torch.tensor(config["std"]).view(1, 3, 1, 1), persistent=False)
 
@@ -173,6 +202,8 @@ def create(
         state = _read(Path(weights))
     elif name in EMBEDDED:
         state = _embedded(name)
+    elif (plugin := _plugin(name)) is not None:
+        state = _make(plugin, pretrained=True).state_dict()
     else:
         state = _from_hub(ALIASES.get(name, name))
     _load(backbone.network, state, weights or name)
@@ -216,7 +247,7 @@ def _pairs(network: nn.Module) -> list[tuple[nn.Conv2d, tuple[nn.Module, str]]]:
     leaves = [module for module in places if isinstance(module, nn.BatchNorm2d) or not any(module.children())]
     hooks = [module.register_forward_hook(note) for module in leaves]
     with torch.inference_mode():
-        network(torch.zeros(1, 3, 64, 64))
+        network(torch.zeros(1, 3, *TRIAL))
     for hook in hooks:
         hook.remove()
     takers = ((made[key], modules[0]) for key, modules in taken.items() if key in made and len(modules) == 1)
@@ -229,12 +260,54 @@ def _probe(timm_name: str, name: str) -> Any:
         close = timm.list_models(f"*{timm_name.split('.')[0][:8]}*")[:5]
         hint = f" Similar: {', '.join(close)}." if close else ""
         known = ", ".join([*EMBEDDED, *ALIASES])
-        raise OptionError(f'`backbone="{name}"`: neither one of {known} nor a name that timm knows.{hint}')
+        raise OptionError(f'`backbone="{name}"`: neither one of {known} nor a name of timm or a plug-in.{hint}')
     try:
         with torch.device("meta"):
             return timm.create_model(timm_name, features_only=True)
     except (RuntimeError, AttributeError, AssertionError) as error:
         raise OptionError(f'`backbone="{name}"`: timm cannot take features from it ({error})') from None
+
+
+def _plugin(name: str) -> EntryPoint | None:
+    """The backbone of this name that another package brings, unless kizu or timm has one."""
+    is_ours = name in EMBEDDED or name in ALIASES or timm.is_model(name)
+    return None if is_ours else plugins("kizu.backbones").get(name)
+
+
+def _make(plugin: EntryPoint, pretrained: bool) -> nn.Module:
+    """The network that a plug-in makes. Raises `OptionError` where it makes none."""
+    function = load(plugin)
+    try:
+        network = function(pretrained=pretrained)
+    except Exception as error:  # somebody else's code raises anything
+        raise OptionError(f"`backbone={plugin.name}`: {plugin.value} fails ({type(error).__name__}: {error})") from None
+    if not isinstance(network, nn.Module):
+        raise OptionError(f"`backbone={plugin.name}`: {plugin.value} should return a torch.nn.Module")
+    return network.eval()
+
+
+def _stages(name: str, network: nn.Module, size: tuple[int, int]) -> dict[str, int]:
+    """The modules that give feature maps, in the order in which they are done, and how much smaller these are."""
+    stages: dict[str, int] = {}
+
+    def note(module: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(_: nn.Module, inputs: Any, output: Any) -> None:
+            if isinstance(output, Tensor) and output.ndim == 4:
+                stages[module] = round(size[0] / output.shape[2])
+
+        return hook
+
+    hooks = [module.register_forward_hook(note(key)) for key, module in network.named_modules() if key]
+    try:
+        with torch.inference_mode():
+            network(torch.zeros(1, 3, *size))
+    except Exception as error:  # somebody else's code raises anything
+        reason = str(error).splitlines()[0]
+        raise OptionError(f"`backbone={name}` does not take images of {size[0]} x {size[1]} ({reason})") from None
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return stages
 
 
 def _layers(name: str, asked: tuple[str, ...], stages: dict[str, int], is_transformer: bool) -> tuple[str, ...]:

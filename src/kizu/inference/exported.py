@@ -55,9 +55,9 @@ class Exported(Inspector):
     @cached_property
     def config(self) -> Any:
         """The method's hyper-parameters, as of the trained model."""
-        from kizu.config import CONFIGS, build
+        from kizu.config import CONFIGS, OtherConfig, build
 
-        return build(CONFIGS[self.method], self.about["config"])
+        return build(CONFIGS.get(self.method, OtherConfig), self.about["config"])
 
     @property
     def tolerance(self) -> Tolerance:
