@@ -66,9 +66,9 @@ def test_the_commands_know_the_method(installed, photos, tmp_path):
     assert dict(zip(header.split(","), row.split(","), strict=True))["caught"] == "1.000000"
     assert "caught" in (results / "report.html").read_text()
     assert "mean_image" in run(installed, "kizu", "info", model)
-    run(installed, "kizu", "export", model, "--output", tmp_path / "exported")
+    run(installed, "kizu", "export", model, "--to", "onnx", "--output", tmp_path / "exported")
     printed = run(installed, "kizu", "predict", tmp_path / "exported", photos / "bad", "--json", "--quiet")
-    assert all(json.loads(line)["verdict"] == "stop" for line in printed.splitlines())
+    assert [row["verdict"] for row in json.loads(printed)] == ["stop"] * 3
 
 
 def test_an_exported_model_needs_no_plugin(installed, photos, tmp_path):
@@ -95,7 +95,7 @@ def test_a_backbone_from_outside(installed, photos, tmp_path):
     options = ["--size", "64", "--backbone", "shufflenet", "--weights", "weights.pth", "--coreset", "0.2"]
     run(installed, "kizu", "train", "patchcore", photos, *options, "--name", "a", folder=tmp_path)
     model = next((tmp_path / "results" / "project" / "group" / "a" / "models").iterdir())
-    run(installed, "kizu", "export", model, "--output", tmp_path / "exported")
+    run(installed, "kizu", "export", model, "--to", "onnx", "--output", tmp_path / "exported")
     sentence = run(
         installed, "kizu", "train", "patchcore", photos, *options, "--layers", "stage9", folder=tmp_path, code=2
     )

@@ -221,12 +221,12 @@ def test_base_settings_are_checked_as_the_bases_own():
     assert kizu.PUAD(base="efficientad").config.size == (256, 256)
     assert kizu.PUAD(base_settings='{"top": 0}').config.base_config.top == 0
     for settings, words in (
-        ({"base_settings": "coreset=2"}, "--coreset 2"),
-        ({"base_settings": "colour=2"}, "--colour is not an option of PatchCore"),
-        ({"base_settings": "fast"}, "--base-settings fast"),
-        ({"base": "efficientad", "size": 64}, "--size 64"),
-        ({"base": "yolo"}, "--base yolo"),
-        ({"exact": True, "balance": 0.2}, "--exact"),
+        ({"base_settings": "coreset=2"}, '`coreset="2"`'),
+        ({"base_settings": "colour=2"}, "`colour` is not a setting of PatchCore"),
+        ({"base_settings": "fast"}, '`base_settings="fast"`'),
+        ({"base": "efficientad", "size": 64}, "`size=64`"),
+        ({"base": "yolo"}, '`base="yolo"`'),
+        ({"exact": True, "balance": 0.2}, "`exact=True`"),
     ):
         with pytest.raises(OptionError, match=words):
             kizu.PUAD(**settings)

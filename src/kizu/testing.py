@@ -8,6 +8,7 @@ def test_my_method():
 
 import importlib.util
 import pickle
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -101,9 +102,11 @@ def check_settings(subject: Subject) -> None:
     _ensure(pickle.loads(pickle.dumps(config)) == config, f"A pickled {kind.__name__} should come back equal")
     restored = build(kind, config.model_dump(mode="json"))
     _ensure(restored == config, f"A {kind.__name__} should come back equal from its JSON")
-    for wrong in ({"size": 8}, {"size": "big"}, {"false_alarms": 0}, {"smoothing": -1}, {"no_such_setting": 1}):
-        with _refused(OptionError, next(iter(wrong)), f"Wrong settings, {wrong},"):
-            subject.cls(**wrong)
+    for name, value in (("size", 8), ("size", "big"), ("false_alarms", 0), ("smoothing", -1), ("no_such_setting", 1)):
+        with _refused(OptionError, f"`{name}", f"{name}={value!r}"):
+            subject.new(**{name: value})
+    with _refused(OptionError, "`resize=100`", "resize=100 for size=128"):
+        subject.new(resize=100, size=128)
 
 
 def check_errors(subject: Subject) -> None:
@@ -124,11 +127,13 @@ def check_defect(subject: Subject) -> None:
     """A defect is found where it is."""
     detector = subject.fitted
     good, defective = detector.predict(photograph(98)), detector.predict(photograph(99, spot=True))
-    _ensure(defective.score > good.score, "A defective part should score higher than a good one")
-    _ensure(defective.is_anomalous, "A part with a bright spot should be stopped")
-    _ensure(defective.anomaly_map.shape == (SIDE, SIDE), "The anomaly map should cover the photograph")
-    _ensure(defective.anomaly_map.dtype == np.float32, "The anomaly map should be of float32")
-    _ensure_peak(defective.anomaly_map, MARGIN)
+    score, anomaly_map = defective
+    _ensure(score == defective.score and anomaly_map is defective.anomaly_map, "A prediction is a score and a map")
+    _ensure(score > good.score, "A defective part should score higher than a good one")
+    _ensure(defective.is_anomalous and score > defective.threshold, "A part with a bright spot should be stopped")
+    _ensure(anomaly_map.shape == (SIDE, SIDE), "The anomaly map should cover the photograph")
+    _ensure(anomaly_map.dtype == np.float32, "The anomaly map should be of float32")
+    _ensure_peak(anomaly_map, MARGIN)
     _ensure(bool(defective.marked[36, 56]), "The spot should be marked")
     _ensure(not defective.marked[5, 5], "The empty table should not be marked")
     _ensure(defective.overlay().shape == (SIDE, SIDE, 3), "The overlay should have the photograph's size")
@@ -180,6 +185,7 @@ def check_saved_model(subject: Subject) -> None:
             np.array_equal(before.anomaly_map, after.anomaly_map),
             "A loaded model should give the same maps, to the last bit",
         )
+        _ensure(np.array_equal(before.overlay(), after.overlay()), "A loaded model should draw the same overlays")
 
 
 def check_reproducible(subject: Subject) -> None:
@@ -192,19 +198,26 @@ def check_reproducible(subject: Subject) -> None:
 
 
 def check_few_images(subject: Subject) -> None:
-    """One image, or two, give a finite score and a threshold whose statement says how little it is worth."""
+    """One image, or two, give a finite score, a threshold that says how little it is worth, and plain JSON."""
+    import kizu
+
     for count in (1, 2):
         detector = subject.new().fit(subject.good[:count])
         score = detector.predict(subject.good[5]).score
         _ensure(bool(np.isfinite(score)), f"After {count} good image(s) a score should be finite, not {score}")
         statement = detector.threshold.statement
         _ensure("good images" in statement or "nothing is stopped" in statement, f"This says too little: {statement}")
+        with tempfile.TemporaryDirectory() as folder:
+            model = detector.save(Path(folder, "model"))
+            _ensure(kizu.load(model).threshold == detector.threshold, "A model of few images should be loaded as saved")
+            text = (model / "model.json").read_text(encoding="utf-8")
+            _ensure(not re.search(r"\b(NaN|Infinity)\b", text), "model.json should have neither NaN nor Infinity")
 
 
 def check_rectangle(subject: Subject) -> None:
     """Any size of input, wide or high, puts the defect where it is."""
     side = max(subject.new().config.size)
-    for size in ((side, side + 32), (side + 32, side)):
+    for size in (f"{side}x{side + 32}", (side + 32, side)):
         detector = subject.new(size=size).fit(subject.good[:3])
         _ensure_peak(detector.predict(photograph(7, spot=True)).anomaly_map, MARGIN + 2)
 

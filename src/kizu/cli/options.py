@@ -5,6 +5,7 @@ from typing import Any, Literal, get_args, get_origin
 
 import click
 
+from kizu.cli.wording import flagged
 from kizu.evaluation.tracking import SERVICES
 
 __all__ = ["PASSED_ON", "config_option", "run_options"]
@@ -66,7 +67,7 @@ def config_option(field: str, about: Any, flag: str | None = None) -> click.Opti
         [field, flag or _flags(field, about.annotation)],
         type=_option_type(about.annotation),
         default=None,
-        help=f"{about.description}{suffix}",
+        help=f"{flagged(about.description)}{suffix}",
     )
 
 

@@ -1,18 +1,11 @@
 """Every hyper-parameter of every method: validated objects that become options, keyword arguments, JSON and help."""
 
-from kizu.config.base import (
-    CONFIGS,
-    Augmented,
-    BackboneConfig,
-    Config,
-    DistillationConfig,
-    EfficientADConfig,
-    OtherConfig,
-    PatchCoreConfig,
-    PUADConfig,
-    SimpleNetConfig,
-    build,
-)
+from kizu.config.base import Augmented, BackboneConfig, Config, OtherConfig, build
+from kizu.config.distillation import DistillationConfig
+from kizu.config.efficientad import EfficientADConfig
+from kizu.config.patchcore import PatchCoreConfig
+from kizu.config.puad import PUADConfig
+from kizu.config.simplenet import SimpleNetConfig
 
 __all__ = [
     "CONFIGS",
@@ -27,3 +20,10 @@ __all__ = [
     "SimpleNetConfig",
     "build",
 ]
+
+CONFIGS: dict[str, type[Config]] = {
+    "patchcore": PatchCoreConfig,
+    "simplenet": SimpleNetConfig,
+    "efficientad": EfficientADConfig,
+    "puad": PUADConfig,
+}

@@ -244,7 +244,7 @@ def _config(
         "augment": data["augment"] and not original,
         "seed": main["seed"],
     }
-    return build(PatchCoreConfig, settings)  # type: ignore[no-any-return]
+    return build(PatchCoreConfig, settings)
 
 
 def _stride(patchsize: int, overlap: float | None) -> int:

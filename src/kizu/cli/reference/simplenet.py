@@ -194,7 +194,7 @@ def _config(main: dict[str, Any], network: dict[str, Any], data: dict[str, Any])
         "resize": data["resize"],
         "seed": main["seed"] if seed is None else seed,
     }
-    return build(SimpleNetConfig, settings)  # type: ignore[no-any-return]
+    return build(SimpleNetConfig, settings)
 
 
 def _fit(
