@@ -1,1 +1,1 @@
-"""From pixels to patch features, and back to an anomaly map; files of weights."""
+"""Patch features from pretrained networks, anomaly maps made of patch scores, and files of weights read safely."""

@@ -102,8 +102,8 @@ class Backbone(nn.Module):
     def forward(self, images: Tensor) -> list[Tensor]:
         """(B, 3, H, W) uint8 → [(B, C, H / reduction, W / reduction)] in the order of `layers`.
 
-        A CPU takes an image a thread: what more of them hold at once no longer fits its caches, and costs up to twice
-        the time.
+        A CPU takes as many images at a time as it has threads: more at once do not fit its caches, and take up to
+        twice as long.
         """
         at_once = torch.get_num_threads()
         if is_traced() or images.is_cuda or torch.is_grad_enabled() or len(images) <= at_once:
@@ -145,7 +145,7 @@ class Backbone(nn.Module):
     def fold(self) -> None:
         """Move each batch normalisation into the convolution before it, as a trial run shows the pairs; and padding.
 
-        Evaluation is some two times faster; results are the same to rounding.
+        Evaluation is about twice as fast; results are the same to rounding.
         """
         places = [(parent, name, part) for parent in self.network.modules() for name, part in parent.named_children()]
         if not any(isinstance(part, nn.BatchNorm2d) for *_, part in places):

@@ -1,4 +1,4 @@
-"""The model hub that timm downloads weights from: whether it answers, and not waiting for it where it does not."""
+"""The model hub that timm downloads weights from: whether it answers, and how not to wait where it does not."""
 
 import socket
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from urllib.request import getproxies
 
 __all__ = ["address", "answers", "impatient"]
 
-SECONDS = 3.0
+TIMEOUT = 3.0  # seconds
 
 
 def address() -> tuple[str, int]:
@@ -20,9 +20,9 @@ def address() -> tuple[str, int]:
 
 
 def answers() -> bool:
-    """Whether it can be reached. Only a connection is opened."""
+    """Whether the hub can be reached. Only a connection is opened."""
     try:
-        with socket.create_connection(address(), timeout=SECONDS):
+        with socket.create_connection(address(), timeout=TIMEOUT):
             return True
     except OSError:
         return False
@@ -30,9 +30,9 @@ def answers() -> bool:
 
 @contextmanager
 def impatient() -> Iterator[None]:
-    """Inside, a hub that does not answer is not asked: its client would try for a minute. Its cache is used still.
+    """Inside, a hub that does not answer is not asked, because its client would try for a minute. Its cache still is.
 
-    Where there is a proxy only asking tells.
+    Behind a proxy the hub is always asked: a connection would only show that the proxy answers.
     """
     from huggingface_hub import constants
 

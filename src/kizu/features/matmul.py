@@ -9,8 +9,8 @@ from torch.nn import functional as F
 
 __all__ = ["is_traced", "padded", "similarities"]
 
-LEAST = 32  # rows and others from which on oneDNN is worth its preparations
-MOST = 512  # others that are rounded up: larger banks are few
+MIN_ROWS = 32  # rows and others from which on oneDNN is worth its preparations
+MAX_PADDED = 512  # others that are rounded up: larger banks are few
 
 
 class Linear(Protocol):
@@ -32,13 +32,13 @@ def similarities(rows: Tensor, others: Tensor, half_norms: Tensor) -> Tensor:
     """
     if is_traced():  # asked first: a number of rows that is looked at would be fixed in an export
         return torch.addmm(-half_norms, rows, others.T)
-    small = len(rows) < LEAST or len(others) < LEAST
+    small = len(rows) < MIN_ROWS or len(others) < MIN_ROWS
     on_cpu = rows.device.type == "cpu" and rows.dtype == torch.float32
     linear = onednn_linear() if on_cpu and not small else None
     if linear is None:
         return torch.addmm(-half_norms, rows, others.T)
     count = len(others)
-    if count <= MOST and padded(count) > count:
+    if count <= MAX_PADDED and padded(count) > count:
         more = padded(count) - count
         others, half_norms = F.pad(others, (0, 0, 0, more)), F.pad(half_norms, (0, more))
     return linear(rows, others, -half_norms, "none", [], "")[:, :count]
@@ -46,7 +46,7 @@ def similarities(rows: Tensor, others: Tensor, half_norms: Tensor) -> Tensor:
 
 def padded(count: int) -> int:
     """So many rows or others, for oneDNN rounded up to a power of two."""
-    return count if count < LEAST else 1 << (count - 1).bit_length()
+    return count if count < MIN_ROWS else 1 << (count - 1).bit_length()
 
 
 @cache
@@ -54,7 +54,7 @@ def onednn_linear() -> Linear | None:
     """oneDNN's product, a private operation of torch; None where this torch has none, or one that computes another."""
     if not torch.backends.mkldnn.is_available():
         return None
-    rows, bias = torch.linspace(-1, 1, LEAST**2).view(LEAST, LEAST), torch.linspace(0, 1, LEAST)
+    rows, bias = torch.linspace(-1, 1, MIN_ROWS**2).view(MIN_ROWS, MIN_ROWS), torch.linspace(0, 1, MIN_ROWS)
     try:
         linear = cast(Linear, torch.ops.mkldnn._linear_pointwise)
         product = linear(rows, rows, bias, "none", [], "")

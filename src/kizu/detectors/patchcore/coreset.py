@@ -25,13 +25,13 @@ from kizu.features.matmul import padded, similarities
 
 __all__ = ["Coreset", "StreamingCoreset", "k_center", "select"]
 
-CANDIDATES = 512
-DECAY = 0.95
+CANDIDATES = 512  # rows among which the next picks are made
+DECAY = 0.95  # of the largest distance: rows that are as far are brought up to date
 BLOCK = 2048  # rows, and
 CENTRES = 512  # centres at a time in a matrix product
-PIVOTS = 128  # picks that divide the rows into cells, or fewer where so many picks are to come that
-TABLE = 2**24  # numbers would not hold the distances between both
-SLACK = 1e-4  # for rounding, where distances are compared
+PIVOTS = 128  # picks that divide the rows into cells, at most
+MAX_TABLE = 2**24  # distances between pivots and picks: where there are many picks, there are fewer pivots
+ROUNDING = 1e-4  # that compared distances may be off
 CHUNK = 2**17  # rows that a streaming coreset reduces at a time
 OVERSAMPLING = 2, 8  # times its share that a chunk is reduced to: at least, and at most where memory allows it
 
@@ -105,22 +105,22 @@ def k_center(
         radius = distances.max()
     """
     cover = _Cover(points, distances, picks, count)
-    pivots = min(PIVOTS, max(1, TABLE // count))
-    level = math.inf  # distances above it are up to date, those below are upper bounds
+    pivots = min(PIVOTS, max(1, MAX_TABLE // count))
+    current = math.inf  # distances above it are up to date; those below are upper bounds
     while cover.filled < count:
         if len(cover.cells) == 1 and cover.filled >= pivots and points.device.type == "cpu":
             cover.divide(pivots)
-        above = int((cover.distances > level).sum())
+        above = int((cover.distances > current).sum())
         if above == 0:
             highest = float(cover.distances.max())
-            level = DECAY * highest if highest > 0 else -0.5
+            current = DECAY * highest if highest > 0 else -0.5
         else:
             bound, candidates = cover.distances.topk(min(CANDIDATES, above))
-            limit = float(bound[-1]) if above > CANDIDATES else level
+            limit = float(bound[-1]) if above > CANDIDATES else current
             cover.pick(candidates[_among(cover.rows(candidates), bound, limit, count - cover.filled)])
             if progress is not None:
                 progress(cover.filled, count)
-        cover.catch_up((cover.distances > level).nonzero()[:, 0])
+        cover.catch_up((cover.distances > current).nonzero()[:, 0])
     return Coreset(cover.order[cover.chosen].cpu(), cover.radius())
 
 
@@ -199,7 +199,7 @@ class _Cover:
         reach = self.to_own_pivot[positions] + self.distances[positions]
         reach = reach.new_full((len(self.cells),), -torch.inf).scatter_reduce_(0, cell, reach, "amax")
         first = int(known.min())
-        near = self.to_pivots[first : self.filled] < reach * (1 + SLACK)
+        near = self.to_pivots[first : self.filled] < reach * (1 + ROUNDING)
         near &= torch.arange(first, self.filled, device=known.device)[:, None] >= known
         picks = near.T.nonzero()[:, 1] + first
         picks_by_cell, rows_by_cell = picks.split(near.sum(0).tolist()), positions.split(counts.tolist())

@@ -246,9 +246,9 @@ class PatchCore(Detector):
             "names": [name for part in parts for name in part.training["names"]],
             "digests": [digest for part in parts for digest in part.training["digests"]],
             "suspects": [
-                {**one, "number": one["number"] + start}
+                {**outlier, "number": outlier["number"] + start}
                 for part, start in zip(parts, starts, strict=True)
-                for one in part.training["suspects"]
+                for outlier in part.training["suspects"]
             ],
         }
         if all(part.thumbnails for part in parts):

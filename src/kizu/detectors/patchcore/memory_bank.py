@@ -12,7 +12,7 @@ from kizu.features.matmul import is_traced
 
 __all__ = ["Bank", "Neighbours"]
 
-LARGE = 1000  # entries from which on a bank is sorted into cells
+MIN_ENTRIES_FOR_CELLS = 1000  # smaller banks are not sorted into cells
 PRIOR = 5  # patches: how firmly an entry's scale holds to that of all entries
 
 
@@ -82,7 +82,7 @@ class Bank(nn.Module):
         """A new bank of entries in any order, with what is known of the distances to each."""
         sums = torch.zeros_like(entries[:, 0]) if sums is None else sums
         counts = torch.zeros_like(entries[:, 0]) if counts is None else counts
-        if len(entries) < LARGE:
+        if len(entries) < MIN_ENTRIES_FOR_CELLS:
             return cls(entries, images, places, sums, counts, entries[:0], images[:0])
         order, centres, sizes = sort_into_cells(entries)
         return cls(entries[order], images[order], places[order], sums[order], counts[order], centres, sizes)

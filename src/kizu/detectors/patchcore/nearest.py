@@ -23,7 +23,7 @@ GPU_FACTOR = 4  # times as many of each there
 CELL_SAMPLE = 64  # entries a cell that place its centre
 KMEANS_ROUNDS = 4
 CELL_MULTIPLE = 64  # entries that a cell is rounded up to multiples of
-SLACK = 1e-4  # for rounding, where bounds are compared
+ROUNDING = 1e-4  # that compared distances may be off
 WORTHWHILE = 0.4  # share of the cells from which on comparing everything is faster
 
 LISTS, PARTS, BITS = 512, 64, 8  # cells, parts that a vector is cut into, bits a part: the reference's
@@ -134,7 +134,7 @@ class CellIndex:
         similar, places = self._visit(queries, who, home, query_image_ids)
         best = torch.empty_like(half_norms).scatter_(0, who, similar)
         place = torch.empty_like(home).scatter_(0, who, places)
-        upper = (2 * (half_norms - best)).clamp_(min=0).sqrt_().mul_(1 + SLACK).add_(SLACK)
+        upper = (2 * (half_norms - best)).clamp_(min=0).sqrt_().mul_(1 + ROUNDING).add_(ROUNDING)
         halfway = (squares - at_home[:, None]).div_(self.between[home])
         needed = halfway < upper[:, None]
         needed &= (2 * squares).sqrt_().sub_(self.radii) < upper[:, None]
@@ -161,7 +161,7 @@ class CellIndex:
         for number, query in enumerate(queries):
             lower, cells = ((self.centres - query).norm(dim=1) - self.radii).sort()
             for least, cell in zip(lower.tolist(), cells.tolist(), strict=True):
-                if least > float(distances[number, -1]) * (1 + SLACK) + SLACK:
+                if least > float(distances[number, -1]) * (1 + ROUNDING) + ROUNDING:
                     break
                 members = torch.arange(int(self.starts[cell]), int(self.ends[cell]))
                 to_members = (self.entries[int(self.starts[cell]) : int(self.ends[cell])] - query).norm(dim=1)
