@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kizu.data.dataset import LAYOUTS, Dataset, find, inspect
+from kizu.data.dataset import LAYOUTS, Dataset, find
+from kizu.data.inspection import inspect
 from kizu.errors import BadImage, DataError, OptionError
 
 
@@ -184,7 +185,7 @@ def test_one_category_and_what_is_left_out(tmp_path: Path) -> None:
     assert dataset.samples[0].name(tmp_path) == "cap/train/good/000.png"
     with pytest.raises(OptionError, match=r"no category nail; it has cap, nut"):
         find(tmp_path, categories=["nail"])
-    with pytest.raises(DataError, match="--layout mvtec"):
+    with pytest.raises(DataError, match='`layout="mvtec"`'):
         find(tmp_path / "nut", layout="loco")
 
 
@@ -248,21 +249,21 @@ def test_images_without_named_folders_are_all_good(tmp_path: Path) -> None:
 def test_unnamed_folders_are_not_guessed(tmp_path: Path) -> None:
     for name in ("monday", "tuesday"):
         photos(tmp_path / name, 2)
-    with pytest.raises(DataError, match=r"monday, tuesday.*--good 'monday'.*--layout folder"):
+    with pytest.raises(DataError, match=r'monday, tuesday.*`good="monday"`.*`layout="folder"`'):
         find(tmp_path)
     name = tmp_path.name
     assert counts(find(tmp_path, layout="folder")) == {f"{name} train good": 4, "masks": 0}
     chosen = counts(find(tmp_path, good="tuesday"))
     assert chosen == {f"{name} train good": 1, f"{name} test good": 1, f"{name} test monday": 2, "masks": 0}
     assert counts(find(tmp_path, bad="monday")) == chosen
-    with pytest.raises(OptionError, match=r"--good friday.*monday, tuesday"):
+    with pytest.raises(OptionError, match=r'`good="friday"`.*monday, tuesday'):
         find(tmp_path, good="friday")
-    with pytest.raises(DataError, match=r"--layout folder. If only monday holds defects, say --bad 'monday'"):
+    with pytest.raises(DataError, match=r'`layout="folder"`. If only monday holds defects, say `bad="monday"`'):
         photos(tmp_path / "loose", 1)
         photos(tmp_path / "loose" / "monday", 1)
         find(tmp_path / "loose")
     photos(tmp_path / "faulty", 2)
-    with pytest.raises(DataError, match="--good 'loose'"):
+    with pytest.raises(DataError, match='`good="loose"`'):
         find(tmp_path)
     photos(tmp_path / "fine", 2)
     kept = find(tmp_path, good="fine", bad="faulty")

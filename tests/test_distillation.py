@@ -13,7 +13,7 @@ import kizu
 from kizu.cli.main import cli
 from kizu.config import DistillationConfig
 from kizu.data import image
-from kizu.data.textures import Texture
+from kizu.data.streams import Texture
 from kizu.detectors.efficientad import teacher
 from kizu.detectors.efficientad.distillation import Source, distill, distillation_loss
 from kizu.detectors.efficientad.networks import PDN

@@ -412,10 +412,10 @@ def data(path: str, **options: Any) -> None:
     \b
     Example:  kizu data mvtec
     """
-    from kizu.data import dataset
+    from kizu.data.inspection import inspect
 
     found = _find(path, options)
-    inspection = dataset.inspect(found)
+    inspection = inspect(found)
     if options["as_json"]:
         click.echo(json.dumps(inspection.to_json(), indent=1, ensure_ascii=False))
         return
@@ -426,7 +426,7 @@ def data(path: str, **options: Any) -> None:
     if found.left_out:
         click.echo(f"\nLeft out: {terminal.count(len(found.left_out), 'file')}")
         for file, reason in found.left_out[:10]:
-            click.echo(f"  {file}: {reason}")
+            click.echo(f"  {file}: {flagged(reason)}")
         if len(found.left_out) > 10:
             click.echo(f"  … and {len(found.left_out) - 10} more (--json lists all)")
     if inspection.warnings:

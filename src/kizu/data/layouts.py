@@ -364,9 +364,9 @@ def unnamed_folder(folder: Folder, category: str, all_good: bool) -> Found:
     if len(places) > 1 and not all_good:
         above = Path(os.path.commonpath(places))
         nested = sorted({Path(place).relative_to(above).parts[0] for place in places if Path(place) != above})
-        way_out = " If all images are of good parts, say --layout folder."
+        way_out = ' If all images are of good parts, say `layout="folder"`.'
         if above.as_posix() in places and len(nested) == 1:
-            way_out += f" If only {nested[0]} holds defects, say --bad {nested[0]!r}."
+            way_out += f' If only {nested[0]} holds defects, say `bad="{nested[0]}"`.'
         raise _ambiguous(folder, nested, way_out)
     found = Found("folder")
     for image, defective in _defective(images, masks).items():
@@ -409,7 +409,7 @@ def _hold_out(found: Found, top: Path) -> None:
 def _ambiguous(folder: Folder, candidates: Sequence[str], otherwise: str) -> DataError:
     return DataError(
         f"None of the folders in {folder.path} is known to hold good images (found: {_listed(candidates)}). Name the "
-        f"one that does, for example --good {candidates[0]!r}; folders beside it then hold defects.{otherwise}"
+        f'one that does, for example `good="{candidates[0]}"`; folders beside it then hold defects.{otherwise}'
     )
 
 

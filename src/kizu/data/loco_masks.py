@@ -43,7 +43,7 @@ def read_saturations(path: Path) -> dict[int, Saturation]:
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise DataError(f"{path} does not exist: check the spelling of --defects-config.") from None
+        raise DataError(f"{path} does not exist: check the spelling of `defects_config`.") from None
     except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read as JSON ({error}): copy it from MVTec LOCO again.") from None
     if not isinstance(entries, list) or not entries:

@@ -13,7 +13,7 @@ from typing import Generic, Protocol, Self, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from kizu.data import image as images
+from kizu.data import image
 from kizu.errors import BadImage
 
 __all__ = ["Batch", "Preprocessing", "Readable", "Stack", "batches", "digests"]
@@ -50,20 +50,20 @@ class Preprocessing:
     def __call__(self, rgb: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
         """(H, W, 3) uint8 → (height, width, 3) uint8."""
         if self.resize is None:
-            return images.resize(rgb, self.size)
-        scaled = images.resize(rgb, self._scaled(rgb.shape[:2]))
+            return image.resize(rgb, self.size)
+        scaled = image.resize(rgb, self._scaled(rgb.shape[:2]))
         top, left = self._corner(scaled.shape[:2])
         return scaled[top : top + self.size[0], left : left + self.size[1]]
 
-    def restore(self, anomaly_map: images.Float, shape: tuple[int, int]) -> images.Float:
+    def restore(self, anomaly_map: image.Float, shape: tuple[int, int]) -> image.Float:
         """Lay a map of `size` back over a photograph of `shape`. What was cropped away gets the map's minimum."""
         if self.resize is None:
-            return images.resize_map(anomaly_map, shape)
+            return image.resize_map(anomaly_map, shape)
         scaled = self._scaled(shape)
         top, left = self._corner(scaled)
         canvas = np.full(scaled, anomaly_map.min(), dtype=np.float32)
         canvas[top : top + self.size[0], left : left + self.size[1]] = anomaly_map
-        return images.resize_map(canvas, shape)
+        return image.resize_map(canvas, shape)
 
     def locate(self, place: tuple[float, float], shape: tuple[int, int]) -> tuple[float, float]:
         """Where a pixel (x, y) of a photograph of `shape` lies in the network's input."""
