@@ -12,6 +12,7 @@ from PIL import Image
 import kizu
 from kizu.testing import photograph
 
+PAGE = Path(__file__).parents[1] / "docs" / "plugins.md"
 EXAMPLE = Path(__file__).parents[1] / "examples" / "plugin"
 
 
@@ -50,6 +51,13 @@ def run(packages, *arguments, folder=None, code=0):
     )
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("name", ["pyproject.toml", "kizu_mean_image.py", "test_mean_image.py"])
+def test_the_documents_show_the_example_as_it_is(name):
+    text = (EXAMPLE / name).read_text()
+    assert f"\n{text}```\n" in PAGE.read_text()
+    assert len(text.splitlines()) <= 80
 
 
 def test_the_example_passes_its_own_test(installed, tmp_path):

@@ -1,8 +1,4 @@
-"""A method, a backbone and a metric for kizu.
-
-The method compares each pixel with the mean and the deviation of good images. It is a baseline: hard to beat where the
-part always lies in exactly the same place, and useless where it does not.
-"""
+"""A method, a backbone and a metric for kizu. The method is a baseline: it needs parts that always lie alike."""
 
 import numpy as np
 import torch
@@ -57,21 +53,15 @@ class MeanImage(Detector):
             graph.mean_square += images.float().square().sum(0) / count
         if len(context.held_out) or count == 1:
             return self.score_held_out(graph, context.held_out, context.progress)
-        scores, maps = self._leave_one_out(graph, context)
-        peaks, median = maps.flatten(1).amax(1).tolist(), float(maps.median())
-        return FitResult(
-            graph, scores, peaks, median, loo_scores=dict(enumerate(scores)), scored_indices=list(range(count))
-        )
-
-    def _leave_one_out(self, graph: MeanImageGraph, context: FitContext) -> tuple[list[float], Tensor]:
-        """Scores and maps of the photographs, each against the mean of the others."""
-        results, count = [], len(context.photos)
+        results = []  # of each photograph against the mean of the others: leave one out
         for _, images in self.stream(context.photos, "Threshold", context.progress):
             x = images.float()
             others = ((count * graph.mean - x) / (count - 1), (count * graph.mean_square - x**2) / (count - 1))
             results.append(graph.score(x, *others))
-        scores, maps = zip(*results, strict=True)
-        return torch.cat(scores).tolist(), torch.cat(maps).cpu()
+        scores, maps = (torch.cat(parts).cpu() for parts in zip(*results, strict=True))
+        loo_scores = dict(enumerate(scores.tolist()))
+        peaks, median = maps.flatten(1).amax(1).tolist(), float(maps.median())
+        return FitResult(graph, scores.tolist(), peaks, median, loo_scores=loo_scores)
 
     @classmethod
     def restore_graph(cls, config: MeanImageConfig, tensors: dict[str, Tensor]) -> nn.Module:
