@@ -279,7 +279,7 @@ def test_unnamed_folders_are_not_guessed(tmp_path: Path) -> None:
         (["test/good/0.png", "test/dent/0.png"], "holds test images only"),
         (["bad/0.png"], "holds images of defects only"),
         (["masks/0.png"], "holds masks only"),
-        (["train/first/0.png", "train/second/0.png", "test/good/0.png"], "--good 'first'"),
+        (["train/first/0.png", "train/second/0.png", "test/good/0.png"], '`good="first"`'),
         (["cap/train/good/0.png", "nut/train/ok/0.png", "nut/test/ko/0.png"], "different layouts"),
         (["data_batch_1", "batches.meta"], "cifar-10-binary.tar.gz"),
     ],
