@@ -33,7 +33,7 @@ class FileVerdict(Verdict):
     nearest: list[NearestPatch] = Field([], description="good patches, to the first regions or the map's highest place")
 
     def to_json(self) -> dict[str, Any]:
-        """What `kizu predict --json` prints."""
+        """The row that the command `predict` prints as JSON."""
         names = ("score", "p_value", "verdict", "threshold", "seconds", "error", "regions", "nearest", "parts")
         values = self.model_dump() | {"threshold": from_finite(self.threshold)}
         return {"path": self.image, **{name: values[name] for name in names}}

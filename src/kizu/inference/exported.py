@@ -107,8 +107,8 @@ class Exported(Inspector):
         scores, p_values, verdicts, maps = self.outputs(cases.images, ("score", "p_value", "verdict", "map"))
         difference = cases.difference(scores, maps, self.threshold.value, tolerance)
         if not difference.within(tolerance):
-            found = difference.sentence(tolerance)
-            raise ModelError(f"{self.folder} does not reproduce itself on this machine: {found}. Export it again")
+            sentence = difference.sentence(tolerance)
+            raise ModelError(f"{self.folder} does not reproduce itself on this machine: {sentence}. Export it again")
         expected = [p_value(float(score), self.calibration_scores) for score in scores]
         stopped = [bool(score > self.threshold.value) for score in scores]
         if np.abs(p_values - expected).max() > ROUNDING or verdicts.tolist() != stopped:

@@ -8,7 +8,7 @@ import { Viewer, bytes, decodeMap, regionsAbove } from "/page/viewer.js";
 const $ = (id) => document.getElementById(id);
 const IMAGE = /\.(png|jpe?g|jpe|jfif|bmp|dib|tiff?|webp|gif|p[pgbn]m|jp2|j2k|avif|tga)$/i;
 
-const MOST = 20; // regions that a lower threshold lists
+const MAX_REGIONS = 20; // regions that a lower threshold lists
 
 let models = [];
 let current = null; // the entry on show
@@ -143,7 +143,7 @@ async function follow(threshold) {
 function marked(about, level, result) {
   const good = about.map_peaks;
   const share = (peak) => (1 + good.filter((one) => one >= peak).length) / (good.length + 1);
-  const found = regionsAbove(viewer.map, level, result).slice(0, MOST);
+  const found = regionsAbove(viewer.map, level, result).slice(0, MAX_REGIONS);
   return found.map((region) => ({ ...region, p_value: share(region.peak) }));
 }
 
