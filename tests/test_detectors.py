@@ -92,6 +92,23 @@ def test_backbones_and_layers_that_do_not_exist_are_named(method, settings, word
         detector_class(method)(**{**SETTINGS[method], **settings}).fit(GOOD[:2])
 
 
+@pytest.mark.parametrize("method", [method for method in DETECTORS if method != "patchcore"])
+def test_what_a_method_cannot_do_is_a_sentence(method):
+    detector = detector_class(method)()
+    with pytest.raises(kizu.ModelError, match=f"{method} cannot be updated"):
+        detector.update(GOOD)
+    with pytest.raises(kizu.ModelError, match=f"{method} cannot be merged"):
+        detector.merge([detector, detector])
+
+
+def test_a_finished_detector_gets_its_threshold_from_other_good_images():
+    detector = kizu.SimpleNet(**SETTINGS["simplenet"]).fit(GOOD[:3])
+    assert detector.threshold.count == 0
+    assert detector.calibrate(GOOD[3:]).threshold.count == len(detector.calibration_scores) == 9
+    with pytest.raises(kizu.DataError, match="no photograph"):
+        detector.calibrate([])
+
+
 @pytest.mark.parametrize(
     "fault", ["no folder", "no tensors", "half the tensors", "half the json", "other format", "list"]
 )
