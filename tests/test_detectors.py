@@ -101,6 +101,11 @@ def test_what_a_method_cannot_do_is_a_sentence(method):
         detector.merge([detector, detector])
 
 
+def test_learning_anew_forgets_the_images_of_before():
+    detector = kizu.PatchCore(**SETTINGS["patchcore"], thumbnails=True).fit(GOOD[:4]).fit(GOOD[4:7])
+    assert detector.training["images"] == len(detector.thumbnails) == len(detector.good_items) == 3
+
+
 def test_a_finished_detector_gets_its_threshold_from_other_good_images():
     detector = kizu.SimpleNet(**SETTINGS["simplenet"]).fit(GOOD[:3])
     assert detector.threshold.count == 0

@@ -108,16 +108,17 @@ class Detector(Inspector):
                 raise DataError("There is no image to learn from.")
             self.check_promise(len(photos), len(others))
             context = FitContext(
-                photos,
-                others,
-                memory_bytes,
-                progress,
-                None if checkpoint is None else Path(checkpoint),
-                after_round or ignore_round,
-                self.seconds,
+                photos=photos,
+                held_out=others,
+                memory_bytes=memory_bytes,
+                progress=progress,
+                checkpoint=None if checkpoint is None else Path(checkpoint),
+                after_round=after_round or ignore_round,
+                seconds=self.seconds,
             )
             result = self.learn(context)
         self.training = {"images": 0, "names": [], "digests": [], "suspects": []}
+        self.good_items, self.thumbnails = [], []
         self.remember(photos, items, result.loo_scores)
         self.training["hash"] = photos.hash
         return self.adopt(result)
@@ -175,7 +176,7 @@ class Detector(Inspector):
         return held_out or photos
 
     def check_promise(self, photos: int, held_out: int) -> None:
-        """Raise `OptionError` where a rate was asked for that so many images cannot carry; the default may be."""
+        """Raise `OptionError` where so many images cannot carry a rate that was asked for; the default may pass."""
         if "false_alarms" in self.config.model_fields_set:
             refuse(self.config.false_alarms, self.calibrates_with(photos, held_out))
 

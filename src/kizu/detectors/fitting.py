@@ -14,6 +14,7 @@ from kizu.data.progress import Progress, silent
 from kizu.detectors.ram import release
 
 __all__ = ["AfterRound", "FitContext", "FitResult", "Split", "ignore_round", "timed"]
+
 AfterRound = Callable[[nn.Module, int], None]  # hears of each round of a training: the graph as it is, and the number
 
 
