@@ -118,7 +118,9 @@ def run(measure: str, job: dict[str, Any]) -> dict[str, float]:
 def measure_fit(path: str) -> dict[str, float]:
     bare = memory("VmRSS")
     import kizu
+    from kizu.detectors.ram import allow_tuning
 
+    allow_tuning()  # as the command line does
     job = json.loads(Path(path).read_text())
     detector = kizu.PatchCore(**job["settings"])
     start = time.perf_counter()
