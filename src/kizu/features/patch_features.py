@@ -66,8 +66,8 @@ class PatchFeatures(nn.Module):
             )
         if size > 1 and 2 * size > min(grid):
             sentences.append(
-                f"`patchsize={size}` averages over most of the {height}×{width} grid: maps hardly say where; "
-                "a smaller one or a larger `size` does."
+                f"`patchsize={size}` averages over most of the {height}×{width} grid: maps are too coarse to say "
+                "where a defect is; choose a smaller one or a larger `size`."
             )
         return sentences
 
