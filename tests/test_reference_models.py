@@ -134,11 +134,11 @@ def test_the_flat_index_is_faisss(tmp_path):
 
 
 def test_what_the_published_patchcore_cannot_compute_is_not_written(tmp_path):
-    with pytest.raises(kizu.ModelError, match="--no-local-scale"):
+    with pytest.raises(kizu.ModelError, match="`local_scale=False`"):
         write_reference(kizu.PatchCore(size=64).fit(GOOD[:3]), tmp_path / "model")
     plain = {"size": 64, "fusion": "stack", "local_scale": False, "top": 0, "layers": LAYERS}
     detector = kizu.PatchCore(**plain).fit(GOOD[:3])
-    with pytest.raises(kizu.ModelError, match="--pretrain-embed-dimension"):
+    with pytest.raises(kizu.ModelError, match="`pretrain_embed_dimension"):
         write_reference(detector, tmp_path / "model")
     assert not (tmp_path / "model").exists()
     one = kizu.PatchCore(**{**plain, "layers": LAYERS[:1]}).fit(GOOD[:3])
@@ -276,7 +276,7 @@ def test_efficientad_there_and_back(whole_modules, tmp_path):
             before, after = (x if isinstance(x, dict) else {"": x} for x in (before, after))
             assert list(before) == list(after) and all(torch.equal(before[key], after[key]) for key in before)
     assert read_reference(back).predict(picture).score == detector.predict(picture).score
-    with pytest.raises(kizu.ModelError, match="--border stretch"):
+    with pytest.raises(kizu.ModelError, match='`border="stretch"`'):
         other = kizu.EfficientAD(teacher=str(tmp_path / "theirs" / "s_size" / "teacher" / "teacher.pt"), steps=1)
         write_reference(other.fit(GOOD[:3]), tmp_path / "other")
 

@@ -91,17 +91,24 @@ def open_run(parent: Path, name: str | None, about: dict[str, Any], *, resume: b
     run = Run(parent / name)
     if run.folder.exists() and resume:
         if not run.unfinished.exists():
-            raise OptionError(f"{run.folder} is finished: there is nothing to resume (a new run needs no --resume)")
+            raise OptionError(
+                f"{run.folder} is finished: there is nothing to resume (a new run needs no `resume=True`)"
+            )
         before = json.loads((run.unfinished / "run.json").read_text(encoding="utf-8"))
         changed = [key for key in about if before.get(key) != about[key]]
         if changed:
-            raise OptionError(f"{run.folder} was started with another {', '.join(changed)}: --resume needs the same")
+            raise OptionError(
+                f"{run.folder} was started with another {', '.join(changed)}: `resume=True` needs the same"
+            )
         return run
     if run.folder.exists():
         if not overwrite:
-            raise OptionError(f"{run.folder} exists: choose another --name, or --overwrite it, or --resume it")
+            raise OptionError(
+                f"{run.folder} exists: choose another `name`, or replace it with `overwrite=True`, or go on with "
+                "`resume=True`"
+            )
         if any(run.folder.iterdir()) and not (run.unfinished.exists() or (run.folder / "run.json").exists()):
-            raise OptionError(f"{run.folder} exists and is no run of kizu: choose another --name")
+            raise OptionError(f"{run.folder} exists and is no run of kizu: choose another `name`")
         shutil.rmtree(run.folder)
     run.unfinished.mkdir(parents=True)
     files.write_text(run.unfinished / "run.json", json.dumps(about, indent=1))
@@ -186,7 +193,7 @@ def _learnable(kind: "type[Detector]", config: Config, data: Dataset, oracle: bo
     """The categories to learn. Raises `OptionError` or `DataError` for what cannot be done, before any work."""
     if oracle and not kind.learns_in_rounds:
         raise OptionError(
-            f"--oracle: {kind.method} does not learn in rounds, so there is nothing to choose on the test images"
+            f"`oracle=True`: {kind.method} does not learn in rounds, so there is nothing to choose on the test images"
         )
     categories = [category for category in data.categories if data.select(category, "train")]
     if not categories:

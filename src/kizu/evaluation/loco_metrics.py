@@ -16,7 +16,7 @@ LIMITS = (0.01, 0.05, 0.1, 0.3, 1.0)  # false-positive rates up to which sPRO is
 BY_TYPE = ("image_auroc", "map_auroc")  # of detector scores; of the maps' maxima, as MVTec's scripts do
 NO_CONFIG = (
     "There is no defects_config.json, so each mask file is taken as one region that has to be found whole. AU-sPRO is "
-    "then not comparable with published figures; --defects-config FILE gives the saturation thresholds."
+    "then not comparable with published figures; `defects_config=FILE` gives the saturation thresholds."
 )
 
 Floats = npt.NDArray[np.floating[Any]]

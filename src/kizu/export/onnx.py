@@ -153,11 +153,11 @@ def _check_measurable(detector: Detector, photos: Pixels, precision: str) -> Non
     """Raise `OptionError` where there is nothing that a lower precision can be measured on."""
     if len(photos) < LEAST:
         raise OptionError(
-            f"--precision {precision} is measured on photographs of good parts, and there are {len(photos)}: name a "
-            f"folder with {LEAST} or more of them with --images"
+            f'`precision="{precision}"` is measured on photographs of good parts, and there are {len(photos)}: give '
+            f"{LEAST} or more of them"
         )
     if not detector.threshold.count:
-        raise OptionError(f"--precision {precision} is measured by its verdicts, and this model has no threshold")
+        raise OptionError(f'`precision="{precision}"` is measured by its verdicts, and this model has no threshold')
 
 
 def _copy(detector: Detector) -> Detector:
@@ -245,7 +245,7 @@ def _packed(detector: Detector, plain: Path, precision: Precision, photos: Pixel
             if tensor.dtype == torch.float32 and tensor.ndim >= 2 and tensor.numel() >= LARGE:
                 tensor.copy_(tensor.half().float())
                 if not tensor.isfinite().all():
-                    raise ModelError(f"--precision float16: {name} has numbers beyond its range; use float32")
+                    raise ModelError(f'`precision="float16"`: {name} has numbers beyond its range; use float32')
         for part in rounded.graph.modules():
             if isinstance(part, Bank):
                 part.half_norms.copy_(part.entries.square().sum(1) / 2)
@@ -308,8 +308,8 @@ def _measured(model: Exported, other: Exported, truth: Cases, tolerance: float) 
     precision = model.export["precision"]
     if changed > tolerance * len(scores):
         raise ModelError(
-            f"--precision {precision} changes {changed} of {len(scores)} verdicts, and at most {tolerance:.1%} may "
-            "change (--tolerance): the model was not written; use --precision float32"
+            f'`precision="{precision}"` changes {changed} of {len(scores)} verdicts, and at most {tolerance:.1%} may '
+            'change (`tolerance`): the model was not written; use `precision="float32"`'
         )
     return {
         "images": len(scores),

@@ -131,7 +131,9 @@ def write_reference(
     if isinstance(graph, EfficientADGraph):
         config = detector._base().config if isinstance(detector, PUAD) else detector.config
         return write_efficientad(graph, config, folder, data_set, category)
-    raise ModelError("The published PUAD stands on EfficientAD only: train it with --base efficientad --exact")
+    raise ModelError(
+        'The published PUAD stands on EfficientAD only: train it with `base="efficientad"` and `exact=True`'
+    )
 
 
 def resized(size: int) -> int:
@@ -265,13 +267,14 @@ def check_patchcore(config: PatchCoreConfig) -> None:
     """Raise `ModelError` for settings that the published code has no files for."""
     plain = config.fusion == "stack" and not (config.local_scale or config.top or config.patchsize_aggregate)
     if not plain or config.reweight > 1:
-        more = ""
+        dimensions = ""
         if config.pretrain_embed_dimension is None:
-            more = "; where layers differ in channels, as the embedded backbone's do, also "
-            more += "--pretrain-embed-dimension 1024 --target-embed-dimension 1024"
+            dimensions = " Where layers differ in channels, as the embedded backbone's do, it also needs "
+            dimensions += "`pretrain_embed_dimension=1024` and `target_embed_dimension=1024`."
         raise ModelError(
-            "The published PatchCore has one bank of plain distances and scores the worst patch: its files need "
-            f"--fusion stack --no-local-scale --top 0, and neither --reweight nor --patchsize-aggregate (-pa){more}"
+            "The published PatchCore has one bank of plain distances and scores the worst patch: train with "
+            '`fusion="stack"`, `local_scale=False`, `top=0`, without `reweight` and without `patchsize_aggregate`.'
+            f"{dimensions}"
         )
     if config.size[0] != config.size[1]:
         raise ModelError(f"The published PatchCore takes square inputs only, not {config.size[0]}x{config.size[1]}")
@@ -288,7 +291,7 @@ def _published_parameters(graph: PatchCoreGraph) -> dict[str, Any]:
         if len(channels) > 1:
             raise ModelError(
                 f"The published PatchCore pools all layers to as many channels, and these have {sorted(channels)}: "
-                "train with --pretrain-embed-dimension and --target-embed-dimension"
+                "train with `pretrain_embed_dimension` and `target_embed_dimension`"
             )
         dimensions = channels.pop(), graph.banks[0].entries.shape[1]
     return {
@@ -350,7 +353,7 @@ def write_efficientad(
     if config.border != "stretch" or config.size != (256, 256) or config.smoothing:
         raise ModelError(
             "The published EfficientAD sees 256 × 256 pixels and stretches its map over them: train with "
-            "--border stretch --size 256 --smoothing 0"
+            '`border="stretch"`, `size=256` and `smoothing=0`'
         )
     top = models / f"{graph.teacher.size}_size"
     teacher_file = top / "teacher" / "teacher.pt"
