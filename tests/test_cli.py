@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -63,20 +64,25 @@ def trained(tmp_path_factory):
 
 
 def test_help_is_quick_and_light():
-    """The start of Python itself is not ours to answer for."""
+    """In seconds of the processor, which other programs on the machine do not lengthen much."""
+
+    def spent():
+        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return usage.ru_utime + usage.ru_stime
 
     def seconds(*command):
         def once():
-            start = time.perf_counter()
+            start = spent()
             subprocess.run(command, capture_output=True, check=True)
-            return time.perf_counter() - start
+            return spent() - start
 
         return min(once() for _ in range(5))
 
     assert seconds(KIZU, "--help") < 0.3
     assert seconds(KIZU, "train", "patchcore", "--help") < 0.45
     loaded = (
-        "import sys, kizu, kizu.cli; print([m for m in ('torch', 'timm', 'numpy', 'pydantic') if m in sys.modules])"
+        "import sys, kizu, kizu.cli.main; heavy = ('torch', 'timm', 'numpy', 'pydantic')\n"
+        "print([name for name in heavy if name in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", loaded], capture_output=True, text=True).stdout.strip() == "[]"
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kizu.cli.arguments import quiet_option
+from kizu.cli.options import quiet_option
 from kizu.errors import OptionError
 from kizu.inference.model_folder import model_folder
 

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from kizu.cli import terminal
-from kizu.cli.arguments import json_option, quiet_option
+from kizu.cli.options import json_option, quiet_option
 from kizu.errors import ModelError, OptionError
 from kizu.inference.model_folder import model_folder
 
@@ -48,12 +48,12 @@ def export(model: str, to: Any, output: str | None, images: str | None, **option
         _as_published(folder, target, images, options)
         return
     from kizu.detectors.base import load
-    from kizu.export import onnx as exporting
+    from kizu.export.onnx import export as export_graph
     from kizu.inference.batch import image_paths
 
     photographs = image_paths([images]) if images else []
     with terminal.progress(options["quiet"]) as progress:
-        exported = exporting.export(
+        exported = export_graph(
             load(folder),
             target,
             to,
@@ -98,16 +98,16 @@ def verify(model: str, quiet: bool, as_json: bool) -> None:
     Example:  kizu verify results/project/group/run
     """
     folder = model_folder(model)
-    from kizu.inference import model_folder as saved
+    from kizu.inference.model_folder import description
 
-    about = saved.description(folder)
+    about = description(folder)
     if "export" in about:
-        from kizu.inference import exported as runtime
+        from kizu.inference.exported import load as load_exported
 
-        exported = runtime.load(folder, check=0)
-        found = exported.verify()
-        sentence = f"{folder} reproduces itself: {found.sentence(exported.tolerance)}."
-        facts = {"model": str(folder), **found.to_json(), "tolerance": asdict(exported.tolerance)}
+        exported = load_exported(folder, check=0)
+        difference = exported.verify()
+        sentence = f"{folder} reproduces itself: {difference.sentence(exported.tolerance)}."
+        facts = {"model": str(folder), **difference.to_json(), "tolerance": asdict(exported.tolerance)}
     else:
         from kizu.detectors.base import load
 

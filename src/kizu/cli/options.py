@@ -1,14 +1,20 @@
-"""Command-line options: of a run, whatever the method, and those made from a config's fields."""
+"""Options that several commands take: of a data set, of a run, and those made from a config's fields."""
 
 from collections.abc import Callable
-from typing import Any, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 import click
 
 from kizu.cli.wording import flagged
 from kizu.evaluation.tracking import SERVICES
 
-__all__ = ["PASSED_ON", "config_option", "run_options"]
+if TYPE_CHECKING:
+    from kizu.data.dataset import Dataset
+
+__all__ = ["PASSED_ON", "config_option", "data_options", "find_data", "json_option", "quiet_option", "run_options"]
+
+quiet_option = click.option("-q", "--quiet", is_flag=True, help="Print nothing but results and errors.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
 
 # to `run.train`, by the same names
 PASSED_ON = (
@@ -24,6 +30,32 @@ PASSED_ON = (
     "save_maps",
     "track",
 )
+
+
+def data_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that say how a folder of images is to be understood."""
+    for option in (
+        click.option("--defects-config", metavar="FILE", help="LOCO: saturation thresholds, if not in the data."),
+        click.option("--bad", metavar="NAME", help="Plain folders: the folder of defective images."),
+        click.option("--good", metavar="NAME", help="Plain folders: the folder of good images."),
+        click.option("--layout", default="auto", show_default=True, help="Name the layout instead of recognising it."),
+        click.option("-c", "--category", "categories", multiple=True, help="Only this category. Repeatable."),
+    ):
+        command = option(command)
+    return command
+
+
+def find_data(path: str, options: dict[str, Any]) -> "Dataset":
+    from kizu.data import dataset
+
+    return dataset.find(
+        path,
+        layout=options["layout"],
+        categories=options["categories"],
+        good=options["good"],
+        bad=options["bad"],
+        defects_config=options["defects_config"],
+    )
 
 
 def run_options(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -9,7 +9,7 @@ import click
 
 from kizu.calibration.threshold import calibrate, percent
 from kizu.cli import terminal
-from kizu.cli.arguments import json_option, quiet_option
+from kizu.cli.options import json_option, quiet_option
 from kizu.data import files
 from kizu.errors import DataError, OptionError
 from kizu.inference.model_folder import model_folder

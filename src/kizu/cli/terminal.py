@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from kizu.cli.wording import flagged
 from kizu.data.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["count", "messages", "print_facts", "print_results", "print_table", "print_verdicts", "progress", "summary"]
 
 COLUMNS = {"image_auroc": "image AUROC", "pixel_auroc": "pixel AUROC", "au_pro": "AU-PRO"}
-LISTED = 8  # training images for a second look
+MAX_LISTED = 8  # training images for a second look
 LOCO_COLUMNS = {
     "image_auroc_logical": "logical AUROC",
     "au_spro_logical_0.05": "logical sPRO",
@@ -57,10 +58,18 @@ def progress(quiet: bool) -> Iterator[Callable[[str], Progress]]:
         yield reporter
 
 
+class _Flagged(logging.Formatter):
+    """Log records with the settings that they name spelled as flags."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return flagged(super().format(record))
+
+
 @contextmanager
 def messages(quiet: bool, warnings_only: bool = False) -> Iterator[None]:
     """Show what kizu logs, line by line, on standard error."""
     handler = logging.StreamHandler()
+    handler.setFormatter(_Flagged())
     handler.setLevel(logging.ERROR if quiet else logging.WARNING if warnings_only else logging.INFO)
     logger = logging.getLogger("kizu")
     logger.addHandler(handler)
@@ -76,7 +85,7 @@ def summary(found: "Dataset") -> str:
     splits = ((split, len(found.select(split=split))) for split in ("train", "validation", "test"))
     counts = ", ".join(f"{number} {split}" for split, number in splits if number)
     lines = [f"{found.root}: {found.layout}, {count(len(found.categories), 'category', 'categories')}, {counts} images"]
-    lines += [f"Note: {note}" for note in found.notes]
+    lines += [f"Note: {flagged(note)}" for note in found.notes]
     return "\n".join(lines)
 
 
@@ -102,16 +111,16 @@ def print_results(results: "Sequence[CategoryResult]", folder: Path | None, opti
         click.echo(f"\n{result.category}: {result.statement}" if result.statement else "")
         for reason in sorted(set(result.reasons.values())):
             names = ", ".join(name for name in result.reasons if result.reasons[name] == reason)
-            click.echo(f"  n/a: {names}: {reason}")
+            click.echo(f"  n/a: {names}: {flagged(reason)}")
         for note in result.notes:
-            click.echo(f"  Note: {note}")
+            click.echo(f"  Note: {flagged(note)}")
         if result.unlike:
-            names = ", ".join(one.image for one in result.unlike[:LISTED])
-            more = f" and {len(result.unlike) - LISTED} more" if len(result.unlike) > LISTED else ""
+            names = ", ".join(one.image for one in result.unlike[:MAX_LISTED])
+            more = f" and {len(result.unlike) - MAX_LISTED} more" if len(result.unlike) > MAX_LISTED else ""
             click.echo(f"  Worth a second look, training images unlike the others: {names}{more}")
         for row in result.judged:
             if row.error:
-                click.echo(f"  Not judged: {row.image} {row.error}")
+                click.echo(f"  Not judged: {row.image} {flagged(row.error)}")
     if folder is not None:
         click.echo(f"\nResults: {folder}\nReport:  {folder / 'report.html'}")
 
@@ -131,7 +140,7 @@ def _result_row(result: "CategoryResult", names: dict[str, str]) -> dict[str, st
 def print_verdicts(rows: "Sequence[FileVerdict]", options: dict[str, Any]) -> None:
     for row in rows:
         if row.error:
-            click.echo(f"error  {row.image}: {row.error}")
+            click.echo(f"error  {row.image}: {flagged(row.error)}")
         elif not options["quiet"] or row.verdict == "stop":
             click.echo(f"{row.verdict:5}  {row.score:10.4f}  p {row.p_value:<7.3g} {row.image}")
             if row.verdict == "stop" and row.parts:
@@ -166,6 +175,14 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
             for cell, width, is_left in zip(line, widths, left, strict=True)
         )
         click.echo("  ".join(padded).rstrip())
+
+
+def print_description(facts: dict[str, Any], as_json: bool) -> None:
+    """What `info` and `doctor` found out, as JSON or line by line."""
+    if as_json:
+        click.echo(json.dumps(facts, indent=1, ensure_ascii=False))
+    else:
+        print_facts(facts)
 
 
 def print_facts(facts: dict[str, Any]) -> None:

@@ -4,14 +4,12 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from typing import TYPE_CHECKING, Any
 
 from kizu.errors import ModelError, OptionError, require
-from kizu.inference.inspector import Inspector
+
+if TYPE_CHECKING:
+    from kizu.inference.inspector import Inspector
 
 __all__ = ["FORMAT", "THUMBNAILS", "description", "load", "model_folder", "thumbnails", "write_thumbnails"]
 
@@ -19,7 +17,7 @@ FORMAT = 2
 THUMBNAILS = "thumbnails.safetensors"
 
 
-def load(folder: str | os.PathLike[str]) -> Inspector:
+def load(folder: str | os.PathLike[str]) -> "Inspector":
     """Read a model, trained or exported; a trained one needs torch. Nothing in the folder is executed.
 
     Raises `ModelError` where there is no model, where it is damaged, and where an exported one does not reproduce
@@ -47,6 +45,9 @@ def description(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
 def thumbnails(folder: Path) -> list[bytes]:
     """The encoded pictures of the training images; none if the model keeps no thumbnails."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
     try:
         encoded = load_file(folder / THUMBNAILS) if (folder / THUMBNAILS).exists() else {}
     except (OSError, ValueError, SafetensorError) as error:
@@ -56,6 +57,9 @@ def thumbnails(folder: Path) -> list[bytes]:
 
 def write_thumbnails(folder: Path, pictures: Sequence[bytes]) -> None:
     """Write encoded pictures so that `thumbnails` reads them."""
+    import numpy as np
+    from safetensors.numpy import save_file
+
     encoded = {f"{number:06}": np.frombuffer(picture, np.uint8) for number, picture in enumerate(pictures)}
     save_file(encoded, folder / THUMBNAILS)
 

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from kizu.cli import terminal
-from kizu.cli.arguments import quiet_option
+from kizu.cli.options import quiet_option
 from kizu.errors import OptionError
 
 __all__ = ["import_models", "reference"]
@@ -73,10 +73,10 @@ def import_models(path: str, output: str, good: str | None, quiet: bool, **optio
     \b
     Example:  kizu import results/project/group/models --output models --good photos/more_good
     """
-    from kizu.export import reference_files as models
+    from kizu.export import reference_files
     from kizu.inference.batch import image_paths
 
-    found = models.found_models(path)
+    found = reference_files.found_models(path)
     if not found:
         raise OptionError(f"{path}: there is no model of a published layout here")
     settings = {
@@ -90,7 +90,7 @@ def import_models(path: str, output: str, good: str | None, quiet: bool, **optio
         target = Path(output) / folder.relative_to(path) if len(found) > 1 else Path(output) / folder.name
         if target.exists():
             raise OptionError(f"{target} exists: choose another --output")
-        detector = models.read_reference(
+        detector = reference_files.read_reference(
             folder, size=options["imagesize"], resize=options["resize"], weights=options["weights"], settings=settings
         )
         if good is not None:

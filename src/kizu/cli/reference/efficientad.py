@@ -90,10 +90,9 @@ def aurocs(scored: "Sequence[tuple[Sample, float]]") -> Iterator[tuple[str, floa
 
 
 def _train_teacher(photographs: str, model_dir: Path, options: dict[str, Any], progress: Any) -> None:
-    from kizu.config import DistillationConfig, build
-    from kizu.config import backbone_names as names
+    from kizu.config import DistillationConfig, backbone_names, build
     from kizu.detectors.efficientad import distillation, teacher
-    from kizu.export import reference_files as models
+    from kizu.export import reference_files
 
     folder = model_dir / f"{options['size']}_size" / "teacher"
     if (folder / "teacher.pt").exists():
@@ -101,7 +100,7 @@ def _train_teacher(photographs: str, model_dir: Path, options: dict[str, Any], p
     layers = options["layers"] or ("layer2,layer3" if "resnet" in options["backbone"] else None)
     given = {
         "size": options["size"],
-        "backbone": names.in_timm(options["backbone"]),
+        "backbone": backbone_names.in_timm(options["backbone"]),
         "layers": layers,
         **{key: options[key] for key in ("steps", "batch_size", "weights")},
     }
@@ -111,8 +110,10 @@ def _train_teacher(photographs: str, model_dir: Path, options: dict[str, Any], p
     made = distillation.distill(photographs, config, working, resume=True, statistics=known, progress=progress)
     mean, std = known or _measured(working)
     for name, values in (("mu", mean), ("sigma", std)):
-        models.write_tensors(folder / f"{name}.pt", values)
-    models.write_tensors(folder / "teacher.pt", models.network_state(teacher.load(made, options["size"])[0]))
+        reference_files.write_tensors(folder / f"{name}.pt", values)
+    reference_files.write_tensors(
+        folder / "teacher.pt", reference_files.network_state(teacher.load(made, options["size"])[0])
+    )
     for path in working.iterdir():
         path.unlink()
     working.rmdir()
@@ -149,7 +150,7 @@ def _train_student(photographs: str, model_dir: Path, options: dict[str, Any], p
     from kizu.data import files
     from kizu.detectors.efficientad.detector import EfficientAD
     from kizu.detectors.efficientad.graph import EfficientADGraph
-    from kizu.export import reference_files as models
+    from kizu.export import reference_files
 
     if options["dataset_path"] is None:
         raise OptionError("student needs --dataset_path, the folder of a category with train/good and test")
@@ -176,7 +177,7 @@ def _train_student(photographs: str, model_dir: Path, options: dict[str, Any], p
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
     detector.fit(training, held_out=held_out, checkpoint=checkpoint, progress=progress(category))
     assert isinstance(detector.graph, EfficientADGraph)
-    models.write_efficientad(detector.graph, detector.config, model_dir, data_set, category)
+    reference_files.write_efficientad(detector.graph, detector.config, model_dir, data_set, category)
     checkpoint.unlink(missing_ok=True)
     scored = _scores(detector, found.select(split="test"))
     lines = [f"{f'{kind} ' if kind else ''}auroc score = {number(value)}" for kind, value in aurocs(scored)]

@@ -108,12 +108,12 @@ def finish(parts: Parts, **main: Any) -> None:
     from kizu.cli import terminal
     from kizu.detectors.patchcore.detector import PatchCore
     from kizu.evaluation import tracking
-    from kizu.export import reference_files as models
+    from kizu.export import reference_files
 
     network, choice, data = groups(parts, ("patch_core", "sampler", "dataset"))
     config = _config(main, network, choice, data)
     if main["save_patchcore_model"]:
-        models.check_patchcore(config)
+        reference_files.check_patchcore(config)
     tracking.check(["wandb"] if main["log_online"] else [])
     found = data_set(data["name"], data["data_path"], data["subdatasets"])
     folder = free_folder(Path(main["results_path"]) / main["log_project"] / main["log_group"])
@@ -129,7 +129,7 @@ def finish(parts: Parts, **main: Any) -> None:
             detector.fit(training, held_out=held_out, progress=progress(name))
             say(detector)
             if main["save_patchcore_model"]:
-                models.write_reference(detector, folder / "models" / name)
+                reference_files.write_reference(detector, folder / "models" / name)
             pictures = folder / "segmentation_images" / name if main["save_segmentation_images"] else None
             test = found.select(category, "test")
             rows.append(_evaluated(detector, test, name, main["as_original"], pictures, progress(name)))
@@ -177,7 +177,7 @@ def evaluated_dataset(**options: Any) -> tuple[str, dict[str, Any]]:
 @evaluate.result_callback()
 def finish_evaluation(parts: Parts, **main: Any) -> None:
     from kizu.cli import terminal
-    from kizu.export import reference_files as models
+    from kizu.export import reference_files
 
     loader, data = groups(parts, ("patch_core_loader", "dataset"))
     paths, categories = loader["patch_core_paths"], data["subdatasets"]
@@ -194,7 +194,7 @@ def finish_evaluation(parts: Parts, **main: Any) -> None:
         for number, category in enumerate(categories):
             weights = ",".join(loader["weights"]) or None
             path = paths[number if len(paths) > 1 else 0]
-            detector = models.read_reference(
+            detector = reference_files.read_reference(
                 path,
                 size=data["imagesize"],
                 resize=data["resize"],
@@ -214,8 +214,7 @@ def _config(
     main: dict[str, Any], network: dict[str, Any], choice: dict[str, Any], data: dict[str, Any]
 ) -> "PatchCoreConfig":
     """What the flags say; with --as-original, what the published code makes of them."""
-    from kizu.config import PatchCoreConfig, build
-    from kizu.config import backbone_names as names
+    from kizu.config import PatchCoreConfig, backbone_names, build
 
     original = main["as_original"]
     for option in MEANS:
@@ -226,7 +225,7 @@ def _config(
             )
     everything = choice["name"] == "identity" or choice["percentage"] == 1
     settings = {
-        "backbone": names.joined(network["backbone_names"]),
+        "backbone": backbone_names.joined(network["backbone_names"]),
         "layers": network["layers_to_extract_from"],
         "weights": ",".join(network["weights"]) or None,
         **{key: network[key] for key in ("pretrain_embed_dimension", "target_embed_dimension", "patchsize")},

@@ -29,7 +29,7 @@ def run(dataset_path: str, model_dir_path: str, size: str, feature_extractor: st
     from kizu.cli.reference import scoring
     from kizu.config import PUADConfig, build
     from kizu.detectors.puad.detector import PUAD
-    from kizu.export import reference_files as models
+    from kizu.export import reference_files
 
     teacher_file, folder, data_set, category = places(dataset_path, Path(model_dir_path), size)
     for path in (teacher_file, folder / "student.pt"):
@@ -40,7 +40,7 @@ def run(dataset_path: str, model_dir_path: str, size: str, feature_extractor: st
         raise DataError(f"{dataset_path} has no test images")
     about = {"dataset name": data_set, "category": category, "size": size, "feature extractor": feature_extractor}
     click.echo("\n".join(f"{name} : {value}" for name, value in about.items()))
-    base = models.read_reference(folder)
+    base = reference_files.read_reference(folder)
     settings = base.config.model_dump(include={"teacher", "network", "border"})
     given = {"base": "efficientad", "base_settings": settings, "feature_extractor": feature_extractor, "exact": True}
     detector = PUAD(build(PUADConfig, given), fitted_base=base)

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
 
-from kizu.data import image as images
+from kizu.data import image
 from kizu.data.dataset import Sample
 from kizu.data.progress import Progress, silent
 from kizu.detectors.base import Detector
@@ -145,8 +145,8 @@ def write_segmentations(judged: Judged, folder: Path, *, each_alone: bool = Fals
         if mask is not None:
             shown[mask] = 255
         seen = detector.preprocessing(sample.read(detector.preprocessing.enough)[0])
-        strip = np.concatenate([seen, shown, images.heat(anomaly_map, low, high)], axis=1)
-        images.write(folder / "_".join(sample.path.parts[-4:]), strip)
+        strip = np.concatenate([seen, shown, image.heat(anomaly_map, low, high)], axis=1)
+        image.write(folder / "_".join(sample.path.parts[-4:]), strip)
 
 
 def _values(row: Row) -> tuple[float | None, float | None, float | None]:
@@ -165,7 +165,7 @@ def _mask(sample: Sample, detector: Inspector) -> Bools | None:
         return np.zeros(side, bool)
     if not sample.masks:
         return None
-    union = np.maximum.reduce([images.read_mask_values(path) for path in sample.masks])
+    union = np.maximum.reduce([image.read_mask_values(path) for path in sample.masks])
     scaled = detector.preprocessing(np.repeat(union[..., None], 3, axis=2))[..., 0]
     return np.asarray(scaled == MASK)
 

@@ -167,18 +167,17 @@ def finish(parts: Sequence[tuple[str, dict[str, Any]]], **main: Any) -> None:
 
 def _config(main: dict[str, Any], network: dict[str, Any], data: dict[str, Any]) -> "SimpleNetConfig":
     """What the flags say; with --as-original, what the published code makes of them."""
-    from kizu.config import SimpleNetConfig, build
-    from kizu.config import backbone_names as names
+    from kizu.config import SimpleNetConfig, backbone_names, build
 
     if len(network["backbone_names"]) != 1:
         raise OptionError("-b: SimpleNet looks through one backbone")
-    name, seed = names.without_seed(network["backbone_names"][0])
+    name, seed = backbone_names.without_seed(network["backbone_names"][0])
     original, noise = main["as_original"], network["auto_noise"]
     between = network["proj_layer_type"]
     settings = {
         **{key: network[key] for key in AS_THEY_ARE},
         **{key: data[key] for key in STRENGTHS},
-        "backbone": names.in_timm(name),
+        "backbone": backbone_names.in_timm(name),
         "layers": network["layers_to_extract_from"] or (("layer2", "layer3") if "resnet" in name else ()),
         "weights": next(iter(network["weights"]), "") or None,
         "dsc_hidden": network["dsc_hidden"] or 0,

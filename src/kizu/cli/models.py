@@ -1,0 +1,77 @@
+"""Commands about a model's folder: update, merge, info."""
+
+import click
+
+from kizu.cli import terminal
+from kizu.cli.options import json_option, quiet_option
+from kizu.errors import OptionError
+from kizu.inference.model_folder import model_folder
+
+__all__ = ["info", "merge", "update"]
+
+
+@click.command()
+@click.argument("model")
+@click.argument("images", required=False)
+@click.option("--rollback", is_flag=True, help="Take the last update back.")
+@click.option("--skip-bad", is_flag=True, help="Leave out images that cannot be read.")
+@quiet_option
+def update(model: str, images: str | None, rollback: bool, skip_bad: bool, quiet: bool) -> None:
+    """Teach a model more good images, without the old ones.
+
+    The memory bank keeps its size. The model as it was before is kept inside, for --rollback.
+
+    \b
+    Example:  kizu update results/project/group/run photos/more_good
+    """
+    folder = model_folder(model)
+    if rollback == (images is not None):
+        raise OptionError("kizu update takes either a folder of good images or --rollback")
+    from kizu.detectors.base import load
+
+    if rollback:
+        if not (folder / "previous" / "model.json").exists():
+            raise OptionError(f"{folder} holds no previous model: it was not updated, or was rolled back already")
+        detector = load(folder / "previous")
+    else:
+        detector = load(folder)
+        with terminal.progress(quiet) as progress:
+            detector.update(images, skip_bad=skip_bad, progress=progress("Updating"))
+    detector.save(folder, keep_previous=not rollback)
+    if not quiet:
+        click.echo(f"{folder}: {detector.training['images']} good images. {detector.threshold.statement}")
+
+
+@click.command()
+@click.argument("models", nargs=-1, required=True)
+@click.option("--output", required=True, metavar="DIR", help="Folder for the joined model.")
+@quiet_option
+def merge(models: tuple[str, ...], output: str, quiet: bool) -> None:
+    """Join models that learned from different images of the same part.
+
+    \b
+    Example:  kizu merge results/a/group/run results/b/group/run --output models/both
+    """
+    from kizu.detectors.base import load
+
+    parts = [load(model_folder(model)) for model in models]
+    if len({part.method for part in parts}) > 1:
+        raise OptionError("Only models of the same method can be merged")
+    merged = parts[0].merge(parts)
+    merged.save(output)
+    if not quiet:
+        click.echo(f"{output}: {merged.training['images']} good images. {merged.threshold.statement}")
+
+
+@click.command()
+@click.argument("model")
+@json_option
+def info(model: str, as_json: bool) -> None:
+    """Say what a model is: learned from what, how, and how it decides.
+
+    \b
+    Example:  kizu info results/project/group/run
+    """
+    from kizu.cli.description import describe_model
+
+    terminal.print_description(describe_model(model_folder(model)), as_json)

@@ -1,0 +1,144 @@
+"""Commands that judge photographs and measure how well: predict, evaluate, data."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from kizu.cli import terminal
+from kizu.cli.options import data_options, find_data, json_option, quiet_option
+from kizu.cli.wording import flagged
+from kizu.errors import OptionError
+from kizu.inference.model_folder import model_folder
+
+__all__ = ["data", "evaluate", "predict"]
+
+MAX_LISTED = 10  # files that are left out, named one by one
+
+
+@click.command()
+@click.argument("model")
+@click.argument("images", nargs=-1, required=True)
+@click.option("--csv", "csv_file", metavar="FILE", help="Write a row an image.")
+@click.option("--overlays", metavar="DIR", help="Write each photograph with its heat map and contours.")
+@click.option("--why", metavar="DIR", help="Write what is marked beside the good patches that look most like it.")
+@click.option("--profile", is_flag=True, help="Say where the time goes, over the first 20 photographs.")
+@quiet_option
+@json_option
+def predict(model: str, images: tuple[str, ...], csv_file: str | None, overlays: str | None, **options: Any) -> None:
+    """Judge new photographs: files, folders (with all below them) or globs.
+
+    A file that cannot be read gets a row that says why; the others are judged, and the exit code is 1.
+
+    \b
+    Example:  kizu predict results/project/group/run new/*.png --csv verdicts.csv --overlays seen
+    """
+    from kizu import load
+    from kizu.inference.batch import image_paths, predict_files, profile, write_csv
+
+    detector = load(model_folder(model))
+    paths = image_paths(images)
+    with terminal.progress(options["quiet"] or options["as_json"]) as progress:
+        overlay_folder, why = (Path(folder) if folder else None for folder in (overlays, options["why"]))
+        rows = predict_files(detector, paths, overlays=overlay_folder, why=why, progress=progress("Predicting"))
+    if csv_file:
+        write_csv(Path(csv_file), rows)
+    if options["as_json"]:
+        click.echo(json.dumps([row.to_json() for row in rows], indent=1, ensure_ascii=False))
+    else:
+        terminal.print_verdicts(rows, options)
+    if options["profile"]:
+        readable = [path for path, row in zip(paths, rows, strict=True) if not row.error]
+        spent = profile(detector, readable) if readable else {}
+        terminal.print_table([{"where": name, "ms an image": f"{value:.1f}"} for name, value in spent.items()])
+    if any(row.error for row in rows):
+        click.get_current_context().exit(1)
+
+
+@click.command()
+@click.argument("model")
+@click.argument("data")
+@data_options
+@click.option("--output", metavar="DIR", help="Write results.csv, predictions.csv and report.html there.")
+@click.option("--save-maps", is_flag=True, help="Write the test images' anomaly maps there, as float TIFF.")
+@quiet_option
+@json_option
+def evaluate(model: str, data: str, output: str | None, save_maps: bool, **options: Any) -> None:
+    """Measure a model on the test images of a data set.
+
+    MODEL is a model's folder, or a run's folder with one model a category.
+
+    \b
+    Example:  kizu evaluate results/project/group/run mvtec/bottle --output again
+    """
+    from kizu import load
+    from kizu.evaluation import experiment
+    from kizu.evaluation.evaluate import evaluate as measure
+
+    if save_maps and output is None:
+        raise OptionError("--save-maps needs --output DIR, where the folder maps is written")
+    start = time.time()
+    found = find_data(data, options)
+    results, about = [], dict[str, Any]()
+    with terminal.progress(options["quiet"] or options["as_json"]) as progress:
+        for category in found.categories:
+            detector = load(model_folder(model, category))
+            result = measure(
+                detector,
+                found.select(category, "test"),
+                category=category,
+                root=found.root,
+                saturations=found.saturations.get(category),
+                maps=Path(str(output)) / "maps" if save_maps else None,
+                progress=progress(category),
+            )
+            results.append(result)
+            about = {"method": detector.method, "config": detector.config.model_dump(mode="json")}
+    if output is not None:
+        about |= {
+            "data": str(found.root),
+            "machine": experiment.machine(),
+            "versions": experiment.versions(),
+            "command": experiment.command_line(),
+            "seconds": time.time() - start,
+        }
+        experiment.write_tables(Path(output), about, results)
+    terminal.print_results(results, None if output is None else Path(output), options)
+
+
+@click.command()
+@click.argument("path")
+@data_options
+@json_option
+def data(path: str, **options: Any) -> None:
+    """Say what a folder of images is: layout, splits, counts, and what looks wrong.
+
+    Recognised: MVTec AD and LOCO, VisA, BTAD, MPDD, KolektorSDD and SDD2, CIFAR-10 (binary), and plain folders of good
+    images, with or without defective ones and masks.
+
+    \b
+    Example:  kizu data mvtec
+    """
+    from kizu.data.inspection import inspect
+
+    found = find_data(path, options)
+    inspection = inspect(found)
+    if options["as_json"]:
+        click.echo(json.dumps(inspection.to_json(), indent=1, ensure_ascii=False))
+        return
+    click.echo(f"{found.root}: {found.layout}, {terminal.count(len(found.categories), 'category', 'categories')}\n")
+    terminal.print_table(inspection.rows)
+    for note in found.notes:
+        click.echo(f"\nNote: {flagged(note)}")
+    if found.left_out:
+        click.echo(f"\nLeft out: {terminal.count(len(found.left_out), 'file')}")
+        for file, reason in found.left_out[:MAX_LISTED]:
+            click.echo(f"  {file}: {flagged(reason)}")
+        if len(found.left_out) > MAX_LISTED:
+            click.echo(f"  … and {len(found.left_out) - MAX_LISTED} more (--json lists all)")
+    if inspection.warnings:
+        click.echo("\nWorth a look:")
+        for warning in inspection.warnings:
+            click.echo(f"  {flagged(warning)}")

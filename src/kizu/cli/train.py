@@ -1,0 +1,189 @@
+"""Commands that learn: train, distill, demo."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from kizu.cli import terminal
+from kizu.cli.options import PASSED_ON, config_option, data_options, find_data, json_option, quiet_option, run_options
+from kizu.detectors import DETECTORS, config_class, methods
+
+__all__ = ["demo", "distill", "train"]
+
+_OPTION_NAME = re.compile(r"^--\w[\w-]*")
+
+
+class Methods(click.Group):
+    """One `train` command a method, its options made from the method's config when it is asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(methods())
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        return _train_command(name) if name in DETECTORS or name in methods() else None
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Without asking for any of them, which would import plug-ins."""
+        with formatter.section("Commands"):
+            formatter.write_dl(list(methods().items()))
+
+
+class TrainCommand(click.Command):
+    """A command whose options are listed under headings: the method's own, all methods', the data's, the run's."""
+
+    headings: dict[str, Sequence[str]]
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """--mix_noise is --mix-noise, as in the published command lines."""
+        return super().parse_args(ctx, [_OPTION_NAME.sub(lambda name: name[0].replace("_", "-"), arg) for arg in args])
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        rest = {
+            param.name: param.get_help_record(ctx) for param in self.get_params(ctx) if isinstance(param, click.Option)
+        }
+        for heading, names in self.headings.items():
+            with formatter.section(heading):
+                formatter.write_dl([record for name in names if (record := rest.pop(name, None))])
+        with formatter.section("Run"):
+            formatter.write_dl([record for record in rest.values() if record])
+
+
+@click.group(cls=Methods, subcommand_metavar="METHOD DATA [OPTIONS]")
+def train() -> None:
+    """Learn from good images, evaluate, write a results folder.
+
+    \b
+    Example:  kizu train patchcore mvtec/bottle --name first
+    """
+
+
+def _train_command(method: str) -> click.Command:
+    from kizu.config import Augmented, Config, build
+
+    kind = config_class(method)
+    about_method = (kind.__doc__ or method).split("\n")[0].rstrip(".")
+
+    @click.command(method, cls=TrainCommand)
+    @click.argument("data")
+    @data_options
+    @run_options
+    @quiet_option
+    @json_option
+    def command(data: str, **options: Any) -> None:
+        from kizu.evaluation import experiment
+
+        settings = {key: options[key] for key in kind.model_fields if options[key] is not None}
+        config = build(kind, settings)
+        found = find_data(data, options)
+        if not (options["quiet"] or options["as_json"]):
+            click.echo(terminal.summary(found), err=True)
+        quiet = options["quiet"] or options["as_json"]
+        with terminal.progress(quiet) as progress, terminal.messages(quiet, warnings_only=True):
+            finished, results = experiment.train(
+                method,
+                config,
+                found,
+                Path(options["output"]) / options["project"] / options["group"],
+                progress=progress,
+                **{key: options[key] for key in PASSED_ON},
+            )
+        terminal.print_results(results, finished.folder, options)
+        if options["profile"]:
+            rows = [{"category": r.category, **{k: f"{v:.3f} s" for k, v in r.seconds.items()}} for r in results]
+            terminal.print_table(rows)
+
+    command.headings = {
+        "Data": ("categories", "layout", "good", "bad", "defects_config", "skip_bad"),
+        "Method": [name for name in kind.model_fields if name not in Config.model_fields],
+        "Every method": [name for name in Config.model_fields if name not in Augmented.model_fields],
+        "Augmentation": list(Augmented.model_fields),
+    }
+    command.help = f"""{about_method}: learn from DATA's good images and evaluate on its test images.
+
+    DATA is a folder of good images, or a data set (see  kizu data --help).
+
+    \b
+    Example:  kizu train {method} mvtec/bottle --size 320 --name fine
+    """
+    command.params += [config_option(field, about) for field, about in kind.model_fields.items()]
+    return command
+
+
+class DistillCommand(click.Command):
+    """A command with options made from the distillation's config when they are asked for."""
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        from kizu.config import DistillationConfig
+
+        if not any(param.name == "steps" for param in self.params):
+            for field, about in DistillationConfig.model_fields.items():
+                self.params.append(config_option(field, about, "--from" if field == "backbone" else None))
+        return super().get_params(ctx)
+
+
+@click.command(cls=DistillCommand)
+@click.argument("images")
+@click.option("--output", default="teachers", show_default=True, help="Folder for the teacher.")
+@click.option("--resume", is_flag=True, help="Go on with a training that was interrupted.")
+@click.option("--overwrite", is_flag=True, help="Replace a teacher of the same size.")
+@quiet_option
+def distill(images: str, output: str, resume: bool, overwrite: bool, quiet: bool, **settings: Any) -> None:
+    """Make a teacher for EfficientAD from photographs of anything.
+
+    IMAGES is a folder of thousands, at any depth. A small network learns to say of 33 × 33 pixels what two layers
+    of a large one say. Published teachers took 1.3 million photographs and 60,000 steps on a GPU.
+
+    \b
+    Example:  kizu distill photographs --teacher-for efficientad --size s --from wide_resnet101_2
+    """
+    from kizu.config import DistillationConfig, build
+
+    config = build(DistillationConfig, {key: value for key, value in settings.items() if value is not None})
+    from kizu.detectors.efficientad.distillation import distill
+
+    with terminal.progress(quiet) as progress, terminal.messages(quiet):
+        reporting = progress("Teacher")
+        target = distill(images, config, Path(output), resume=resume, overwrite=overwrite, progress=reporting)
+    if not quiet:
+        click.echo(f"{target}\nUse it:  kizu train efficientad PHOTOS --teacher {target}")
+
+
+@click.command()
+@click.option("--output", default="demo", show_default=True, help="Folder for the images and the results.")
+@click.option("--seed", default=0, show_default=True, help="Another seed renders other parts.")
+@quiet_option
+@json_option
+def demo(output: str, seed: int, **options: Any) -> None:
+    """Render a machined part, good and defective; learn, evaluate, report.
+
+    \b
+    Example:  kizu demo
+    """
+    from kizu.config import PatchCoreConfig
+    from kizu.data import dataset
+    from kizu.data.demo import render
+    from kizu.evaluation import experiment
+
+    images = Path(output) / f"images-{seed}"
+    with terminal.progress(options["quiet"] or options["as_json"]) as progress:
+        rendering = progress("flange")
+        if not (images / "flange").exists():
+            render(images, seed=seed, progress=lambda done, total: rendering("Rendering", done, total))
+        finished, results = experiment.train(
+            "patchcore",
+            PatchCoreConfig(seed=seed),
+            dataset.find(images / "flange"),
+            Path(output) / "results" / "demo" / "patchcore",
+            progress=progress,
+        )
+    terminal.print_results(results, finished.folder, options)
+    if not (options["quiet"] or options["as_json"]):
+        click.echo(
+            "\nOn your own photographs:\n"
+            "  kizu data PHOTOS                          what kizu sees in a folder\n"
+            "  kizu train patchcore PHOTOS --name mine   learn from its good images\n"
+            "  kizu predict results/project/group/mine NEW_PHOTOS --overlays seen"
+        )
