@@ -119,4 +119,4 @@ def test_sentences_for_what_cannot_be(tmp_path):
     with pytest.raises(kizu.DataError, match="None of the 1 photographs"):
         distill(tmp_path, DistillationConfig(**QUICK), tmp_path)
     done = CliRunner().invoke(cli, ["distill", str(tmp_path), "--side", "100"])
-    assert isinstance(done.exception, kizu.OptionError) and "--side 100" in str(done.exception)
+    assert isinstance(done.exception, kizu.OptionError) and "`side=100`" in str(done.exception)
