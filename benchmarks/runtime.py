@@ -105,7 +105,7 @@ def model(name: str, folder: Path, category: Path, weights: Path | None = None) 
 
 def exported(trained: Path, to: str, category: Path, precision: str = "float32") -> Path:
     """An exported model's folder beside the trained one, made where it is not there yet."""
-    from kizu.detectors.base import load
+    from kizu.detectors.loading import load
     from kizu.export.onnx import export
 
     folder = trained.with_name(f"{trained.name}-{to}-{precision}")

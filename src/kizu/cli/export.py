@@ -47,7 +47,7 @@ def export(model: str, to: Any, output: str | None, images: str | None, **option
     if to == "reference":
         _as_published(folder, target, images, options)
         return
-    from kizu.detectors.base import load
+    from kizu.detectors.loading import load
     from kizu.export.onnx import export as export_graph
     from kizu.inference.batch import image_paths
 
@@ -69,7 +69,7 @@ def export(model: str, to: Any, output: str | None, images: str | None, **option
 
 
 def _as_published(folder: Path, target: Path, images: str | None, options: dict[str, Any]) -> None:
-    from kizu.detectors.base import load
+    from kizu.detectors.loading import load
     from kizu.export.reference_files import write_reference
 
     if images or options["precision"] != "float32":
@@ -109,7 +109,7 @@ def verify(model: str, quiet: bool, as_json: bool) -> None:
         sentence = f"{folder} reproduces itself: {difference.sentence(exported.tolerance)}."
         facts = {"model": str(folder), **difference.to_json(), "tolerance": asdict(exported.tolerance)}
     else:
-        from kizu.detectors.base import load
+        from kizu.detectors.loading import load
 
         if load(folder).pretrained() != about["backbone"]:
             raise ModelError(f"{folder}: the backbone's weights are not those that the model learned with")

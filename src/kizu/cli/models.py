@@ -27,7 +27,7 @@ def update(model: str, images: str | None, rollback: bool, skip_bad: bool, quiet
     folder = model_folder(model)
     if rollback == (images is not None):
         raise OptionError("kizu update takes either a folder of good images or --rollback")
-    from kizu.detectors.base import load
+    from kizu.detectors.loading import load
 
     if rollback:
         if not (folder / "previous" / "model.json").exists():
@@ -52,7 +52,7 @@ def merge(models: tuple[str, ...], output: str, quiet: bool) -> None:
     \b
     Example:  kizu merge results/a/group/run results/b/group/run --output models/both
     """
-    from kizu.detectors.base import load
+    from kizu.detectors.loading import load
 
     parts = [load(model_folder(model)) for model in models]
     if len({part.method for part in parts}) > 1:

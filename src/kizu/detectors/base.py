@@ -16,8 +16,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from kizu.calibration.outliers import find_outliers
@@ -27,7 +26,6 @@ from kizu.data import dataset, files
 from kizu.data import image as images
 from kizu.data.preprocessing import Preprocessing, Readable, Stack, batches
 from kizu.data.progress import Progress, silent
-from kizu.detectors import detector_class
 from kizu.detectors.augmentation import Augmentation
 from kizu.detectors.fitting import AfterRound, FitContext, FitResult, ignore_round, timed
 from kizu.detectors.ram import budget
@@ -37,7 +35,7 @@ from kizu.inference import model_folder as saved
 from kizu.inference.inspector import BATCH, Inspector
 from kizu.inference.prediction import Photo, name_of, readable
 
-__all__ = ["Detector", "gpu_device", "load"]
+__all__ = ["UNFITTED", "Detector", "gpu_device"]
 
 BATCH_SIZE = {"cpu": 4, "cuda": 32}  # while learning: on a CPU more images are no faster and take more memory
 CALIBRATION_BYTES = 1 << 30  # of photographs kept in memory to set a threshold by
@@ -356,34 +354,6 @@ def gpu_device(number: int) -> torch.device:
     if number >= count:
         raise OptionError(f"`gpu={number}`: this machine has {count} that torch can use; -1 is the CPU")
     return torch.device("cpu" if number < 0 else f"cuda:{number}")
-
-
-def load(folder: str | os.PathLike[str]) -> Detector:
-    """Read a model that `save` wrote. Nothing in it is executed. Raises `ModelError` when it is none, or damaged."""
-    folder = Path(folder)
-    about = saved.description(folder)
-    if "export" in about:
-        raise ModelError(
-            f"{folder} is an exported model, which cannot be changed: use the one that it was exported from"
-        )
-    try:
-        packed = load_file(folder / "model.safetensors")
-    except FileNotFoundError:
-        raise ModelError(f"{folder} is not a kizu model: model.safetensors is missing") from None
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ModelError(f"{folder}: the model is damaged ({error})") from None
-    tensors = {key: tensor.clone() for key, tensor in packed.items()}  # aligned: the last bit depends on it
-    try:
-        method = detector_class(about["method"])
-        detector = method(build(method.config_class, about["config"]))
-        graph = method.restore_graph(detector.config, tensors)
-        graph.load_state_dict(tensors, assign=True)
-        detector.graph = graph.eval().requires_grad_(False).to(detector.device)
-        detector.restore_thresholds(about)
-    except (KeyError, TypeError, RuntimeError) as error:
-        raise ModelError(f"{folder}: the model is damaged ({error})") from None
-    detector.thumbnails = saved.thumbnails(folder)
-    return detector
 
 
 def _items(good: str | os.PathLike[str] | Iterable[Any]) -> list[Readable]:

@@ -12,7 +12,7 @@ from kizu.errors import DataError
 if TYPE_CHECKING:
     from kizu.inference.inspector import Inspector
 
-__all__ = ["Costs", "Point", "best", "points", "tune"]
+__all__ = ["Costs", "Point", "at", "best", "points", "tune"]
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from kizu.data.preprocessing import batches
 from kizu.data.progress import Progress, silent
 from kizu.data.streams import drawn, endless
 from kizu.detectors.base import Detector
-from kizu.detectors.base import load as load_trained
+from kizu.detectors.loading import load as load_trained
 from kizu.detectors.patchcore.memory_bank import Bank
 from kizu.errors import ModelError, OptionError, require
 from kizu.export.precision import LARGE, halved, quantised

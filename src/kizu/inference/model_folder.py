@@ -23,7 +23,7 @@ def load(folder: str | os.PathLike[str]) -> "Inspector":
     Raises `ModelError` where there is no model, where it is damaged, and where an exported one does not reproduce
     itself.
     """
-    home = "kizu.inference.exported" if "export" in description(folder) else "kizu.detectors.base"
+    home = "kizu.inference.exported" if "export" in description(folder) else "kizu.detectors.loading"
     model: Inspector = require(home).load(folder)
     return model
 

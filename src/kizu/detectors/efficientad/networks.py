@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["DIMENSION", "FIELD", "FRAME", "PDN", "STRIDE", "Autoencoder", "Size", "grid_of", "normalised"]
+__all__ = ["DIMENSION", "FIELD", "FRAME", "KERNELS", "PDN", "STRIDE", "Autoencoder", "Size", "grid_of", "normalised"]
 
 Size = Literal["s", "m"]
 DIMENSION = 384  # channels of the published teachers

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from kizu.features.patch_features import as_rows
 
-__all__ = ["FeatureTable"]
+__all__ = ["FeatureTable", "Shape"]
 
 Shape = tuple[int, int, int]  # channels, height, width
 

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from kizu.calibration.threshold import images_needed
 from kizu.config import SimpleNetConfig
 from kizu.data.preprocessing import Stack
-from kizu.detectors.base import Detector, load
+from kizu.detectors.base import Detector
 from kizu.detectors.fitting import FitContext, FitResult, Split
+from kizu.detectors.loading import load
 from kizu.detectors.simplenet import published
 from kizu.detectors.simplenet.networks import SimpleNetGraph, first_layer
 from kizu.detectors.simplenet.training import DIVISION, ORDER, Training, generator
