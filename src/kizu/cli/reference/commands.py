@@ -32,7 +32,7 @@ class Systems(click.Group):
         if name not in SYSTEMS:
             return None
         module, command, _ = SYSTEMS[name]
-        found: click.Command = getattr(importlib.import_module(f"kizu.export.{module}"), command)
+        found: click.Command = getattr(importlib.import_module(f"kizu.cli.reference.{module}"), command)
         return found
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
