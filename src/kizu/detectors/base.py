@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from kizu.calibration.outliers import find_outliers
 from kizu.calibration.threshold import calibrate, refuse
 from kizu.config import BackboneConfig, Config, build
-from kizu.data import dataset, files
-from kizu.data import image as images
+from kizu.data import dataset, files, image
+from kizu.data.image import Float
 from kizu.data.preprocessing import Preprocessing, Readable, Stack, batches
 from kizu.data.progress import Progress, silent
 from kizu.detectors.augmentation import Augmentation
@@ -31,7 +31,7 @@ from kizu.detectors.fitting import AfterRound, FitContext, FitResult, ignore_rou
 from kizu.detectors.ram import budget
 from kizu.errors import BadImage, DataError, ModelError, OptionError
 from kizu.features.backbone import weights_hash
-from kizu.inference import model_folder as saved
+from kizu.inference import model_folder
 from kizu.inference.inspector import BATCH, Inspector
 from kizu.inference.prediction import Photo, name_of, readable
 
@@ -157,12 +157,12 @@ class Detector(Inspector):
         self.training["images"] += len(items)
         self.training["names"] += names
         self.training["digests"] += photos.digests
-        self.training["suspects"] += [{**asdict(image), "number": before + image.number} for image in outliers]
+        self.training["suspects"] += [{**asdict(outlier), "number": before + outlier.number} for outlier in outliers]
         self.good_items += [item if _is_file(item) else None for item in items]
         if self.keeps_thumbnails:
             for start in range(0, len(photos), BATCH):
                 pictures = photos.batch(start, start + BATCH).transpose(0, 2, 3, 1)
-                self.thumbnails += [images.encode(picture, "JPEG", quality=85) for picture in pictures]
+                self.thumbnails += [image.encode(picture, "JPEG", quality=85) for picture in pictures]
 
     @property
     def keeps_thumbnails(self) -> bool:
@@ -190,7 +190,7 @@ class Detector(Inspector):
         self.heat_map_range = (result.map_median, 2 * top - result.map_median)  # the pixel threshold lies in the middle
         return self
 
-    def __call__(self, pixels: npt.NDArray[np.uint8]) -> tuple[images.Float, images.Float]:
+    def __call__(self, pixels: npt.NDArray[np.uint8]) -> tuple[Float, Float]:
         if self.graph is None:
             raise ModelError(UNFITTED)
         with torch.inference_mode():
@@ -223,10 +223,10 @@ class Detector(Inspector):
             text = json.dumps(self.describe(), indent=1, ensure_ascii=False)
             (temporary / "model.json").write_text(text + "\n", encoding="utf-8")
             if self.thumbnails:
-                saved.write_thumbnails(temporary, self.thumbnails)
+                model_folder.write_thumbnails(temporary, self.thumbnails)
             if keep_previous and (folder / "model.json").exists():
                 (temporary / "previous").mkdir()
-                for name in ("model.safetensors", "model.json", saved.THUMBNAILS):
+                for name in ("model.safetensors", "model.json", model_folder.THUMBNAILS):
                     if (folder / name).exists():
                         shutil.copy2(folder / name, temporary / "previous" / name)
         return folder
@@ -235,7 +235,7 @@ class Detector(Inspector):
         """Everything about the model but its tensors, as plain values: what model.json holds."""
         assert self.graph is not None
         return {
-            "format": saved.FORMAT,
+            "format": model_folder.FORMAT,
             "method": self.method,
             "config": self.config.model_dump(mode="json"),
             "backbone": self.pretrained(),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from kizu.data import image as images
+from kizu.data import image
 from kizu.inference.prediction import NearestPatch
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def crop(picture: RGB, x: float, y: float) -> RGB:
     column, row = (int(np.clip(round(at - mark / 2), 0, side - mark)) for at in (x - left, y - top))
     frame = np.zeros((side, side), bool)
     frame[row : row + mark, column : column + mark] = True
-    square[images.outline(frame)] = (255, 64, 96)
+    square[image.outline(frame)] = (255, 64, 96)
     return square
 
 
@@ -100,7 +100,7 @@ def side_by_side(evidence: "Sequence[Evidence]") -> RGB:
     rows = []
     for item in evidence:
         query, match = (
-            grey if picture is None else images.resize(picture, (TILE, TILE))
+            grey if picture is None else image.resize(picture, (TILE, TILE))
             for picture in (item.query_crop, item.match_crop)
         )
         rows += [np.concatenate([query, column_gap, match], axis=1), row_gap]

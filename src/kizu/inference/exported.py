@@ -17,10 +17,10 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from kizu.calibration.threshold import p_value
-from kizu.data import image as images
+from kizu.data import image
 from kizu.data.preprocessing import Preprocessing
 from kizu.errors import ModelError, require
-from kizu.inference import model_folder as saved
+from kizu.inference import model_folder
 from kizu.inference.evidence import BankOutputs, nearest_patch
 from kizu.inference.image_features import GlobalFeatures
 from kizu.inference.inspector import Inspector
@@ -75,11 +75,11 @@ class Exported(Inspector):
         parts = [self._run(pixels[start : start + BATCH], names) for start in range(0, len(pixels), BATCH)]
         return [np.concatenate(values) for values in zip(*parts, strict=True)] if len(parts) > 1 else parts[0]
 
-    def __call__(self, pixels: npt.NDArray[np.uint8]) -> tuple[images.Float, images.Float]:
+    def __call__(self, pixels: npt.NDArray[np.uint8]) -> tuple[image.Float, image.Float]:
         scores, maps = self.outputs(pixels, ("score", "map"))
         return scores, maps
 
-    def score_in_parts(self, pixels: npt.NDArray[np.uint8]) -> tuple[images.Float, images.Float, list[dict[str, Any]]]:
+    def score_in_parts(self, pixels: npt.NDArray[np.uint8]) -> tuple[image.Float, image.Float, list[dict[str, Any]]]:
         names = ("parts", "contributions", "whitened")
         if names[0] not in self.export["outputs"]:
             return super().score_in_parts(pixels)
@@ -128,7 +128,7 @@ def load(folder: str | os.PathLike[str], *, check: int | None = CASES_AT_LOAD) -
     where what runs it is not installed.
     """
     folder = Path(folder)
-    about = saved.description(folder)
+    about = model_folder.description(folder)
     if "export" not in about:
         raise ModelError(f"{folder} is a trained model: open it with kizu.load, or export it")
     try:
@@ -141,7 +141,7 @@ def load(folder: str | os.PathLike[str], *, check: int | None = CASES_AT_LOAD) -
         model = Exported(folder, about, run, _tables(folder))
     except (KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{folder}: the model is damaged (model.json: {error!r})") from None
-    model.thumbnails = saved.thumbnails(folder)
+    model.thumbnails = model_folder.thumbnails(folder)
     if check != 0:
         model.verify(check)
     return model

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kizu.calibration.threshold import Threshold, from_finite
-from kizu.data import image as images
+from kizu.data.image import Float, Source, read, resize
 from kizu.data.preprocessing import Preprocessing, Readable, batches, digests
 from kizu.data.sample import Sample
 from kizu.errors import BadImage
@@ -47,14 +47,14 @@ class Inspector(ABC):
         self.workers = 2  # threads that read photographs
 
     @abstractmethod
-    def __call__(self, pixels: npt.NDArray[np.uint8]) -> tuple[images.Float, images.Float]:
+    def __call__(self, pixels: npt.NDArray[np.uint8]) -> tuple[Float, Float]:
         """The graph on a batch: (B, 3, h, w) uint8 → scores (B,), maps (B, 1, h, w)."""
 
     @abstractmethod
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write the model as a folder. Raises `ModelError` where it cannot be written."""
 
-    def predict(self, image: images.Source | Sample | Photo) -> Prediction:
+    def predict(self, image: Source | Sample | Photo) -> Prediction:
         """Judge one photograph. Raises `BadImage` when it cannot be read."""
         for _, outcome in self.judge([readable(image)], batch_size=1):
             if isinstance(outcome, BadImage):
@@ -74,14 +74,14 @@ class Inspector(ABC):
             for item, shape, score, anomaly_map, parts in rows:
                 yield item, Prediction(float(score), self.threshold.value, anomaly_map[0], shape, item, self, parts)
 
-    def score_in_parts(self, pixels: npt.NDArray[np.uint8]) -> tuple[images.Float, images.Float, list[dict[str, Any]]]:
+    def score_in_parts(self, pixels: npt.NDArray[np.uint8]) -> tuple[Float, Float, list[dict[str, Any]]]:
         """Scores and maps as of a call, and what each score is made of: an empty dict, unless a method says more."""
         return *self(pixels), [{} for _ in pixels]
 
     def picture(self, number: int) -> npt.NDArray[np.uint8] | None:
         """A training image as the network sees it, from the model's thumbnails or its own file; None if neither is."""
         if number < len(self.thumbnails):
-            return images.resize(images.read(self.thumbnails[number]), self.preprocessing.size)
+            return resize(read(self.thumbnails[number]), self.preprocessing.size)
         item = self.good_items[number] if number < len(self.good_items) else None
         try:
             return None if item is None else self.preprocessing(item.read(self.preprocessing.enough)[0])

@@ -9,7 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from kizu.calibration.threshold import p_value
-from kizu.data import image as images
+from kizu.data import image
+from kizu.data.image import Float, Source
 from kizu.data.preprocessing import Readable
 from kizu.data.sample import Sample
 from kizu.inference.regions import MarkedRegion, find_regions
@@ -26,14 +27,14 @@ RGB = npt.NDArray[np.uint8]  # (H, W, 3)
 class Photo:
     """A photograph from anywhere: a file's path, encoded bytes, an array or a PIL image."""
 
-    source: images.Source
+    source: Source
 
     def read(self, at_least: tuple[int, int] | None = None) -> tuple[RGB, tuple[int, int]]:
-        return images.read_at_least(self.source, at_least)
+        return image.read_at_least(self.source, at_least)
 
     @property
     def name(self) -> str:
-        return images.name_of(self.source)
+        return image.name_of(self.source)
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Prediction:
 
     score: float
     threshold: float
-    input_map: images.Float  # (h, w), of the network's input
+    input_map: Float  # (h, w), of the network's input
     shape: tuple[int, int]  # of the photograph
     item: Readable
     detector: "Inspector"
@@ -82,7 +83,7 @@ class Prediction:
         return p_value(self.score, self.detector.calibration_scores)
 
     @cached_property
-    def anomaly_map(self) -> images.Float:
+    def anomaly_map(self) -> Float:
         """(H, W) float32 over the photograph: how anomalous each pixel's surroundings are."""
         return self.detector.preprocessing.restore(self.input_map, self.shape)
 
@@ -108,15 +109,15 @@ class Prediction:
 
     def overlay(self) -> RGB:
         """The photograph, its map glowing over it, contours and numbered boxes where it is marked. (H, W, 3) uint8."""
-        glow = images.overlay(
+        glow = image.overlay(
             self.item.read()[0], self.anomaly_map, *self.detector.heat_map_range, self.detector.pixel_threshold
         )
-        return images.framed(glow, [region.box for region in self.regions])
+        return image.framed(glow, [region.box for region in self.regions])
 
 
-def readable(image: images.Source | Sample | Photo) -> Sample | Photo:
+def readable(source: Source | Sample | Photo) -> Sample | Photo:
     """Samples and photos as they are; paths, arrays, bytes and PIL images as photos."""
-    return image if isinstance(image, Sample | Photo) else Photo(image)
+    return source if isinstance(source, Sample | Photo) else Photo(source)
 
 
 def name_of(item: Readable) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from kizu.data import image as images
+from kizu.data import image
 from kizu.errors import BadImage, KizuError
 from kizu.inference.prediction import Evidence, Prediction
 
@@ -34,7 +34,7 @@ class Upload:
     name: str
 
     def read(self, at_least: tuple[int, int] | None = None) -> tuple[npt.NDArray[np.uint8], tuple[int, int]]:
-        return images.read_at_least(self.content, at_least)
+        return image.read_at_least(self.content, at_least)
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,7 @@ import re
 from pathlib import Path
 from typing import Literal
 
-from kizu.data import files
-from kizu.data import image as images
+from kizu.data import files, image
 from kizu.serving.batcher import Upload
 
 __all__ = ["Label", "collect"]
@@ -19,11 +18,11 @@ def collect(folder: Path, upload: Upload, label: Label) -> Path:
 
     Raises `BadImage` when it cannot be read.
     """
-    images.read(upload.content)
+    image.read(upload.content)
     digest = hashlib.blake2b(upload.content, digest_size=8).hexdigest()
     before = [path for other in ("good", "bad") for path in (folder / other).glob(f"*{digest}.*")]
     stem = re.sub(r"[^A-Za-z0-9_-]+", "-", Path(upload.name).stem).strip("-")[:40]
-    name = f"{stem}-{digest}".lstrip("-") + (images.suffix_of(upload.content) or ".png")
+    name = f"{stem}-{digest}".lstrip("-") + (image.suffix_of(upload.content) or ".png")
     target = folder / label / (before[0].name if before else name)
     for path in before:
         if path != target:

@@ -13,7 +13,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 
-from kizu.data import image as images
+from kizu.data import image
 from kizu.errors import BadImage, ImageKind, KizuError
 from kizu.serving.batcher import Upload
 
@@ -104,8 +104,8 @@ async def read_uploads(request: Request, limits: Limits) -> list[Upload]:
 def check(upload: Upload, limits: Limits) -> None:
     """Look at a photograph's header. Raises `Refusal` where it is no image, is damaged or has too many pixels."""
     try:
-        height, width = images.size_of(upload.content)
-        if images.suffix_of(upload.content) is None:
+        height, width = image.size_of(upload.content)
+        if image.suffix_of(upload.content) is None:
             raise BadImage(upload.name, "is not an image in a format that is supported", "unsupported")
     except BadImage as error:
         raise refusal_of(upload, error) from None

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kizu.calibration.threshold import Threshold, calibrate, finite, p_value
-from kizu.data import image as images
+from kizu.data import image
 from kizu.inference.inspector import Inspector
 from kizu.inference.prediction import Evidence, Prediction
 from kizu.serving.batcher import Answer, LoadedModel, Upload
@@ -96,7 +96,7 @@ def promise_at(model: Inspector, value: float) -> Promise:
 
 def thumbnail(upload: Upload) -> bytes:
     """A small JPEG of a photograph."""
-    return images.encode(_shrunk(upload, THUMBNAIL_SIDE), "JPEG", quality=80)
+    return image.encode(_shrunk(upload, THUMBNAIL_SIDE), "JPEG", quality=80)
 
 
 def _map(prediction: Prediction, model: Inspector, format: Literal["png", "npy"], longest: int) -> Map:
@@ -111,7 +111,7 @@ def _map(prediction: Prediction, model: Inspector, format: Literal["png", "npy"]
     if format == "npy":
         np.save(buffer, values.astype(np.float32))
     else:
-        buffer.write(images.encode(np.rint((values - low) / (high - low) * MAX_UINT16).astype(np.uint16)))
+        buffer.write(image.encode(np.rint((values - low) / (high - low) * MAX_UINT16).astype(np.uint16)))
     return Map(format=format, low=low, high=high, height=shape[0], width=shape[1], data=_base64(buffer.getvalue()))
 
 
@@ -128,11 +128,11 @@ def _pair(evidence: Evidence) -> Pair:
 def _shrunk(upload: Upload, side: int) -> npt.NDArray[np.uint8]:
     rgb, (height, width) = upload.read((side, side))
     factor = min(1.0, side / max(height, width))
-    return images.resize(rgb, (max(1, round(height * factor)), max(1, round(width * factor))))
+    return image.resize(rgb, (max(1, round(height * factor)), max(1, round(width * factor))))
 
 
 def _jpeg(rgb: npt.NDArray[np.uint8]) -> str:
-    return _base64(images.encode(rgb, "JPEG", quality=88))
+    return _base64(image.encode(rgb, "JPEG", quality=88))
 
 
 def _base64(content: bytes) -> str:

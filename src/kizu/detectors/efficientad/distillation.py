@@ -24,8 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kizu.config import DistillationConfig
-from kizu.data import files
-from kizu.data import streams as supply
+from kizu.data import files, streams
 from kizu.data.preprocessing import Preprocessing
 from kizu.data.progress import Progress, silent
 from kizu.detectors.augmentation import greyed
@@ -82,7 +81,7 @@ def distill(
     lasts, the training's state. `statistics` are the channels' mean and deviation (384,), where they are known already.
     Raises `OptionError` where there is a teacher already, or a training that was begun.
     """
-    paths = supply.photographs(images)
+    paths = streams.photographs(images)
     target = folder / f"{config.teacher_for}-{config.size}.safetensors"
     state = target.with_suffix(".training")
     if target.exists() and not overwrite:
@@ -216,10 +215,10 @@ def distillation_loss(network: PDN, source: Source, images: Tensor) -> Tensor:
 
 def _batches(paths: Sequence[Path], config: DistillationConfig, start: int) -> Iterator[npt.NDArray[np.uint8]]:
     """Photographs (B, 3, 2s, 2s) without end, from the `start`-th on."""
-    pictures = supply.cropped(paths, config.seed, start, config.crops)
+    pictures = streams.cropped(paths, config.seed, start, config.crops)
     side = 2 * config.side
     workers = min(16, os.cpu_count() or 2)
-    return supply.endless(pictures, Preprocessing((side, side)), config.batch_size, workers)
+    return streams.endless(pictures, Preprocessing((side, side)), config.batch_size, workers)
 
 
 def _hash(text: str) -> str:

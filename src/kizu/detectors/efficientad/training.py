@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kizu.config import EfficientADConfig
-from kizu.data import streams as supply
+from kizu.data import streams
 from kizu.data.preprocessing import Preprocessing
 from kizu.detectors.augmentation import greyed
 from kizu.detectors.efficientad.graph import LOSSES, EfficientADGraph
@@ -55,7 +55,7 @@ def train(
     sums = torch.tensor(extra.get("sums", [0.0] * len(LOSSES)), dtype=torch.float64, device=device)
     every = max(1, config.steps // 100)
     penalty = _penalty(config, start)
-    order = supply.shuffled(count, config.seed, start * config.batch_size)
+    order = streams.shuffled(count, config.seed, start * config.batch_size)
     pace = Pace(config.steps - start, device, ADVICE)
     for step in range(start, config.steps):
         for group in optimiser.param_groups:
@@ -98,7 +98,7 @@ def penalty_source(config: EfficientADConfig) -> str:
         return "drawn textures"
     if config.penalty == "none":
         return "none"
-    return f"{len(supply.photographs(config.penalty))} photographs in {config.penalty}"
+    return f"{len(streams.photographs(config.penalty))} photographs in {config.penalty}"
 
 
 def _penalty(config: EfficientADConfig, start: int) -> Iterator[npt.NDArray[np.uint8]] | None:
@@ -107,9 +107,9 @@ def _penalty(config: EfficientADConfig, start: int) -> Iterator[npt.NDArray[np.u
         return None
     first = start * config.batch_size
     if config.penalty is None:
-        return supply.endless(supply.drawn(config.seed, first), Preprocessing(config.size), config.batch_size)
-    pictures = supply.cropped(supply.photographs(config.penalty), config.seed, first, crops=False)
-    return supply.endless(pictures, Preprocessing(config.size, 2 * max(config.size)), config.batch_size)
+        return streams.endless(streams.drawn(config.seed, first), Preprocessing(config.size), config.batch_size)
+    pictures = streams.cropped(streams.photographs(config.penalty), config.seed, first, crops=False)
+    return streams.endless(pictures, Preprocessing(config.size, 2 * max(config.size)), config.batch_size)
 
 
 def _first_and_last(curve: Sequence[Sequence[float]]) -> dict[str, list[float]]:

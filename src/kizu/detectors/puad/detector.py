@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from kizu.calibration.threshold import calibrate
 from kizu.config import PUADConfig
-from kizu.data import image as images
+from kizu.data import image
 from kizu.data.preprocessing import Stack
 from kizu.data.progress import Progress
 from kizu.detectors import detector_class
@@ -223,7 +223,7 @@ class PUAD(Detector):
                 f"(shrinkage {head.shrinkage:.2f}); more than {dimension} images settle it."
             )
 
-    def score_in_parts(self, pixels: npt.NDArray[np.uint8]) -> tuple[images.Float, images.Float, list[dict[str, Any]]]:
+    def score_in_parts(self, pixels: npt.NDArray[np.uint8]) -> tuple[image.Float, image.Float, list[dict[str, Any]]]:
         """Scores, maps, and of each image what `GlobalFeatures.explain` says."""
         if self.graph is None:
             raise ModelError(UNFITTED)

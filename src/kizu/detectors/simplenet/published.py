@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kizu.config import SimpleNetConfig, build
-from kizu.config import backbone_names as names
+from kizu.config import SimpleNetConfig, backbone_names, build
 from kizu.data import files
 from kizu.detectors.simplenet.networks import first_layer
 from kizu.errors import ModelError
@@ -51,7 +50,7 @@ def write(folder: str | os.PathLike[str], model: Published, layers: list[str], u
     with files.new_folder(folder) as temporary:
         torch.save(states, temporary / CHECKPOINT)
         parameters = {
-            "backbone.name": names.published(config.backbone),
+            "backbone.name": backbone_names.published(config.backbone),
             "layers_to_extract_from": layers,
             "input_shape": (3, *config.size),
             "pretrain_embed_dimension": config.pretrain_embed_dimension,
@@ -100,14 +99,14 @@ def _settings(states: States, parameters: Mapping[str, Any], own: SimpleNetConfi
         "auto_noise": False,
     }
     if "backbone.name" in parameters:
-        settings["backbone"] = names.in_timm(parameters["backbone.name"])
+        settings["backbone"] = backbone_names.in_timm(parameters["backbone.name"])
         settings["layers"] = tuple(parameters["layers_to_extract_from"])
         settings["size"] = tuple(parameters["input_shape"])[-2:]
         settings |= {
             key: parameters[key] for key in ("pretrain_embed_dimension", "target_embed_dimension", "patchsize")
         }
     else:
-        settings["backbone"] = names.in_timm(settings["backbone"])
+        settings["backbone"] = backbone_names.in_timm(settings["backbone"])
     return settings
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kizu.data import image as images
+from kizu.data import image
 from kizu.inference.prediction import Photo
 from kizu.serving.watch.ledger import Identity
 
@@ -124,7 +124,7 @@ def _files(folder: Path, leave_out: set[Path]) -> Iterator[tuple[Path, os.stat_r
             if entry.is_dir():
                 if Path(entry.path).resolve() not in leave_out:
                     yield from _files(Path(entry.path), leave_out)
-            elif images.is_image_name(entry.name):
+            elif image.is_image_name(entry.name):
                 yield Path(entry.path), entry.stat()
         except OSError:
             continue

@@ -7,8 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from kizu.data import files
-from kizu.data import image as images
+from kizu.data import files, image
 from kizu.errors import BadImage
 from kizu.inference.inspector import Inspector
 from kizu.inference.verdict import Verdict
@@ -61,7 +60,7 @@ class Watcher:
                 continue
             row = new[id(photo)] = _row(arrival, Verdict.of(arrival.identity[0], outcome, model), name)
             if self._stopped_folder is not None and arrival.path is None and row["verdict"] == "stop":
-                images.write(self._stopped_folder / f"{arrival.identity[0]}.png", photo.read()[0])
+                image.write(self._stopped_folder / f"{arrival.identity[0]}.png", photo.read()[0])
         judged = [arrival for arrival in batch if id(arrival.photo) in new]
         rows = self._ledger.append([new[id(arrival.photo)] for arrival in judged])
         for arrival, row in zip(judged, rows, strict=True):
