@@ -17,9 +17,9 @@ def describe_model(folder: Path) -> dict[str, Any]:
     """What model.json says, as sentences. Raises `ModelError` when it cannot be read."""
     try:
         about = json.loads((folder / "model.json").read_text(encoding="utf-8"))
-        level, training = about["threshold"], about["training"]
-        value = float("inf") if level["value"] is None else level["value"]
-        threshold = Threshold(value, level["rate"], level["count"], level["tuned"])
+        stored, training = about["threshold"], about["training"]
+        value = float("inf") if stored["value"] is None else stored["value"]
+        threshold = Threshold(value, stored["rate"], stored["count"], stored["tuned"])
         config = about["config"]
         return {
             "model": str(folder),
@@ -63,10 +63,10 @@ def _exported(export: dict[str, Any] | None) -> dict[str, Any]:
     """What there is to say of an exported model, and of no other."""
     if export is None:
         return {}
-    found = Difference(**export["parity"]["compared"])
+    difference = Difference(**export["parity"]["compared"])
     measured = [f"{key}: {value}" for key, value in export.get("measured", {}).items()]
     return {
         "exported to": f"{export['format']} in {export['precision']}, gives {', '.join(export['outputs'])}",
-        "parity with torch": found.sentence(Tolerance(**export["parity"]["tolerance"])),
+        "parity with torch": difference.sentence(Tolerance(**export["parity"]["tolerance"])),
         **({"measured": measured} if measured else {}),
     }

@@ -80,17 +80,17 @@ def evaluate(model: str, data: str, output: str | None, save_maps: bool, **optio
     if save_maps and output is None:
         raise OptionError("--save-maps needs --output DIR, where the folder maps is written")
     start = time.time()
-    found = find_data(data, options)
+    dataset = find_data(data, options)
     results, about = [], dict[str, Any]()
     with terminal.progress(options["quiet"] or options["as_json"]) as progress:
-        for category in found.categories:
+        for category in dataset.categories:
             detector = load(model_folder(model, category))
             result = measure(
                 detector,
-                found.select(category, "test"),
+                dataset.select(category, "test"),
                 category=category,
-                root=found.root,
-                saturations=found.saturations.get(category),
+                root=dataset.root,
+                saturations=dataset.saturations.get(category),
                 maps=Path(str(output)) / "maps" if save_maps else None,
                 progress=progress(category),
             )
@@ -98,7 +98,7 @@ def evaluate(model: str, data: str, output: str | None, save_maps: bool, **optio
             about = {"method": detector.method, "config": detector.config.model_dump(mode="json")}
     if output is not None:
         about |= {
-            "data": str(found.root),
+            "data": str(dataset.root),
             "machine": experiment.machine(),
             "versions": experiment.versions(),
             "command": experiment.command_line(),
@@ -123,21 +123,23 @@ def data(path: str, **options: Any) -> None:
     """
     from kizu.data.inspection import inspect
 
-    found = find_data(path, options)
-    inspection = inspect(found)
+    dataset = find_data(path, options)
+    inspection = inspect(dataset)
     if options["as_json"]:
         click.echo(json.dumps(inspection.to_json(), indent=1, ensure_ascii=False))
         return
-    click.echo(f"{found.root}: {found.layout}, {terminal.count(len(found.categories), 'category', 'categories')}\n")
+    click.echo(
+        f"{dataset.root}: {dataset.layout}, {terminal.count(len(dataset.categories), 'category', 'categories')}\n"
+    )
     terminal.print_table(inspection.rows)
-    for note in found.notes:
+    for note in dataset.notes:
         click.echo(f"\nNote: {flagged(note)}")
-    if found.left_out:
-        click.echo(f"\nLeft out: {terminal.count(len(found.left_out), 'file')}")
-        for file, reason in found.left_out[:MAX_LISTED]:
+    if dataset.left_out:
+        click.echo(f"\nLeft out: {terminal.count(len(dataset.left_out), 'file')}")
+        for file, reason in dataset.left_out[:MAX_LISTED]:
             click.echo(f"  {file}: {flagged(reason)}")
-        if len(found.left_out) > MAX_LISTED:
-            click.echo(f"  … and {len(found.left_out) - MAX_LISTED} more (--json lists all)")
+        if len(dataset.left_out) > MAX_LISTED:
+            click.echo(f"  … and {len(dataset.left_out) - MAX_LISTED} more (--json lists all)")
     if inspection.warnings:
         click.echo("\nWorth a look:")
         for warning in inspection.warnings:

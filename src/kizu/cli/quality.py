@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["check", "drift", "tune"]
 
-DRAWN = 400  # points of a drawn curve
+CURVE_POINTS = 400  # points of a drawn curve
 
 
 @click.command()
@@ -79,7 +79,7 @@ def check(model: str, images: tuple[str, ...], most: int, output: str | None, **
 def drift(
     model: str, images: tuple[str, ...], history: str | None, alarm: float, output: str | None, **options: Any
 ) -> None:
-    """Do recent parts still look like those that set the level, and if not, since when?
+    """Do recent parts still look like those that set the threshold, and if not, since when?
 
     Photographs are taken in the order of their names. With --history the test goes on where it stopped, and may be
     looked at every day without crying wolf: however long it runs, it raises a false alarm with probability --alarm at
@@ -114,9 +114,9 @@ def drift(
     if options["as_json"]:
         since = None if test.since is None else test.steps[test.since].image
         at = None if test.alarm_at is None else test.steps[test.alarm_at].image
-        found = {"finding": test.sentence(), "alarm": at is not None, "alarm_at": at, "since": since}
+        outcome = {"finding": test.sentence(), "alarm": at is not None, "alarm_at": at, "since": since}
         steps = [{"image": s.image, "score": s.score, "p_value": s.p_value, "evidence": s.evidence} for s in test.steps]
-        click.echo(json.dumps({**found, "steps": steps[before:]}, indent=1))
+        click.echo(json.dumps({**outcome, "steps": steps[before:]}, indent=1))
     else:
         click.echo(test.sentence())
     if any(row.error for row in rows):
@@ -129,14 +129,14 @@ def drift(
 @click.argument("bad", required=False)
 @click.option("--miss-cost", default=100.0, show_default=True, help="What a missed defect costs, in false alarms.")
 @click.option("--defective", default=0.01, show_default=True, help="Share of the parts that are defective.")
-@click.option("--threshold", type=float, help="This level instead of the cheapest.")
-@click.option("--set", "write", is_flag=True, help="Set the level in the model, marked as tuned on labels.")
-@click.option("--reset", is_flag=True, help="Back to the level from good images alone.")
+@click.option("--threshold", type=float, help="This threshold instead of the cheapest.")
+@click.option("--set", "write", is_flag=True, help="Set the threshold in the model, marked as tuned on labels.")
+@click.option("--reset", is_flag=True, help="Back to the threshold from good images alone.")
 @click.option("--output", metavar="DIR", help="Write tune.csv and tune.html there.")
 @quiet_option
 @json_option
 def tune(model: str, good: str | None, bad: str | None, output: str | None, **options: Any) -> None:
-    """Where defects are known: false alarms against misses, what they cost, and a level that suits.
+    """Where defects are known: false alarms against misses, what they cost, and a threshold that suits.
 
     GOOD and BAD are photographs that the model did not learn from. Nothing changes without --set.
 
@@ -342,12 +342,12 @@ def _show_trade(
         f"A missed defect costs as much as {costs.miss:g} false alarms; {percent(costs.defective)} of parts have one.",
         detector.threshold.statement
         if options["write"]
-        else "Nothing was changed; --set puts the level into the model.",
+        else "Nothing was changed; --set puts the threshold into the model.",
     ]
     if output:
         table = [_point_row("", point) for point in curve]
         files.write_csv(Path(output) / "tune.csv", table[0], [row.values() for row in table])
-        levels = np.linspace(curve[0].threshold, curve[-1].threshold, DRAWN)
+        levels = np.linspace(curve[0].threshold, curve[-1].threshold, CURVE_POINTS)
         drawn = [at(float(level), *scores, costs) for level in levels]
         _tune_page(Path(output) / "tune.html", drawn, chosen, now, rows, sentences)
     if options["as_json"]:
@@ -398,7 +398,7 @@ def _tune_page(
         f"and misses {chosen.misses} of {chosen.bad} defects.",
         lead=" ".join(sentences),
         caveats=[
-            "A level that was chosen on labelled photographs looks better on them than it is. Judge it on others "
+            "A threshold that was chosen on labelled photographs looks better on them than it is. Judge it on others "
             "before you rely on it."
         ],
         sections=[

@@ -81,11 +81,13 @@ def messages(quiet: bool, warnings_only: bool = False) -> Iterator[None]:
         logger.removeHandler(handler)
 
 
-def summary(found: "Dataset") -> str:
-    splits = ((split, len(found.select(split=split))) for split in ("train", "validation", "test"))
+def summary(dataset: "Dataset") -> str:
+    splits = ((split, len(dataset.select(split=split))) for split in ("train", "validation", "test"))
     counts = ", ".join(f"{number} {split}" for split, number in splits if number)
-    lines = [f"{found.root}: {found.layout}, {count(len(found.categories), 'category', 'categories')}, {counts} images"]
-    lines += [f"Note: {flagged(note)}" for note in found.notes]
+    lines = [
+        f"{dataset.root}: {dataset.layout}, {count(len(dataset.categories), 'category', 'categories')}, {counts} images"
+    ]
+    lines += [f"Note: {flagged(note)}" for note in dataset.notes]
     return "\n".join(lines)
 
 
@@ -116,8 +118,8 @@ def print_results(results: "Sequence[CategoryResult]", folder: Path | None, opti
             click.echo(f"  Note: {flagged(note)}")
         if result.unlike:
             names = ", ".join(one.image for one in result.unlike[:MAX_LISTED])
-            more = f" and {len(result.unlike) - MAX_LISTED} more" if len(result.unlike) > MAX_LISTED else ""
-            click.echo(f"  Worth a second look, training images unlike the others: {names}{more}")
+            remainder = f" and {len(result.unlike) - MAX_LISTED} more" if len(result.unlike) > MAX_LISTED else ""
+            click.echo(f"  Worth a second look, training images unlike the others: {names}{remainder}")
         for row in result.judged:
             if row.error:
                 click.echo(f"  Not judged: {row.image} {flagged(row.error)}")
@@ -147,18 +149,18 @@ def print_verdicts(rows: "Sequence[FileVerdict]", options: dict[str, Any]) -> No
                 click.echo(f"{'':19}{_explanation(row.parts)}")
     if not options["quiet"]:
         counts = {word: sum(row.verdict == word for row in rows) for word in ("stop", "pass", "error")}
-        level = next((row.threshold for row in rows if not row.error), None)
+        threshold = next((row.threshold for row in rows if not row.error), None)
         counted = ", ".join(f"{number} {word}" for word, number in counts.items() if number)
-        click.echo(f"\n{counted}" + ("" if level is None else f"; stopped above {level:.4f}"), err=True)
+        click.echo(f"\n{counted}" + ("" if threshold is None else f"; stopped above {threshold:.4f}"), err=True)
 
 
 def _explanation(parts: dict[str, Any]) -> str:
     """In a line: the kind of anomaly, and for one that has no place what to compare the photograph with."""
-    said = f"{parts['kind']} (structural {parts['structural']:+.1f}, logical {parts['logical']:+.1f})"
+    summary_line = f"{parts['kind']} (structural {parts['structural']:+.1f}, logical {parts['logical']:+.1f})"
     if parts["kind"] == "structural":
-        return said
+        return summary_line
     near, groups = ", ".join(str(found["image"]) for found in parts["nearest"]), parts["groups"]
-    return f"{said}; compare with {near}; differs most in {groups[0]['group']} ({groups[0]['share']:.0%})"
+    return f"{summary_line}; compare with {near}; differs most in {groups[0]['group']} ({groups[0]['share']:.0%})"
 
 
 def print_table(rows: Sequence[dict[str, Any]]) -> None:

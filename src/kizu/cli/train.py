@@ -77,15 +77,15 @@ def _train_command(method: str) -> click.Command:
 
         settings = {key: options[key] for key in kind.model_fields if options[key] is not None}
         config = build(kind, settings)
-        found = find_data(data, options)
+        dataset = find_data(data, options)
         if not (options["quiet"] or options["as_json"]):
-            click.echo(terminal.summary(found), err=True)
+            click.echo(terminal.summary(dataset), err=True)
         quiet = options["quiet"] or options["as_json"]
         with terminal.progress(quiet) as progress, terminal.messages(quiet, warnings_only=True):
             finished, results = experiment.train(
                 method,
                 config,
-                found,
+                dataset,
                 Path(options["output"]) / options["project"] / options["group"],
                 progress=progress,
                 **{key: options[key] for key in PASSED_ON},
@@ -163,7 +163,7 @@ def demo(output: str, seed: int, **options: Any) -> None:
     Example:  kizu demo
     """
     from kizu.config import PatchCoreConfig
-    from kizu.data import dataset
+    from kizu.data.dataset import find
     from kizu.data.demo import render
     from kizu.evaluation import experiment
 
@@ -175,7 +175,7 @@ def demo(output: str, seed: int, **options: Any) -> None:
         finished, results = experiment.train(
             "patchcore",
             PatchCoreConfig(seed=seed),
-            dataset.find(images / "flange"),
+            find(images / "flange"),
             Path(output) / "results" / "demo" / "patchcore",
             progress=progress,
         )
