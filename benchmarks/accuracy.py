@@ -17,7 +17,8 @@ from kizu.data import dataset, demo
 from kizu.data.files import write_text
 from kizu.detectors import detector_class
 from kizu.evaluation.evaluate import evaluate
-from kizu.evaluation.experiment import machine, results_csv, versions
+from kizu.evaluation.experiment import machine, versions
+from kizu.evaluation.tables import results_csv
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 

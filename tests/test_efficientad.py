@@ -330,7 +330,7 @@ def test_a_killed_run_goes_on_inside_a_category(taught, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         run.train("efficientad", config, data, tmp_path / "runs", progress=lambda category: watch)
     finished, results = run.train(
-        "efficientad", config, data, tmp_path / "runs", resume=True, progress=lambda category: watch
+        "efficientad", config, data, tmp_path / "runs", run.RunOptions(resume=True), progress=lambda category: watch
     )
     assert seen.count(("Training", 2)) == 1 and seen.count(("Training", 4)) == 1
     assert results[0].metrics["image_auroc"] > 0.5

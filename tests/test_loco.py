@@ -234,7 +234,7 @@ def test_another_table_may_be_named(juice, tmp_path):
 
 def test_an_evaluation_has_locos_metrics_and_its_maps_are_what_they_were_made_from(juice, tmp_path):
     from kizu import PatchCore
-    from kizu.evaluation import experiment as run
+    from kizu.evaluation.tables import results_csv
 
     data = dataset.find(juice)
     detector = PatchCore(size=(64, 64)).fit(data.select(split="train"))
@@ -259,7 +259,7 @@ def test_an_evaluation_has_locos_metrics_and_its_maps_are_what_they_were_made_fr
         assert areas[-1] == pytest.approx(oracle(chosen, 0.3), abs=1e-9)
     assert result.metrics["au_spro_by_type_0.3"] == pytest.approx(np.mean(areas))
     assert loco.NO_CONFIG not in result.notes
-    head = run.results_csv([result]).splitlines()[0].split(",")
+    head = results_csv([result]).splitlines()[0].split(",")
     assert head[9] == "pb2" and "au_spro_structural_0.01" in head and head[-1] == "seconds"
     bare = evaluate(detector, test, category="juice", root=data.root)
     assert loco.NO_CONFIG in bare.notes

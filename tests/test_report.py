@@ -16,7 +16,7 @@ import pytest
 
 from kizu.data import image
 from kizu.evaluation import report
-from kizu.evaluation.evaluate import Beside, CategoryResult, Judged, Picture, Unlike
+from kizu.evaluation.evaluate import Beside, CategoryResult, ImageScore, Picture, Unlike
 from kizu.evaluation.report import MAX_BYTES, RunSummary, render, write
 
 KEYS = ("image_auroc", "image_ap", "image_f1max", "pg2", "pb2", "pixel_auroc", "pixel_ap", "pixel_f1max", "au_pro")
@@ -43,21 +43,21 @@ def uri(side: int = 24, seed: int | None = None) -> str:
     return "data:image/png;base64," + base64.b64encode(image.encode(rgb)).decode()
 
 
-def judged(good: Sequence[float] = (), bad: Sequence[float] = (), broken: int = 0) -> list[Judged]:
-    rows = [Judged(f"test/good/{i}.png", "good", score) for i, score in enumerate(good)]
+def judged(good: Sequence[float] = (), bad: Sequence[float] = (), broken: int = 0) -> list[ImageScore]:
+    rows = [ImageScore(f"test/good/{i}.png", "good", score) for i, score in enumerate(good)]
     for i, score in enumerate(bad):
         defect = ("dent", "crack")[i % 2]
-        rows.append(Judged(f"test/{defect}/{i}.png", defect, score))
-    return rows + [Judged(f"test/good/broken{i}.png", "good", None, "is empty (0 bytes)") for i in range(broken)]
+        rows.append(ImageScore(f"test/{defect}/{i}.png", defect, score))
+    return rows + [ImageScore(f"test/good/broken{i}.png", "good", None, "is empty (0 bytes)") for i in range(broken)]
 
 
-def result(rows: list[Judged], **changes: object) -> CategoryResult:
+def result(rows: list[ImageScore], **changes: object) -> CategoryResult:
     both = len({row.defect == "good" for row in rows if row.score is not None}) == 2
     values = dict.fromkeys(KEYS, 0.75 if both else None)
     base = CategoryResult(
         category="metal_nut",
         train_images=209,
-        judged=rows,
+        scores=rows,
         metrics=values,
         reasons={} if both else dict.fromkeys(KEYS, "There are not both good and defective images."),
         threshold=2.0,
@@ -70,7 +70,7 @@ def result(rows: list[Judged], **changes: object) -> CategoryResult:
     return replace(base, **changes)
 
 
-def picture(row: Judged, why: str, side: int = 24, seed: int | None = None) -> Picture:
+def picture(row: ImageScore, why: str, side: int = 24, seed: int | None = None) -> Picture:
     return Picture(row.image, why, uri(side, seed), uri(side, seed), uri(side, seed))
 
 
@@ -263,7 +263,11 @@ def test_durations_are_for_people(seconds: float, text: str) -> None:
 
 def test_names_are_escaped() -> None:
     nasty = "<script>alert(1)</script>\"'&.png"
-    rows = [Judged(nasty, nasty, 1.0, ""), Judged("x" + nasty, "good", 1.0), Judged("y" + nasty, "good", None, nasty)]
+    rows = [
+        ImageScore(nasty, nasty, 1.0, ""),
+        ImageScore("x" + nasty, "good", 1.0),
+        ImageScore("y" + nasty, "good", None, nasty),
+    ]
     page = render(
         replace(SUMMARY, command=nasty, settings={nasty: nasty}, title=nasty),
         [result(rows, category=nasty, statement=nasty, pictures=[picture(rows[0], "miss")])] * 2,

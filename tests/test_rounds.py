@@ -12,7 +12,7 @@ from kizu.config import PatchCoreConfig, SimpleNetConfig
 from kizu.data import image
 from kizu.data.dataset import find
 from kizu.errors import OptionError
-from kizu.evaluation.experiment import train
+from kizu.evaluation.experiment import RunOptions, train
 from kizu.evaluation.metrics import image_metrics, pixel_metrics
 from kizu.evaluation.oracle import Oracle
 from test_cli import KIZU, factory, kizu, table
@@ -98,7 +98,7 @@ def test_the_oracle_keeps_the_round_with_the_best_image_and_then_pixel_auroc(tmp
 def test_methods_without_rounds_have_no_oracle(tmp_path):
     data = find(factory(tmp_path / "data"))
     with pytest.raises(OptionError, match="does not learn in rounds"):
-        train("patchcore", PatchCoreConfig(), data, tmp_path / "results", oracle=True)
+        train("patchcore", PatchCoreConfig(), data, tmp_path / "results", RunOptions(oracle=True))
     assert not (tmp_path / "results").exists()
 
 

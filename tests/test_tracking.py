@@ -42,4 +42,4 @@ def test_a_service_that_fails_costs_no_results(tmp_path, monkeypatch, caplog):
 def test_a_missing_service_is_said_before_the_work(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(kizu.KizuError, match=r"pip install 'kizu\[wandb\]'"):
-        run.train("patchcore", kizu.PatchCore().config, None, Path(tmp_path), track=["wandb"])
+        run.train("patchcore", kizu.PatchCore().config, None, Path(tmp_path), run.RunOptions(track=["wandb"]))

@@ -11,25 +11,10 @@ from kizu.evaluation.tracking import SERVICES
 if TYPE_CHECKING:
     from kizu.data.dataset import Dataset
 
-__all__ = ["PASSED_ON", "config_option", "data_options", "find_data", "json_option", "quiet_option", "run_options"]
+__all__ = ["config_option", "data_options", "find_data", "json_option", "quiet_option", "run_options"]
 
 quiet_option = click.option("-q", "--quiet", is_flag=True, help="Print nothing but results and errors.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
-
-# to `run.train`, by the same names
-PASSED_ON = (
-    "name",
-    "resume",
-    "overwrite",
-    "skip_bad",
-    "memory",
-    "gpu",
-    "num_workers",
-    "oracle",
-    "save_segmentation_images",
-    "save_maps",
-    "track",
-)
 
 
 def data_options(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -120,7 +120,7 @@ def print_results(results: "Sequence[CategoryResult]", folder: Path | None, opti
             names = ", ".join(one.image for one in result.unlike[:MAX_LISTED])
             remainder = f" and {len(result.unlike) - MAX_LISTED} more" if len(result.unlike) > MAX_LISTED else ""
             click.echo(f"  Worth a second look, training images unlike the others: {names}{remainder}")
-        for row in result.judged:
+        for row in result.scores:
             if row.error:
                 click.echo(f"  Not judged: {row.image} {flagged(row.error)}")
     if folder is not None:
@@ -135,7 +135,7 @@ def _result_row(result: "CategoryResult", names: dict[str, str]) -> dict[str, st
         **{names[key]: "n/a" if value is None else f"{value:.4f}" for key, value in values.items()},
         "defects stopped": f"{result.count(defective=True, stopped=True)} of {bad}",
         "false alarms": f"{result.count(defective=False, stopped=True)} of {good}",
-        "ms/image": f"{1000 * result.seconds.get('per image', 0):.0f}" if result.judged else "n/a",
+        "ms/image": f"{1000 * result.seconds.get('per image', 0):.0f}" if result.scores else "n/a",
     }
 
 

@@ -1,5 +1,6 @@
 """Commands that learn: train, distill, demo."""
 
+import dataclasses
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 import click
 
 from kizu.cli import terminal
-from kizu.cli.options import PASSED_ON, config_option, data_options, find_data, json_option, quiet_option, run_options
+from kizu.cli.options import config_option, data_options, find_data, json_option, quiet_option, run_options
 from kizu.detectors import DETECTORS, config_class, methods
 
 __all__ = ["demo", "distill", "train"]
@@ -87,8 +88,10 @@ def _train_command(method: str) -> click.Command:
                 config,
                 dataset,
                 Path(options["output"]) / options["project"] / options["group"],
+                experiment.RunOptions(
+                    **{field.name: options[field.name] for field in dataclasses.fields(experiment.RunOptions)}
+                ),
                 progress=progress,
-                **{key: options[key] for key in PASSED_ON},
             )
         terminal.print_results(results, finished.folder, options)
         if options["profile"]:

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from kizu.inference.inspector import Inspector
     from kizu.inference.prediction import Prediction
 
-__all__ = ["Beside", "CategoryResult", "Judged", "Picture", "Unlike", "evaluate", "measure"]
+__all__ = ["Beside", "CategoryResult", "ImageScore", "Picture", "Unlike", "evaluate", "measure"]
 
 PICTURES = {"miss": 6, "false alarm": 6, "sample": 9}
 PICTURE_SIDE = 280
@@ -34,7 +34,7 @@ Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
-class Judged:
+class ImageScore:
     """One test image and what the detector said of it."""
 
     image: str  # path relative to the data set, with forward slashes
@@ -67,7 +67,7 @@ class Unlike:
 class Picture:
     """One test image for the eye, each part a data URI. The colour scale is the category's."""
 
-    image: str  # as in Judged
+    image: str  # as in ImageScore
     why: str  # "miss", "false alarm" or "sample"
     photo: str
     heat: str
@@ -81,7 +81,7 @@ class CategoryResult:
 
     category: str
     train_images: int
-    judged: list[Judged]
+    scores: list[ImageScore]
     metrics: dict[str, float | None]  # image_auroc, image_ap, … None: not available
     reasons: dict[str, str]  # why a metric is None
     threshold: float  # a part is stopped when its score is greater
@@ -97,12 +97,15 @@ class CategoryResult:
     unlike: list[Unlike] = field(default_factory=list)  # training images for a second look
 
     def count(self, defective: bool, stopped: bool | None = None) -> int:
-        """Test images of a kind that could be judged, all or those (not) stopped."""
-        return sum(
-            (row.defect != "good") == defective and stopped in (None, row.score > self.threshold)
-            for row in self.judged
-            if row.score is not None
-        )
+        """Test images of a kind that could be read, all or those (not) stopped."""
+        verdicts = {None: ("stop", "pass"), True: ("stop",), False: ("pass",)}[stopped]
+        return sum((row.defect != "good") == defective and self.verdict(row) in verdicts for row in self.scores)
+
+    def verdict(self, row: ImageScore) -> Literal["pass", "stop", "error"]:
+        """What the threshold says of a test image."""
+        if row.score is None:
+            return "error"
+        return "stop" if row.score > self.threshold else "pass"
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -110,7 +113,7 @@ class CategoryResult:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "CategoryResult":
         values = dict(values)
-        values["judged"] = [Judged(**row) for row in values["judged"]]
+        values["scores"] = [ImageScore(**row) for row in values["scores"]]
         values["pictures"] = [
             Picture(**{**row, "beside": [Beside(**one) for one in row["beside"]]}) for row in values["pictures"]
         ]
@@ -137,32 +140,32 @@ def evaluate(
     written as <maps>/<category>/test/<defect>/<stem>.tiff, of floats, at the photograph's size. With a folder for
     `overlays`, each photograph is written there with its map over it.
     """
-    judged: list[Judged] = []
+    scores: list[ImageScore] = []
     predictions: list[tuple[Sample, Prediction]] = []
     targets = _map_names(samples, maps / category / "test", root) if maps else {}
     start = time.perf_counter()
     for sample, outcome in detector.judge(samples):
         name = sample.name(root)
         if isinstance(outcome, BadImage):
-            judged.append(Judged(name, sample.defect, None, outcome.reason))
+            scores.append(ImageScore(name, sample.defect, None, outcome.reason))
         else:
-            judged.append(Judged(name, sample.defect, outcome.score))
+            scores.append(ImageScore(name, sample.defect, outcome.score))
             predictions.append((sample, outcome))
             if maps:
                 images.write_map(targets[sample], _restored(outcome))
             if overlays is not None:
                 images.write(overlays / (name.replace("/", "_") + ".png"), outcome.overlay())
-        progress("Evaluating", len(judged), len(samples))
+        progress("Evaluating", len(scores), len(samples))
     elapsed = time.perf_counter() - start
     order = {sample.name(root): index for index, sample in enumerate(samples)}
-    judged.sort(key=lambda row: order[row.image])
+    scores.sort(key=lambda row: order[row.image])
     progress("Measuring", 0, 1)
     values, reasons, notes = measure(predictions, saturations)
     progress("Measuring", 1, 1)
     return CategoryResult(
         category=category,
         train_images=detector.training.get("images", 0),
-        judged=judged,
+        scores=scores,
         metrics=values,
         reasons=reasons,
         threshold=detector.threshold.value,
@@ -171,7 +174,7 @@ def evaluate(
         scale=detector.heat_map_range,
         map_level=detector.pixel_threshold,
         pictures=_pictures(predictions, root, seed=detector.config.seed),
-        seconds={**detector.seconds, "evaluation": elapsed, "per image": elapsed / max(1, len(judged))},
+        seconds={**detector.seconds, "evaluation": elapsed, "per image": elapsed / max(1, len(scores))},
         notes=[*detector.remarks, *notes],
         curves=detector.curves,
         unlike=_unlike(detector),

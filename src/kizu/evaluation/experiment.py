@@ -13,9 +13,7 @@
 └── unfinished/                 while the run lasts; a folder that has it is not a result
 """
 
-import csv
 import hashlib
-import io
 import json
 import logging
 import os
@@ -32,7 +30,6 @@ from itertools import count, islice, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kizu.calibration.threshold import p_value
 from kizu.config import Config, build
 from kizu.data import files
 from kizu.data.dataset import Dataset, Sample
@@ -41,17 +38,41 @@ from kizu.data.progress import Progress, silent
 from kizu.errors import DataError, KizuError, OptionError
 from kizu.evaluation import tracking
 from kizu.evaluation.evaluate import CategoryResult, evaluate
+from kizu.evaluation.tables import predictions_csv, results_csv
 
 if TYPE_CHECKING:
     from kizu.detectors.base import Detector
 
-__all__ = ["Run", "command_line", "fingerprint", "machine", "predictions_csv", "results_csv", "train", "write_tables"]
+__all__ = [
+    "Run",
+    "RunOptions",
+    "command_line",
+    "fingerprint",
+    "machine",
+    "open_run",
+    "train",
+    "versions",
+    "write_tables",
+]
 
 log = logging.getLogger("kizu")
 
-COLUMNS = ("image_auroc", "image_ap", "image_f1max", "pixel_auroc", "pixel_ap", "pixel_f1max", "au_pro", "pg2", "pb2")
-ORACLE = (*COLUMNS, "round")
-COUNTS = ("train_images", "test_good", "test_defective", "false_alarms", "misses")
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How a run is carried out and what it writes, whatever the method."""
+
+    name: str | None = None  # of the run's folder; by default the first free one of run, run-2, …
+    resume: bool = False  # go on with an unfinished run
+    overwrite: bool = False  # replace a run of the same name
+    skip_bad: bool = False  # leave out training images that cannot be read
+    memory: str | None = None  # bound of the working data; by default half of what is free
+    save_maps: bool = False  # write the test images' anomaly maps
+    gpu: int | None = None  # number of the GPU; -1: the CPU; by default the first, if there is one
+    num_workers: int = 2  # threads that read images
+    oracle: bool = False  # also report, marked as such, the round of training that is best on the test images
+    save_segmentation_images: bool = False  # write the test photographs with their maps
+    track: Sequence[tracking.Service] = ()  # services that are told of the finished run
 
 
 @dataclass(frozen=True)
@@ -125,35 +146,22 @@ def train(
     config: Config,
     data: Dataset,
     parent: Path,
+    options: RunOptions | None = None,
     *,
-    name: str | None = None,
-    resume: bool = False,
-    overwrite: bool = False,
-    skip_bad: bool = False,
-    memory: str | None = None,
-    save_maps: bool = False,
-    gpu: int | None = None,
-    num_workers: int = 2,
-    oracle: bool = False,
-    save_segmentation_images: bool = False,
-    track: Sequence[tracking.Service] = (),
     progress: Callable[[str], Progress] = lambda category: silent,
 ) -> tuple[Run, list[CategoryResult]]:
-    """Fit and evaluate one detector a category, and write the results folder.
-
-    `oracle` adds, marked, the metrics of the round of training that is the best on the test images. The services in
-    `track` are told of the finished run.
-    """
+    """Fit and evaluate one detector a category, and write the results folder in `parent`."""
     from kizu.detectors import detector_class
     from kizu.detectors.base import gpu_device
 
+    options = options or RunOptions()
     kind = detector_class(method)
-    tracking.check(track)
-    device = None if gpu is None else gpu_device(gpu)
+    tracking.check(options.track)
+    device = None if options.gpu is None else gpu_device(options.gpu)
     start = time.time()
-    categories = _learnable(kind, config, data, oracle)
-    about = _about(method, config, data, categories, oracle)
-    run = open_run(parent, name, about, resume=resume, overwrite=overwrite)
+    categories = _learnable(kind, config, data, options.oracle)
+    about = _about(method, config, data, categories, options.oracle)
+    run = open_run(parent, options.name, about, resume=options.resume, overwrite=options.overwrite)
     results: list[CategoryResult] = []
     try:
         with _logging_to(run.folder / "log.txt"):
@@ -162,18 +170,13 @@ def train(
                 result = run.finished(category)
                 if result is None:
                     detector = kind(config)
-                    detector.workers = num_workers
+                    detector.workers = options.num_workers
                     detector.device = device or detector.device
-                    learning = {"skip_bad": skip_bad, "memory": memory, "progress": progress(category)}
-                    written = {
-                        "overlays": run.folder / "segmentation_images" / category if save_segmentation_images else None,
-                        "maps": run.folder / "maps" if save_maps else None,
-                    }
-                    result = _fit_and_evaluate(detector, data, category, run, oracle, learning, written)
+                    result = _fit_and_evaluate(detector, data, category, run, options, progress(category))
                 results.append(result)
                 log.info("%s: %s", category, _one_line(result))
             _finish(run, about, results, time.time() - start)
-            tracking.tell(track, _told(run.folder, about, results))
+            tracking.tell(options.track, _told(run.folder, about, results))
             log.info("finished: %s", run.folder)
     except KizuError:
         if not results and not any(run.unfinished.glob("*.checkpoint")):  # nothing to resume: the name is free again
@@ -204,27 +207,21 @@ def _learnable(kind: "type[Detector]", config: Config, data: Dataset, oracle: bo
 
 
 def _fit_and_evaluate(
-    detector: "Detector",
-    data: Dataset,
-    category: str,
-    run: Run,
-    oracle: bool,
-    learning: dict[str, Any],
-    written: dict[str, Path | None],
+    detector: "Detector", data: Dataset, category: str, run: Run, options: RunOptions, progress: Progress
 ) -> CategoryResult:
     """One category: learn, evaluate, write the model and the result. An oracle watches from the first round."""
     from kizu.evaluation.oracle import Oracle
 
     test = data.select(category, "test")
-    watcher = Oracle(detector, test) if oracle else None
-    checkpoint = None if oracle else run.checkpoint(category)
-    held_out = data.select(category, "validation")
+    oracle = Oracle(detector, test) if options.oracle else None
     detector.fit(
         data.select(category, "train"),
-        held_out=held_out,
-        checkpoint=checkpoint,
-        after_round=None if watcher is None else watcher.look,
-        **learning,
+        held_out=data.select(category, "validation"),
+        skip_bad=options.skip_bad,
+        memory=options.memory,
+        checkpoint=run.checkpoint(category) if oracle is None else None,
+        after_round=None if oracle is None else oracle.look,
+        progress=progress,
     )
     result = evaluate(
         detector,
@@ -232,11 +229,12 @@ def _fit_and_evaluate(
         category=category,
         root=data.root,
         saturations=data.saturations.get(category),
-        progress=learning["progress"],
-        **written,
+        maps=run.folder / "maps" if options.save_maps else None,
+        overlays=run.folder / "segmentation_images" / category if options.save_segmentation_images else None,
+        progress=progress,
     )
-    if watcher is not None:
-        watcher.report(result)
+    if oracle is not None:
+        oracle.report(result)
     detector.save(run.model(category))
     files.write_text(run.unfinished / f"{category}.json", json.dumps(result.to_json()))
     run.checkpoint(category).unlink(missing_ok=True)
@@ -296,54 +294,6 @@ def _told(folder: Path, about: dict[str, Any], results: Sequence[CategoryResult]
     )
 
 
-def results_csv(results: Sequence[CategoryResult]) -> str:
-    """A row a category, metrics to six places, n/a where there is none, and the mean of what there is.
-
-    Columns that begin with oracle_, if there are any, are of the round of training that is the best on the test images.
-    """
-    rows = []
-    columns = [*COLUMNS, *dict.fromkeys(name for r in results for name in r.metrics if name not in COLUMNS)]
-    chosen = ORACLE if any(result.oracle for result in results) else ()
-    for result in results:
-        counts: tuple[float, ...] = (
-            result.train_images,
-            result.count(defective=False),
-            result.count(defective=True),
-            result.count(defective=False, stopped=True),
-            result.count(defective=True, stopped=False),
-        )
-        spent = sum(seconds for stage, seconds in result.seconds.items() if stage != "per image")
-        per_image = 1000 * result.seconds.get("per image", 0.0)
-        best = (result.oracle.get(name) for name in chosen)
-        rows.append([*(result.metrics.get(name) for name in columns), *counts, per_image, spent, *best])
-    means = [_mean(column) for column in zip(*rows, strict=True)]
-    table = io.StringIO()
-    writer = csv.writer(table, lineterminator="\n")
-    marked = [f"oracle_{name}" for name in chosen]
-    writer.writerow(["category", *columns, *COUNTS, "ms_per_image", "seconds", *marked])
-    for label, row in zip([*(result.category for result in results), "mean"], [*rows, means], strict=True):
-        places = [6] * len(columns) + [1 if label == "mean" else 0] * len(COUNTS) + [1, 2]
-        places += [6] * (len(chosen) - 1) + [0] if chosen else []
-        cells = ("n/a" if v is None else f"{v:.{digits}f}" for v, digits in zip(row, places, strict=True))
-        writer.writerow([label, *cells])
-    return table.getvalue()
-
-
-def predictions_csv(results: Sequence[CategoryResult]) -> str:
-    """A row a test image: what it is, its score and the verdict, or why there is none."""
-    table = io.StringIO()
-    writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(["category", "image", "defect", "score", "p_value", "verdict", "threshold", "error"])
-    for result in results:
-        for row in result.judged:
-            score = "" if row.score is None else f"{row.score:.9g}"
-            p = "" if row.score is None else f"{p_value(row.score, result.calibration_scores):.6g}"
-            verdict = "error" if row.score is None else ("stop" if row.score > result.threshold else "pass")
-            level = f"{result.threshold:.9g}"
-            writer.writerow([result.category, row.image, row.defect, score, p, verdict, level, row.error])
-    return table.getvalue()
-
-
 def fingerprint(samples: Sequence[Sample]) -> str:
     """A hash of the files' names in the data set and their contents."""
     digest = hashlib.blake2b(digest_size=16)
@@ -391,11 +341,6 @@ def _one_line(result: CategoryResult) -> str:
     return f"{known or 'no metrics'}; {result.statement}"
 
 
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
-
-
 def _tensorboard(folder: Path, results: Sequence[CategoryResult]) -> None:
     from torch.utils.tensorboard.writer import SummaryWriter
 
@@ -411,7 +356,7 @@ def _tensorboard(folder: Path, results: Sequence[CategoryResult]) -> None:
             for stage, seconds in result.seconds.items():
                 writer.add_scalar(f"seconds/{stage.replace(' ', '_')}", seconds)
             for label, defective in (("good", False), ("defective", True)):
-                scores = [r.score for r in result.judged if r.score is not None and (r.defect != "good") == defective]
+                scores = [r.score for r in result.scores if r.score is not None and (r.defect != "good") == defective]
                 if scores:
                     import numpy as np
 

@@ -63,8 +63,8 @@ class Oracle:
 
     def _judge(self, graph: nn.Module) -> "list[tuple[Sample, Prediction]]":
         self.detector.graph = graph.eval()
-        judged = self.detector.judge(self.samples)
-        return [(sample, outcome) for sample, outcome in judged if not isinstance(outcome, BadImage)]
+        outcomes = self.detector.judge(self.samples)
+        return [(sample, outcome) for sample, outcome in outcomes if not isinstance(outcome, BadImage)]
 
 
 def _pixel_auroc(predictions: "Sequence[tuple[Sample, Prediction]]") -> float:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from kizu.calibration.threshold import p_value
 from kizu.data import files, image
 from kizu.evaluation import loco_metrics as loco
-from kizu.evaluation.evaluate import CategoryResult, Judged, Picture
+from kizu.evaluation.evaluate import CategoryResult, ImageScore, Picture
 from kizu.evaluation.html import templates
 from kizu.evaluation.metrics import metric_plugins
 
@@ -185,7 +185,7 @@ class Section:
     loco: dict[str, list[float | None]]  # kind of anomaly → image AUROC, map AUROC, AU-sPRO up to each limit
     loco_reasons: list[str]  # why some of them are None
     pictures: dict[str, list[PictureRow]]  # why → rows
-    unreadable: list[Judged]
+    unreadable: list[ImageScore]
     p_values: dict[str, float]  # image → how often a good part looks so unusual, at most
 
     def score(self, value: float) -> str:
@@ -199,10 +199,10 @@ class Section:
 
 
 def _section(result: CategoryResult) -> Section:
-    verdicts = {row.image: _verdict(row, result.threshold) for row in result.judged}
+    verdicts = {row.image: _outcome(row, result) for row in result.scores}
     good, bad = _scores(result, good=True), _scores(result, good=False)
     roc, precision_recall = _curves(good, bad, result.threshold)
-    names = sorted({row.defect for row in result.judged if row.defect != "good" and row.score is not None})
+    names = sorted({row.defect for row in result.scores if row.defect != "good" and row.score is not None})
     unavailable: dict[str, list[str]] = {}
     loco_rows = {kind: _loco_keys(kind) for kind in (*loco.TYPES, "by_type") if loco.spro_key(0.05) in result.metrics}
     loco_keys = set(chain.from_iterable(loco_rows.values()))
@@ -224,10 +224,10 @@ def _section(result: CategoryResult) -> Section:
         pictures=_picture_rows(result, verdicts),
         p_values={
             row.image: p_value(row.score, result.calibration_scores)
-            for row in result.judged
+            for row in result.scores
             if row.score is not None and result.calibration_scores
         },
-        unreadable=[row for row in result.judged if row.score is None],
+        unreadable=[row for row in result.scores if row.score is None],
     )
 
 
@@ -236,23 +236,21 @@ def _loco_keys(kind: str) -> list[str]:
     return [f"{name}_{kind}" for name in loco.BY_TYPE] + [loco.spro_key(limit, kind) for limit in loco.LIMITS]
 
 
-def _verdict(row: Judged, threshold: float) -> str:
-    if row.score is None:
-        return "unreadable"
-    if row.score > threshold:
-        return "false alarm" if row.defect == "good" else "stopped"
-    return "passed" if row.defect == "good" else "missed"
+def _outcome(row: ImageScore, result: CategoryResult) -> str:
+    outcomes = {"error": ("unreadable",) * 2, "stop": ("false alarm", "stopped"), "pass": ("passed", "missed")}
+    good, defective = outcomes[result.verdict(row)]
+    return good if row.defect == "good" else defective
 
 
 def _scores(result: CategoryResult, good: bool) -> Scores:
-    rows = (row for row in result.judged if (row.defect == "good") == good)
+    rows = (row for row in result.scores if (row.defect == "good") == good)
     return np.array([row.score for row in rows if row.score is not None], dtype=float)
 
 
 def _decimals(result: CategoryResult) -> int:
     """Four significant digits of the threshold, more where a score would look equal to it and is not."""
     threshold = result.threshold
-    scores = [row.score for row in result.judged if row.score is not None]
+    scores = [row.score for row in result.scores if row.score is not None]
     scale = abs(threshold) if math.isfinite(threshold) else max(map(abs, scores), default=0.0)
     fewest = int(np.clip(3 - math.floor(math.log10(scale or 1)), 0, 9))
     for decimals in range(fewest, fewest + 6):
@@ -263,7 +261,7 @@ def _decimals(result: CategoryResult) -> int:
 
 
 def _defect_type(name: str, result: CategoryResult, verdicts: dict[str, str], good: Scores) -> DefectType:
-    rows = [row for row in result.judged if row.defect == name]
+    rows = [row for row in result.scores if row.defect == name]
     scores = np.array([row.score for row in rows if row.score is not None], dtype=float)
     return DefectType(
         name=name,
@@ -340,17 +338,17 @@ def _ticks(left: float, right: float) -> list[tuple[float, str]]:
 
 def _ordered(result: CategoryResult) -> list[Picture]:
     """Pictures by kind, the worst first; samples as they come."""
-    scores = {row.image: row.score or 0.0 for row in result.judged}
+    scores = {row.image: row.score or 0.0 for row in result.scores}
     sign = {"miss": 1, "false alarm": -1, "sample": 0}
     order = PICTURE_KINDS.index
     return sorted(result.pictures, key=lambda p: (order(p.why), sign[p.why] * scores.get(p.image, 0.0)))
 
 
 def _picture_rows(result: CategoryResult, verdicts: dict[str, str]) -> dict[str, list[PictureRow]]:
-    judged = {row.image: row for row in result.judged}
+    by_image = {row.image: row for row in result.scores}
     rows: dict[str, list[PictureRow]] = {}
     for picture in _ordered(result):
-        row = judged.get(picture.image, Judged(picture.image, "unknown", None))
+        row = by_image.get(picture.image, ImageScore(picture.image, "unknown", None))
         verdict = verdicts.get(picture.image, "not judged")
         rows.setdefault(picture.why, []).append(PictureRow(picture, row.defect, row.score, verdict))
     return rows
