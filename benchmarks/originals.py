@@ -74,7 +74,7 @@ def simplenet(data: dataset.Dataset) -> Iterator[Row]:
     detector = kizu.SimpleNet(**SIMPLE)
     test = data.select(split="test")
     oracle = Oracle(detector, test)
-    detector.fit(data.select(split="train")[::4], after_round=oracle.look)
+    detector.fit(data.select(split="train")[::4], after_round=oracle.measure_round)
     yield shown("SimpleNet; last round", "ours", scoring.measured("", scoring.judge(detector, test)))
     assert detector.graph is not None
     published = scoring.as_published("", detector, test, pro=True)

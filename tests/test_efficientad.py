@@ -22,7 +22,7 @@ from kizu.detectors.efficientad.detector import quantile, split_images
 from kizu.detectors.efficientad.graph import EfficientADGraph, hard_loss
 from kizu.detectors.efficientad.networks import PDN, Autoencoder, normalised
 from kizu.detectors.efficientad.training import ChannelStatistics
-from kizu.evaluation import experiment as run
+from kizu.evaluation import experiment
 from kizu.features.safe_load import read_tensors
 from teachers import tiny
 from test_detectors import GOOD, part
@@ -328,9 +328,14 @@ def test_a_killed_run_goes_on_inside_a_category(taught, tmp_path, monkeypatch):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run.train("efficientad", config, data, tmp_path / "runs", progress=lambda category: watch)
-    finished, results = run.train(
-        "efficientad", config, data, tmp_path / "runs", run.RunOptions(resume=True), progress=lambda category: watch
+        experiment.train("efficientad", config, data, tmp_path / "runs", progress=lambda category: watch)
+    finished, results = experiment.train(
+        "efficientad",
+        config,
+        data,
+        tmp_path / "runs",
+        experiment.RunOptions(resume=True),
+        progress=lambda category: watch,
     )
     assert seen.count(("Training", 2)) == 1 and seen.count(("Training", 4)) == 1
     assert results[0].metrics["image_auroc"] > 0.5

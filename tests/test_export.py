@@ -223,7 +223,7 @@ def test_half_precision_is_smaller_measured_and_stated(patchcore, plain, tmp_pat
 
 def test_eight_bits_that_change_verdicts_are_refused(patchcore, other, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        exporting, "quantised", lambda source, target, pixels: shutil.copyfile(other / "model.onnx", target)
+        exporting, "quantise", lambda source, target, pixels: shutil.copyfile(other / "model.onnx", target)
     )
     with pytest.raises(kizu.ModelError, match=r"int8\"` changes \d+ of 24 verdicts"):
         export(patchcore, tmp_path / "exported", precision="int8", photographs=GOOD)

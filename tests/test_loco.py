@@ -14,8 +14,7 @@ from sklearn.metrics import roc_auc_score
 from kizu.data import dataset
 from kizu.data.loco_masks import Region, Saturation, read_regions, read_saturations
 from kizu.errors import DataError, OptionError
-from kizu.evaluation import loco_metrics as loco
-from kizu.evaluation import metrics
+from kizu.evaluation import loco_metrics, metrics
 from kizu.evaluation.evaluate import evaluate
 from test_detectors import part
 
@@ -84,8 +83,10 @@ def as_regions(regions):
 @settings(max_examples=500, deadline=None)
 @given(scored_images())
 def test_spro_equals_the_definition(images):
-    areas, _ = metrics.au_spro(lambda: ((values, as_regions(regions)) for values, regions in images), loco.LIMITS)
-    assert areas == pytest.approx([oracle(images, limit) for limit in loco.LIMITS], abs=1e-9)
+    areas, _ = metrics.au_spro(
+        lambda: ((values, as_regions(regions)) for values, regions in images), loco_metrics.LIMITS
+    )
+    assert areas == pytest.approx([oracle(images, limit) for limit in loco_metrics.LIMITS], abs=1e-9)
 
 
 def test_the_pieces_in_which_good_pixels_are_counted_change_nothing(monkeypatch):
@@ -93,7 +94,7 @@ def test_the_pieces_in_which_good_pixels_are_counted_change_nothing(monkeypatch)
     maps = rng.integers(0, 50, (9, 20, 30)).astype(np.float32)
     masks = rng.random((9, 20, 30)) < 0.02
     whole = metrics.pixel_metrics(maps, masks)[0]
-    monkeypatch.setattr(metrics, "ROOM", 1)
+    monkeypatch.setattr(metrics, "MIN_SORTED", 1)
     assert metrics.pixel_metrics(maps, masks)[0] == whole
     expected = (*metrics.ranking(maps.ravel(), masks.ravel()), metrics.au_pro(maps, masks))
     assert list(whole.values()) == pytest.approx(expected, abs=1e-12)
@@ -142,7 +143,7 @@ def test_saturation_is_counted_in_whole_pixels_between_one_and_the_region():
 def test_images_are_ranked_by_type_and_pooled():
     defects = ["good", "good", "logical_anomalies", "structural_anomalies", "structural_anomalies"]
     scores, peaks = [0.0, 2.0, 1.0, 3.0, 2.0], [0.0, 1.0, 2.0, 2.0, 1.0]
-    values, reasons = loco.detection(defects, scores, peaks)
+    values, reasons = loco_metrics.detection(defects, scores, peaks)
     # of scores: 1 of 2 good ones below 1; both below 3; one below and one equal to 2
     assert values["image_auroc_logical"] == 0.5 and values["image_auroc_structural"] == 0.875
     assert values["image_auroc_by_type"] == 0.6875 and not reasons
@@ -152,11 +153,11 @@ def test_images_are_ranked_by_type_and_pooled():
 
 
 def test_a_missing_type_is_said_and_not_averaged():
-    values, reasons = loco.detection(["good", "logical_anomalies"], [0.0, 1.0], [0.0, 1.0])
+    values, reasons = loco_metrics.detection(["good", "logical_anomalies"], [0.0, 1.0], [0.0, 1.0])
     assert values["image_auroc_logical"] == 1.0 and values["image_auroc_by_type"] is None
     assert "structural" in reasons["image_auroc_structural"] and "both" in reasons["image_auroc_by_type"]
     images = [(row(0, 0), []), (row(1, 0), [region(0, 1, 1, 2)])]
-    values, reasons = loco.localisation(["good", "logical_anomalies"], images.__getitem__)
+    values, reasons = loco_metrics.localisation(["good", "logical_anomalies"], images.__getitem__)
     assert values["au_spro_logical_0.05"] == 1.0 and values["au_spro_by_type_0.05"] is None
     assert len(values) == 15 and len(reasons) == 10
 
@@ -195,7 +196,7 @@ def juice(tmp_path):
     for number in range(3):
         save(root / "test" / "good" / f"{number:03}.png", part(40 + number))
     side = part(0).shape[:2]
-    for number, kind in enumerate(loco.TYPES.values()):
+    for number, kind in enumerate(loco_metrics.TYPES.values()):
         save(root / "test" / kind / "000.png", part(50 + number, spot=True))
         for file, value in enumerate((255, 254) if number == 0 else (253,)):
             mask = np.zeros(side, np.uint8)
@@ -253,14 +254,14 @@ def test_an_evaluation_has_locos_metrics_and_its_maps_are_what_they_were_made_fr
         rules = {255: (3, False), 254: (0.5, True), 253: (9, False)}
         images.append((sample.defect, (values, [(mask > 0, *rules[int(mask.max())]) for mask in masks])))
     areas = []
-    for kind, defect in loco.TYPES.items():
+    for kind, defect in loco_metrics.TYPES.items():
         chosen = [image for of, image in images if of in ("good", defect)]
-        areas.append(result.metrics[loco.spro_key(0.3, kind)])
+        areas.append(result.metrics[loco_metrics.spro_key(0.3, kind)])
         assert areas[-1] == pytest.approx(oracle(chosen, 0.3), abs=1e-9)
     assert result.metrics["au_spro_by_type_0.3"] == pytest.approx(np.mean(areas))
-    assert loco.NO_CONFIG not in result.notes
+    assert loco_metrics.NO_CONFIG not in result.notes
     head = results_csv([result]).splitlines()[0].split(",")
     assert head[9] == "pb2" and "au_spro_structural_0.01" in head and head[-1] == "seconds"
     bare = evaluate(detector, test, category="juice", root=data.root)
-    assert loco.NO_CONFIG in bare.notes
+    assert loco_metrics.NO_CONFIG in bare.notes
     assert bare.metrics["au_spro_logical_0.3"] != result.metrics["au_spro_logical_0.3"]

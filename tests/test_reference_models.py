@@ -19,7 +19,7 @@ import kizu
 from kizu.cli.main import cli
 from kizu.cli.reference import scoring
 from kizu.data.dataset import find
-from kizu.export import faiss_file as flatindex
+from kizu.export import faiss_file
 from kizu.export.reference_files import found_models, read_reference, write_reference
 from kizu.features.patch_features import as_rows
 from test_detectors import GOOD, part
@@ -117,9 +117,9 @@ def test_the_flat_index_is_faisss(tmp_path):
     index = faiss.IndexFlatL2(11)
     index.add(vectors)
     faiss.write_index(index, str(tmp_path / "theirs.faiss"))
-    flatindex.write(tmp_path / "ours.faiss", vectors)
+    faiss_file.write(tmp_path / "ours.faiss", vectors)
     assert (tmp_path / "ours.faiss").read_bytes() == (tmp_path / "theirs.faiss").read_bytes()
-    np.testing.assert_array_equal(flatindex.read(tmp_path / "theirs.faiss"), vectors)
+    np.testing.assert_array_equal(faiss_file.read(tmp_path / "theirs.faiss"), vectors)
     assert faiss.read_index(str(tmp_path / "ours.faiss")).ntotal == 37
     content = (tmp_path / "ours.faiss").read_bytes()
     inner = faiss.IndexFlatIP(11)
@@ -128,9 +128,9 @@ def test_the_flat_index_is_faisss(tmp_path):
     for number, broken in enumerate((content[:20], content[:-1], content[:4] + b"\xff" * 41 + content[45:], b"", b"x")):
         (tmp_path / f"{number}.faiss").write_bytes(broken)
         with pytest.raises(kizu.ModelError, match=rf"{number}\.faiss"):
-            flatindex.read(tmp_path / f"{number}.faiss")
+            faiss_file.read(tmp_path / f"{number}.faiss")
     with pytest.raises(kizu.ModelError, match="no flat index"):
-        flatindex.read(tmp_path / "inner.faiss")
+        faiss_file.read(tmp_path / "inner.faiss")
 
 
 def test_what_the_published_patchcore_cannot_compute_is_not_written(tmp_path):

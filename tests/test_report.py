@@ -16,7 +16,7 @@ import pytest
 
 from kizu.data import image
 from kizu.evaluation import report
-from kizu.evaluation.evaluate import Beside, CategoryResult, ImageScore, Picture, Unlike
+from kizu.evaluation.evaluate import CategoryResult, ImageScore, Outlier, PatchPair, Picture
 from kizu.evaluation.report import MAX_BYTES, RunSummary, render, write
 
 KEYS = ("image_auroc", "image_ap", "image_f1max", "pg2", "pb2", "pixel_auroc", "pixel_ap", "pixel_f1max", "au_pro")
@@ -63,8 +63,8 @@ def result(rows: list[ImageScore], **changes: object) -> CategoryResult:
         threshold=2.0,
         statement="About 1 in 50 good parts will be stopped.",
         calibration_scores=[1.0, 1.2, 1.4, 1.9],
-        scale=(0.0, 3.0),
-        map_level=2.0,
+        heat_map_range=(0.0, 3.0),
+        pixel_threshold=2.0,
         seconds={"training": 12.0, "per image": 0.085},
     )
     return replace(base, **changes)
@@ -114,7 +114,7 @@ EDGES = {
     "huge scores": [result(judged(good=[1e12], bad=[3e12]), threshold=2e12, calibration_scores=[1e12])],
     "no threshold": [full(threshold=math.inf, calibration_scores=[])],
     "nothing at all": [result([], threshold=math.inf, calibration_scores=[], metrics={}, reasons={}, seconds={})],
-    "flat colour scale": [full(scale=(1.0, 1.0), map_level=1.0)],
+    "flat colour scale": [full(heat_map_range=(1.0, 1.0), pixel_threshold=1.0)],
     "mixed": [full()],
     "several": [full(), result([], category="cable"), result(judged(good=[1.0]), category="grid")],
 }
@@ -179,9 +179,9 @@ def test_what_is_not_known_is_said(edge: str, known: str, unknown: list[str]) ->
 
 def test_evidence_and_training_images_to_look_at_are_shown() -> None:
     rows = judged([1.0], [3.0])
-    shown = replace(picture(rows[1], "sample"), beside=[Beside(1, uri(), uri(), "good/7.png", 3.25)])
-    unlike = [Unlike("good/9.png", 1.9, uri()), Unlike("good/8.png", 1.8, "")]
-    text = Page(render(SUMMARY, [result(rows, pictures=[shown], unlike=unlike)])).text
+    shown = replace(picture(rows[1], "sample"), pairs=[PatchPair(1, uri(), uri(), "good/7.png", 3.25)])
+    outliers = [Outlier("good/9.png", 1.9, uri()), Outlier("good/8.png", 1.8, "")]
+    text = Page(render(SUMMARY, [result(rows, pictures=[shown], outliers=outliers)])).text
     assert "the most similar place in any good photograph it learned from, good/ 7.png" in text
     assert "3.3 times as much" in text or "3.2 times as much" in text
     assert "2 photographs it learned from look more unlike" in text and "good/ 8.png score 1.800" in text

@@ -83,7 +83,7 @@ def test_the_oracle_keeps_the_round_with_the_best_image_and_then_pixel_auroc(tmp
     seen = []
 
     def look(graph, number):
-        oracle.look(graph, number)
+        oracle.measure_round(graph, number)
         judged = list(detector.judge(test))
         labels = [sample.is_anomalous for sample, _ in judged]
         image_value = image_metrics([p.score for _, p in judged], labels)[0]["image_auroc"]

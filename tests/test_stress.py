@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from kizu.evaluation.robustness import STRESSES, Outcome, Stress, first_broken
+from kizu.evaluation.robustness import CORRUPTIONS, Corruption, Outcome, first_broken
 
-BY_NAME = {stress.name: stress for stress in STRESSES}
+BY_NAME = {corruption.name: corruption for corruption in CORRUPTIONS}
 
 
 def photograph(size=(400, 600)):
@@ -14,12 +14,12 @@ def photograph(size=(400, 600)):
     return np.stack([grey + 10, grey, grey - 10], axis=2).astype(np.uint8)
 
 
-@pytest.mark.parametrize("stress", STRESSES, ids=lambda stress: stress.name)
-def test_every_stress_keeps_shape_and_grows_with_its_steps(stress: Stress):
+@pytest.mark.parametrize("corruption", CORRUPTIONS, ids=lambda corruption: corruption.name)
+def test_every_corruption_keeps_shape_and_grows_with_its_steps(corruption: Corruption):
     before = photograph()
     away = []
-    for step in stress.steps:
-        after = stress.apply(before, step, np.random.default_rng(3))
+    for step in corruption.steps:
+        after = corruption.apply(before, step, np.random.default_rng(3))
         assert after.shape == before.shape and after.dtype == np.uint8
         away.append(np.abs(after.astype(float) - before).mean())
     assert away[0] > 0 and away == sorted(away)

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 import kizu
-from kizu.evaluation import experiment as run
-from kizu.evaluation.tracking import Told, tell
+from kizu.evaluation import experiment
+from kizu.evaluation.tracking import RunRecord, log_run
 from test_cli import factory, table
 
 KIZU = [sys.executable, "-c", "from kizu.cli import main; main()"]
@@ -22,7 +22,7 @@ def test_a_run_is_told_to_both_and_kept_on_this_machine(tmp_path):
     environment.pop("MLFLOW_TRACKING_URI", None)
     told = [*KIZU, *command, "--track", "wandb", "--track", "mlflow"]
     done = subprocess.run(told, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0 and "could not be told" not in done.stderr, done.stderr
+    assert done.returncode == 0 and "could not log" not in done.stderr, done.stderr
     finished = tmp_path / "results" / "project" / "group" / "run"
     value = table(finished / "results.csv")[0]["image_auroc"]
     kept = list((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
@@ -35,11 +35,13 @@ def test_a_run_is_told_to_both_and_kept_on_this_machine(tmp_path):
 
 def test_a_service_that_fails_costs_no_results(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "nonsense://nowhere")
-    tell(["mlflow"], Told("project", "group", "run", {}, {"disc": {"image_auroc": 1.0, "pixel_auroc": None}}))
-    assert "mlflow could not be told of the run" in caplog.text
+    log_run(["mlflow"], RunRecord("project", "group", "run", {}, {"disc": {"image_auroc": 1.0, "pixel_auroc": None}}))
+    assert "mlflow could not log the run" in caplog.text
 
 
 def test_a_missing_service_is_said_before_the_work(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(kizu.KizuError, match=r"pip install 'kizu\[wandb\]'"):
-        run.train("patchcore", kizu.PatchCore().config, None, Path(tmp_path), run.RunOptions(track=["wandb"]))
+        experiment.train(
+            "patchcore", kizu.PatchCore().config, None, Path(tmp_path), experiment.RunOptions(track=["wandb"])
+        )

@@ -5,7 +5,7 @@ import pytest
 
 from kizu.calibration.outliers import find_outliers
 from kizu.errors import DataError
-from kizu.evaluation.operating_point import Costs, best, points
+from kizu.evaluation.operating_point import Costs, cheapest_point, operating_points
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -13,7 +13,7 @@ from kizu.evaluation.operating_point import Costs, best, points
 def test_no_threshold_is_cheaper_than_the_best(seed, costs):
     rng = np.random.default_rng(seed)
     good, bad = rng.normal(0, 1, 40).round(1), rng.normal(1.5, 1, 25).round(1)
-    chosen = best(points(good.tolist(), bad.tolist(), costs))
+    chosen = cheapest_point(operating_points(good.tolist(), bad.tolist(), costs))
     for level in np.linspace(-5, 6, 2000):
         alarms, missed = (good > level).mean(), (bad <= level).mean()
         cost = 1000 * ((1 - costs.defective) * alarms + costs.defective * costs.miss * missed)
@@ -22,9 +22,9 @@ def test_no_threshold_is_cheaper_than_the_best(seed, costs):
 
 
 def test_where_nothing_is_mixed_the_level_lies_in_between():
-    assert best(points([1.0, 2.0], [6.0, 7.0], Costs())).threshold == 4.0
+    assert cheapest_point(operating_points([1.0, 2.0], [6.0, 7.0], Costs())).threshold == 4.0
     with pytest.raises(DataError, match="at least one of each"):
-        points([1.0], [], Costs())
+        operating_points([1.0], [], Costs())
 
 
 def test_images_far_above_the_others_are_outliers_the_worst_first():

@@ -7,7 +7,7 @@ import pytest
 
 import kizu
 from kizu.calibration.threshold import calibrate
-from kizu.evaluation.robustness import STRESSES, check
+from kizu.evaluation.robustness import CORRUPTIONS, check_robustness
 from kizu.inference.prediction import Photo
 from test_cli import FAST, factory, save, table
 from test_cli import kizu as command
@@ -92,8 +92,8 @@ def test_a_defect_among_the_training_images_is_listed_with_its_number(tmp_path):
 
 def test_check_counts_false_alarms_as_the_detector_makes_them(fitted):
     good = [part(400 + seed) for seed in range(12)]
-    noise = [stress for stress in STRESSES if stress.name == "sensor noise"]
-    outcomes = list(check(fitted, [Photo(picture) for picture in good], noise))
+    noise = [corruption for corruption in CORRUPTIONS if corruption.name == "sensor noise"]
+    outcomes = list(check_robustness(fitted, [Photo(picture) for picture in good], noise))
     assert [outcome.step for outcome in outcomes] == ["", "2 levels", "4 levels", "8 levels", "12 levels", "20 levels"]
     assert outcomes[0].stopped == sum(fitted.predict(picture).is_anomalous for picture in good)
     assert outcomes[-1].stopped == 12 and outcomes[-1].verdict == "broken"
@@ -143,7 +143,7 @@ def test_predict_says_why_and_check_writes_its_page(trained, tmp_path):
     done = command("check", trained / "model", trained / "photos", "--images", 4, "--output", tmp_path / "check")
     assert "The model learned from 4 of these 4" in done.stdout
     rows = table(tmp_path / "check" / "check.csv")
-    assert len(rows) == 1 + sum(len(stress.steps) for stress in STRESSES)
+    assert len(rows) == 1 + sum(len(corruption.steps) for corruption in CORRUPTIONS)
     assert "Will it hold tomorrow" in (tmp_path / "check" / "check.html").read_text()
 
 

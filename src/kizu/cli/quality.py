@@ -16,7 +16,7 @@ from kizu.inference.model_folder import model_folder
 
 if TYPE_CHECKING:
     from kizu.calibration.drift import DriftTest
-    from kizu.evaluation.operating_point import Costs, Point
+    from kizu.evaluation.operating_point import Costs, OperatingPoint
     from kizu.evaluation.robustness import Outcome
     from kizu.inference.inspector import Inspector
 
@@ -42,7 +42,7 @@ def check(model: str, images: tuple[str, ...], most: int, output: str | None, **
     Example:  kizu check results/project/group/run photos/more_good --output stress
     """
     from kizu import load
-    from kizu.evaluation.robustness import check as run_check
+    from kizu.evaluation.robustness import check_robustness
     from kizu.inference.batch import image_paths
     from kizu.inference.prediction import Photo
 
@@ -53,7 +53,7 @@ def check(model: str, images: tuple[str, ...], most: int, output: str | None, **
     chosen = [paths[number * len(paths) // most] for number in range(most)] if len(paths) > most else paths
     quiet = options["quiet"] or options["as_json"]
     with terminal.progress(quiet) as progress:
-        outcomes = list(run_check(detector, [Photo(path) for path in chosen], progress=progress("Check")))
+        outcomes = list(check_robustness(detector, [Photo(path) for path in chosen], progress=progress("Check")))
     known = detector.knows([Photo(path) for path in chosen])
     caveats = [_learned_from(known, len(chosen))] if known else []
     rows = [_outcome_row(outcome) for outcome in outcomes]
@@ -144,8 +144,7 @@ def tune(model: str, good: str | None, bad: str | None, output: str | None, **op
     Example:  kizu tune results/project/group/run checked/good checked/bad --miss-cost 50 --set
     """
     from kizu import load
-    from kizu.evaluation.operating_point import Costs, at, best, points
-    from kizu.evaluation.operating_point import tune as set_point
+    from kizu.evaluation.operating_point import Costs, cheapest_point, operating_points, point_at, set_operating_point
     from kizu.inference.batch import image_paths, predict_files
 
     folder = model_folder(model)
@@ -171,13 +170,13 @@ def tune(model: str, good: str | None, bad: str | None, output: str | None, **op
                 if row.error:
                     click.echo(f"error  {row.image}: {row.error}", err=True)
     good_scores, bad_scores = scores
-    curve = points(good_scores, bad_scores, costs)
-    now = at(detector.threshold.value, good_scores, bad_scores, costs)
-    chosen = best(curve)
+    curve = operating_points(good_scores, bad_scores, costs)
+    now = point_at(detector.threshold.value, good_scores, bad_scores, costs)
+    chosen = cheapest_point(curve)
     if options["threshold"] is not None:
-        chosen = at(options["threshold"], good_scores, bad_scores, costs)
+        chosen = point_at(options["threshold"], good_scores, bad_scores, costs)
     if options["write"]:
-        set_point(detector, chosen)
+        set_operating_point(detector, chosen)
         detector.save(folder)
     _show_trade(detector, curve, chosen, now, (good_scores, bad_scores), costs, output, options)
     if failed:
@@ -195,7 +194,7 @@ def _check_finding(outcomes: "Sequence[Outcome]") -> str:
     broken = [outcome for outcome in first_broken(outcomes[1:]).values() if outcome]
     if not broken:
         return "The promise holds at every step, as far as so many photographs can tell."
-    steps = ", ".join(f"{outcome.stress} ({outcome.step})" for outcome in broken)
+    steps = ", ".join(f"{outcome.corruption} ({outcome.step})" for outcome in broken)
     return f"The promise breaks under {len(broken)} of {len(first_broken(outcomes[1:]))} kinds of change: {steps}."
 
 
@@ -209,7 +208,7 @@ def _learned_from(known: int, total: int) -> str:
 def _outcome_row(outcome: "Outcome") -> dict[str, str]:
     low, high = outcome.interval
     return {
-        "change": outcome.stress,
+        "change": outcome.corruption,
         "step": outcome.step or "–",
         "stopped": f"{outcome.stopped} of {outcome.total}",
         "in the long run": f"{percent(low)} to {percent(high)}",
@@ -224,7 +223,7 @@ def _check_page(path: Path, detector: "Inspector", outcomes: "Sequence[Outcome]"
 
     broken = first_broken(outcomes[1:])
     names = list(broken)
-    grid = {name: [outcome for outcome in outcomes if outcome.stress == name] for name in names}
+    grid = {name: [outcome for outcome in outcomes if outcome.corruption == name] for name in names}
     summary = [
         {
             "change": name,
@@ -315,9 +314,9 @@ def _drift_page(path: Path, detector: "Inspector", test: "DriftTest") -> None:
 
 def _show_trade(
     detector: "Inspector",
-    curve: "Sequence[Point]",
-    chosen: "Point",
-    now: "Point",
+    curve: "Sequence[OperatingPoint]",
+    chosen: "OperatingPoint",
+    now: "OperatingPoint",
     scores: tuple[Sequence[float], Sequence[float]],
     costs: "Costs",
     output: str | None,
@@ -327,14 +326,14 @@ def _show_trade(
     import numpy as np
 
     from kizu.evaluation.metrics import presorted_bad, presorted_good
-    from kizu.evaluation.operating_point import at
+    from kizu.evaluation.operating_point import point_at
 
     good, bad = (np.array(some, dtype=float) for some in scores)
     pg2, pb2 = presorted_good(good, bad), presorted_bad(good, bad)
     named = {"in use": now, "cheapest" if options["threshold"] is None else "chosen": chosen}
     for share in (0.0, 0.02, 0.05, 0.1):
         lowest = float(np.sort(bad)[int(share * len(bad))])
-        named[f"misses ≤ {percent(share)}"] = at(float(np.nextafter(lowest, -np.inf)), *scores, costs)
+        named[f"misses ≤ {percent(share)}"] = point_at(float(np.nextafter(lowest, -np.inf)), *scores, costs)
     rows = [_point_row(name, point) for name, point in named.items()]
     sentences = [
         f"While at most 2 % of the defects are missed, {percent(pg2)} of the good parts pass (PG2); while at most 2 % "
@@ -348,7 +347,7 @@ def _show_trade(
         table = [_point_row("", point) for point in curve]
         files.write_csv(Path(output) / "tune.csv", table[0], [row.values() for row in table])
         levels = np.linspace(curve[0].threshold, curve[-1].threshold, CURVE_POINTS)
-        drawn = [at(float(level), *scores, costs) for level in levels]
+        drawn = [point_at(float(level), *scores, costs) for level in levels]
         _tune_page(Path(output) / "tune.html", drawn, chosen, now, rows, sentences)
     if options["as_json"]:
         values = {"pg2": pg2, "pb2": pb2, "chosen": vars(chosen), "in_use": vars(now), "set": options["write"]}
@@ -358,7 +357,7 @@ def _show_trade(
     click.echo("\n" + "\n".join(sentences))
 
 
-def _point_row(name: str, point: "Point") -> dict[str, str]:
+def _point_row(name: str, point: "OperatingPoint") -> dict[str, str]:
     row = {"level": name} if name else {}
     return row | {
         "threshold": f"{point.threshold:.6g}",
@@ -370,9 +369,9 @@ def _point_row(name: str, point: "Point") -> dict[str, str]:
 
 def _tune_page(
     path: Path,
-    curve: "Sequence[Point]",
-    chosen: "Point",
-    now: "Point",
+    curve: "Sequence[OperatingPoint]",
+    chosen: "OperatingPoint",
+    now: "OperatingPoint",
     rows: list[dict[str, str]],
     sentences: Sequence[str],
 ) -> None:

@@ -101,7 +101,7 @@ def print_results(results: "Sequence[CategoryResult]", folder: Path | None, opti
                 "false_alarms": result.count(defective=False, stopped=True),
                 "misses": result.count(defective=True, stopped=False),
                 "promise": result.statement,
-                "unlike_the_others": [one.image for one in result.unlike],
+                "unlike_the_others": [outlier.image for outlier in result.outliers],
             }
             for result in results
         ]
@@ -116,9 +116,9 @@ def print_results(results: "Sequence[CategoryResult]", folder: Path | None, opti
             click.echo(f"  n/a: {names}: {flagged(reason)}")
         for note in result.notes:
             click.echo(f"  Note: {flagged(note)}")
-        if result.unlike:
-            names = ", ".join(one.image for one in result.unlike[:MAX_LISTED])
-            remainder = f" and {len(result.unlike) - MAX_LISTED} more" if len(result.unlike) > MAX_LISTED else ""
+        if result.outliers:
+            names = ", ".join(outlier.image for outlier in result.outliers[:MAX_LISTED])
+            remainder = f" and {len(result.outliers) - MAX_LISTED} more" if len(result.outliers) > MAX_LISTED else ""
             click.echo(f"  Worth a second look, training images unlike the others: {names}{remainder}")
         for row in result.scores:
             if row.error:

@@ -10,26 +10,25 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from kizu.data import image as images
+from kizu.data import image
 from kizu.data.dataset import Sample
 from kizu.data.loco_masks import Region, Saturations, read_regions
 from kizu.data.progress import Progress, silent
 from kizu.errors import BadImage, DataError
-from kizu.evaluation import loco_metrics as loco
-from kizu.evaluation import metrics
+from kizu.evaluation import loco_metrics, metrics
 
 if TYPE_CHECKING:
     from kizu.inference.inspector import Inspector
     from kizu.inference.prediction import Prediction
 
-__all__ = ["Beside", "CategoryResult", "ImageScore", "Picture", "Unlike", "evaluate", "measure"]
+__all__ = ["CategoryResult", "ImageScore", "Outlier", "PatchPair", "Picture", "evaluate", "measure"]
 
 PICTURES = {"miss": 6, "false alarm": 6, "sample": 9}
 PICTURE_SIDE = 280
-EXPLAINED = 2  # places of a picture
-UNLIKE = 12  # training images shown
-LISTED = 5  # masks that do not fit, by name
-DEEPEST = 20  # folders in the name of a map
+MAX_PAIRS = 2  # a picture
+MAX_OUTLIERS = 12  # training images that are shown
+MAX_NOTES = 5  # on masks that do not fit
+MAX_DEPTH = 20  # folders in the name of a map
 Item = TypeVar("Item")
 
 
@@ -44,18 +43,18 @@ class ImageScore:
 
 
 @dataclass(frozen=True)
-class Beside:
-    """A marked place and the most similar place in any good training image; pictures are data URIs."""
+class PatchPair:
+    """A marked patch and the most similar patch in any good training image; pictures are data URIs."""
 
     region: int  # number of the marked region; 0: the highest place of the map
-    here: str
-    there: str  # empty where no picture of the training image is at hand
+    query: str
+    match: str  # empty where no picture of the training image is at hand
     image: str  # name of the training image
     distance: float  # in units of what is usual there
 
 
 @dataclass(frozen=True)
-class Unlike:
+class Outlier:
     """A training image that looks unlike the others."""
 
     image: str
@@ -72,7 +71,7 @@ class Picture:
     photo: str
     heat: str
     overlay: str
-    beside: list[Beside] = field(default_factory=list)
+    pairs: list[PatchPair] = field(default_factory=list)
 
 
 @dataclass
@@ -87,14 +86,14 @@ class CategoryResult:
     threshold: float  # a part is stopped when its score is greater
     statement: str  # the threshold's promise in one sentence
     calibration_scores: list[float]  # scores of held-out good images
-    scale: tuple[float, float]  # map values at the ends of the colour scale
-    map_level: float  # map value at which contours are drawn
+    heat_map_range: tuple[float, float]  # map values at the ends of the colour scale
+    pixel_threshold: float  # map value at which contours are drawn
     pictures: list[Picture] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)  # stage → seconds; "per image" in seconds
     notes: list[str] = field(default_factory=list)  # what a reader must know, e.g. masks that do not fit
     curves: dict[str, list[float]] = field(default_factory=dict)  # of training, a value a round
     oracle: dict[str, float | None] = field(default_factory=dict)  # metrics of the round best on the test images
-    unlike: list[Unlike] = field(default_factory=list)  # training images for a second look
+    outliers: list[Outlier] = field(default_factory=list)  # training images for a second look
 
     def count(self, defective: bool, stopped: bool | None = None) -> int:
         """Test images of a kind that could be read, all or those (not) stopped."""
@@ -115,10 +114,10 @@ class CategoryResult:
         values = dict(values)
         values["scores"] = [ImageScore(**row) for row in values["scores"]]
         values["pictures"] = [
-            Picture(**{**row, "beside": [Beside(**one) for one in row["beside"]]}) for row in values["pictures"]
+            Picture(**{**row, "pairs": [PatchPair(**pair) for pair in row["pairs"]]}) for row in values["pictures"]
         ]
-        values["unlike"] = [Unlike(**row) for row in values["unlike"]]
-        values["scale"] = tuple(values["scale"])
+        values["outliers"] = [Outlier(**row) for row in values["outliers"]]
+        values["heat_map_range"] = tuple(values["heat_map_range"])
         return cls(**values)
 
 
@@ -133,7 +132,7 @@ def evaluate(
     overlays: Path | None = None,
     progress: Progress = silent,
 ) -> CategoryResult:
-    """Judge the test images and compare with what they are. Nothing of it flows back into the detector.
+    """Score the test images and compare with what is known of them. Nothing of it flows back into the detector.
 
     Masks are used at the photographs' own resolution. Metrics that cannot be computed are None, with the reason. For
     MVTec LOCO's types of defect its own metrics are added, by `saturations`. With `maps`, each image's anomaly map is
@@ -152,9 +151,9 @@ def evaluate(
             scores.append(ImageScore(name, sample.defect, outcome.score))
             predictions.append((sample, outcome))
             if maps:
-                images.write_map(targets[sample], _restored(outcome))
+                image.write_map(targets[sample], _restored(outcome))
             if overlays is not None:
-                images.write(overlays / (name.replace("/", "_") + ".png"), outcome.overlay())
+                image.write(overlays / (name.replace("/", "_") + ".png"), outcome.overlay())
         progress("Evaluating", len(scores), len(samples))
     elapsed = time.perf_counter() - start
     order = {sample.name(root): index for index, sample in enumerate(samples)}
@@ -171,13 +170,13 @@ def evaluate(
         threshold=detector.threshold.value,
         statement=detector.threshold.statement,
         calibration_scores=detector.calibration_scores,
-        scale=detector.heat_map_range,
-        map_level=detector.pixel_threshold,
+        heat_map_range=detector.heat_map_range,
+        pixel_threshold=detector.pixel_threshold,
         pictures=_pictures(predictions, root, seed=detector.config.seed),
         seconds={**detector.seconds, "evaluation": elapsed, "per image": elapsed / max(1, len(scores))},
         notes=[*detector.remarks, *notes],
         curves=detector.curves,
-        unlike=_unlike(detector),
+        outliers=_outliers(detector),
     )
 
 
@@ -189,34 +188,34 @@ def measure(
     labels = [sample.is_anomalous for sample, _ in predictions]
     values, reasons = metrics.image_metrics(scores, labels)
     usable, notes = _usable(predictions, saturations)
-    found = [
+    measured = [
         metrics.pixel_metrics(
-            _Anew(lambda: (_restored(prediction) for _, prediction in usable)),
-            _Anew(lambda: (_mask(sample, prediction) for sample, prediction in usable)),
+            _Repeatable(lambda: (_restored(prediction) for _, prediction in usable)),
+            _Repeatable(lambda: (_mask(sample, prediction) for sample, prediction in usable)),
         )
     ]
     defects = [sample.defect for sample, _ in predictions]
-    if loco.applies(defects):
+    if loco_metrics.applies(defects):
 
-        def image(index: int) -> tuple[npt.NDArray[np.float32], list[Region]]:
+        def map_and_regions(index: int) -> tuple[npt.NDArray[np.float32], list[Region]]:
             sample, prediction = usable[index]
             return _restored(prediction), _regions(sample, prediction, saturations)
 
         peaks = [float(_restored(prediction).max()) for _, prediction in predictions]
-        found.append(loco.detection(defects, scores, peaks))
-        found.append(loco.localisation([sample.defect for sample, _ in usable], image))
+        measured.append(loco_metrics.detection(defects, scores, peaks))
+        measured.append(loco_metrics.localisation([sample.defect for sample, _ in usable], map_and_regions))
         if saturations is None:
-            notes.append(loco.NO_CONFIG)
-    found.append(metrics.plugin_metrics(scores, labels))
-    for more, why in found:
-        values, reasons = values | more, reasons | why
+            notes.append(loco_metrics.NO_CONFIG)
+    measured.append(metrics.plugin_metrics(scores, labels))
+    for further_values, further_reasons in measured:
+        values, reasons = values | further_values, reasons | further_reasons
     return values, reasons, notes
 
 
 def _usable(
     predictions: "Sequence[tuple[Sample, Prediction]]", saturations: Saturations | None
 ) -> "tuple[list[tuple[Sample, Prediction]], list[str]]":
-    """Those whose masks are known and fit, and notes on the others."""
+    """The predictions whose masks are known and fit, and notes on the others."""
     usable, notes = [], []
     for sample, prediction in predictions:
         try:
@@ -226,8 +225,8 @@ def _usable(
                 usable.append((sample, prediction))
         except DataError as error:
             notes.append(f"Left out of the pixel metrics: {error}")
-    if len(notes) > LISTED:
-        notes[LISTED:] = [f"Left out of the pixel metrics: {len(notes) - LISTED} more, for such reasons."]
+    if len(notes) > MAX_NOTES:
+        notes[MAX_NOTES:] = [f"Left out of the pixel metrics: {len(notes) - MAX_NOTES} more, for such reasons."]
     missing = len(predictions) - len(usable)
     if missing and any(sample.masks for sample, _ in usable):
         notes.append(f"{missing} test images have no usable mask; pixel metrics leave them out.")
@@ -250,7 +249,7 @@ def _regions(sample: Sample, prediction: "Prediction", saturations: Saturations 
 
 
 @dataclass(frozen=True)
-class _Anew(Generic[Item]):
+class _Repeatable(Generic[Item]):
     """Items that are made anew each time one goes through them, so that they need no memory."""
 
     make: Callable[[], Iterator[Item]]
@@ -265,9 +264,9 @@ def _map_names(samples: Sequence[Sample], folder: Path, root: Path) -> dict[Samp
     def stem(sample: Sample, depth: int) -> str:
         path = PurePosixPath(sample.name(root))
         name = path.stem if sample.index is None else f"{path.stem}_{sample.index}"
-        return "_".join([*path.parts[-depth:-1], name if depth < DEEPEST else path.name]).replace("/", "_")
+        return "_".join([*path.parts[-depth:-1], name if depth < MAX_DEPTH else path.name]).replace("/", "_")
 
-    for depth in range(1, DEEPEST + 1):
+    for depth in range(1, MAX_DEPTH + 1):
         targets = {sample: folder / sample.defect / f"{stem(sample, depth)}.tiff" for sample in samples}
         if len(set(targets.values())) == len(targets):
             break
@@ -291,28 +290,30 @@ def _picture(sample: Sample, prediction: "Prediction", root: Path, why: str) -> 
     photo, _ = sample.read()
     factor = min(1.0, PICTURE_SIDE / max(photo.shape[:2]))
     size = max(1, round(photo.shape[0] * factor)), max(1, round(photo.shape[1] * factor))
-    photo = images.resize(photo, size)
-    anomaly_map = images.resize_map(prediction.anomaly_map, size)
+    photo = image.resize(photo, size)
+    anomaly_map = image.resize_map(prediction.anomaly_map, size)
     low, high = prediction.detector.heat_map_range
-    glow = images.overlay(photo, anomaly_map, low, high, prediction.detector.pixel_threshold)
-    shown, heat, overlay = (_data_uri(part) for part in (photo, images.heat(anomaly_map, low, high), glow))
-    beside = []
+    glow = image.overlay(photo, anomaly_map, low, high, prediction.detector.pixel_threshold)
+    shown, heat, overlay = (_data_uri(part) for part in (photo, image.heat(anomaly_map, low, high), glow))
+    pairs = []
     if prediction.is_anomalous or prediction.regions:
-        for one in prediction.why()[:EXPLAINED]:
-            here, there = ("" if part is None else _data_uri(part) for part in (one.query_crop, one.match_crop))
-            beside.append(Beside(one.region, here, there, one.nearest.image, one.nearest.distance))
-    return Picture(sample.name(root), why, shown, heat, overlay, beside)
+        for evidence in prediction.why()[:MAX_PAIRS]:
+            query, match = (
+                "" if crop is None else _data_uri(crop) for crop in (evidence.query_crop, evidence.match_crop)
+            )
+            pairs.append(PatchPair(evidence.region, query, match, evidence.nearest.image, evidence.nearest.distance))
+    return Picture(sample.name(root), why, shown, heat, overlay, pairs)
 
 
-def _unlike(detector: "Inspector") -> list[Unlike]:
+def _outliers(detector: "Inspector") -> list[Outlier]:
     """The training images for a second look, the worst first, those shown with a picture."""
-    found: list[Unlike] = []
-    for suspect in sorted(detector.training.get("suspects", ()), key=lambda one: -float(one["score"])):
-        picture = detector.picture(suspect["number"]) if len(found) < UNLIKE else None
-        small = "" if picture is None else _data_uri(images.resize(picture, (PICTURE_SIDE // 2, PICTURE_SIDE // 2)))
-        found.append(Unlike(suspect["name"], suspect["score"], small))
-    return found
+    outliers: list[Outlier] = []
+    for suspect in sorted(detector.training.get("suspects", ()), key=lambda suspect: -float(suspect["score"])):
+        picture = detector.picture(suspect["number"]) if len(outliers) < MAX_OUTLIERS else None
+        small = "" if picture is None else _data_uri(image.resize(picture, (PICTURE_SIDE // 2, PICTURE_SIDE // 2)))
+        outliers.append(Outlier(suspect["name"], suspect["score"], small))
+    return outliers
 
 
 def _data_uri(rgb: npt.NDArray[np.uint8]) -> str:
-    return "data:image/webp;base64," + base64.b64encode(images.encode(rgb, "WEBP", quality=82)).decode()
+    return "data:image/webp;base64," + base64.b64encode(image.encode(rgb, "WEBP", quality=82)).decode()

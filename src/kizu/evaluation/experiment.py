@@ -72,7 +72,7 @@ class RunOptions:
     num_workers: int = 2  # threads that read images
     oracle: bool = False  # also report, marked as such, the round of training that is best on the test images
     save_segmentation_images: bool = False  # write the test photographs with their maps
-    track: Sequence[tracking.Service] = ()  # services that are told of the finished run
+    track: Sequence[tracking.Service] = ()  # services that log the finished run too
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ def train(
 
     options = options or RunOptions()
     kind = detector_class(method)
-    tracking.check(options.track)
+    tracking.check_services(options.track)
     device = None if options.gpu is None else gpu_device(options.gpu)
     start = time.time()
     categories = _learnable(kind, config, data, options.oracle)
@@ -176,7 +176,7 @@ def train(
                 results.append(result)
                 log.info("%s: %s", category, _one_line(result))
             _finish(run, about, results, time.time() - start)
-            tracking.tell(options.track, _told(run.folder, about, results))
+            tracking.log_run(options.track, _record(run.folder, about, results))
             log.info("finished: %s", run.folder)
     except KizuError:
         if not results and not any(run.unfinished.glob("*.checkpoint")):  # nothing to resume: the name is free again
@@ -220,7 +220,7 @@ def _fit_and_evaluate(
         skip_bad=options.skip_bad,
         memory=options.memory,
         checkpoint=run.checkpoint(category) if oracle is None else None,
-        after_round=None if oracle is None else oracle.look,
+        after_round=None if oracle is None else oracle.measure_round,
         progress=progress,
     )
     result = evaluate(
@@ -283,8 +283,8 @@ def write_tables(folder: Path, about: dict[str, Any], results: Sequence[Category
     report.write(folder / "report.html", summary, results)
 
 
-def _told(folder: Path, about: dict[str, Any], results: Sequence[CategoryResult]) -> tracking.Told:
-    return tracking.Told(
+def _record(folder: Path, about: dict[str, Any], results: Sequence[CategoryResult]) -> tracking.RunRecord:
+    return tracking.RunRecord(
         folder.parent.parent.name,
         folder.parent.name,
         folder.name,

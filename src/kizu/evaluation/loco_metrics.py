@@ -41,10 +41,10 @@ def detection(defects: Sequence[str], scores: Sequence[float], peaks: Sequence[f
     reasons: Reasons = {}
     for name, numbers in zip(BY_TYPE, (scores, peaks), strict=True):
         for kind, defect in TYPES.items():
-            chosen = [index for index, of in enumerate(defects) if of in (defect, "good")]
+            chosen = [index for index, label in enumerate(defects) if label in (defect, "good")]
             labels = [defects[index] == defect for index in chosen]
-            found, why = image_metrics([numbers[index] for index in chosen], labels)
-            values[f"{name}_{kind}"] = found["image_auroc"]
+            kind_values, why = image_metrics([numbers[index] for index in chosen], labels)
+            values[f"{name}_{kind}"] = kind_values["image_auroc"]
             if why:
                 reasons[f"{name}_{kind}"] = why["image_auroc"] if any(labels) else _absent(kind)
         _average(values, reasons, f"{name}_by_type", [f"{name}_{kind}" for kind in TYPES])
@@ -61,7 +61,7 @@ def localisation(
     values: Values = {}
     reasons: Reasons = {}
     for kind, defect in TYPES.items():
-        chosen = [index for index, of in enumerate(defects) if of in (defect, "good")]
+        chosen = [index for index, label in enumerate(defects) if label in (defect, "good")]
 
         def images(chosen: Sequence[int] = chosen) -> Iterator[tuple[Floats, Sequence[Region]]]:
             return map(image, chosen)

@@ -30,7 +30,7 @@ Values = dict[str, float | None]  # metric → value, or None where it is not de
 Reasons = dict[str, str]  # metric → why it is None
 
 EIGHT_NEIGHBOURS = np.ones((3, 3), dtype=int)
-ROOM = 1 << 24  # good pixels that are sorted at once, at least
+MIN_SORTED = 1 << 24  # good pixels that are sorted at once, at least
 
 
 def image_metrics(scores: Sequence[float], labels: Sequence[bool]) -> tuple[Values, Reasons]:
@@ -134,12 +134,12 @@ def au_spro(
 
 
 def presorted_good(good: Floats, bad: Floats, missed: float = 0.02) -> float:
-    """PG2: the share of good images below the level that lets 2 % of the defective ones pass (Baitieva et al. 2025)."""
+    """PG2 (Baitieva et al., 2025): the share of good images that pass while 2 % of the defective ones are missed."""
     return float(np.mean(good < np.quantile(bad, missed)))
 
 
 def presorted_bad(good: Floats, bad: Floats, false_alarms: float = 0.02) -> float:
-    """PB2: the share of defective images above the level that stops 2 % of the good ones (Baitieva et al., 2025)."""
+    """PB2 (Baitieva et al., 2025): the share of defective images that are stopped while 2 % of the good ones are."""
     return float(np.mean(bad > np.quantile(good, 1 - false_alarms)))
 
 
@@ -180,9 +180,9 @@ def _region_curve(maps: Iterable[Floats], masks: Iterable[Bools]) -> _Curve | st
         images += 1
         if mask.any():
             labels, count = ndimage.label(mask, structure=EIGHT_NEIGHBOURS)
-            own = labels[mask]
+            region_numbers = labels[mask]
             hits.append(values[mask])
-            shares.append(1 / np.bincount(own)[own])
+            shares.append(1 / np.bincount(region_numbers)[region_numbers])
             regions += count
     if not regions:
         return "there are no ground-truth masks of defects" if images else "there are no test images with known masks"
@@ -190,16 +190,16 @@ def _region_curve(maps: Iterable[Floats], masks: Iterable[Bools]) -> _Curve | st
 
 
 def _curve(hits: Sequence[Floats], shares: Sequence[Floats], regions: int, good: Iterable[Floats]) -> _Curve | str:
-    levels, places = np.unique(np.concatenate(hits), return_inverse=True)  # ascending
+    thresholds, places = np.unique(np.concatenate(hits), return_inverse=True)  # ascending
     counts = np.bincount(places)[::-1]
     rises = np.bincount(places, weights=np.concatenate(shares))[::-1] / regions
-    below, equal, total = np.zeros(len(levels), dtype=np.int64), np.zeros(len(levels), dtype=np.int64), 0
-    for scores in _gathered(good, max(len(levels), ROOM)):
+    below, equal, total = np.zeros(len(thresholds), dtype=np.int64), np.zeros(len(thresholds), dtype=np.int64), 0
+    for scores in _gathered(good, max(len(thresholds), MIN_SORTED)):
         scores.sort()
-        first = np.asarray(np.searchsorted(scores, levels))
+        first = np.asarray(np.searchsorted(scores, thresholds))
         below += first
-        tied = np.flatnonzero(scores.take(first, mode="clip") == levels)
-        equal[tied] += np.searchsorted(scores, levels[tied], side="right") - first[tied]
+        tied = np.flatnonzero(scores.take(first, mode="clip") == thresholds)
+        equal[tied] += np.searchsorted(scores, thresholds[tied], side="right") - first[tied]
         total += len(scores)
     if total == 0:
         return "the masks leave no good pixel"
@@ -207,12 +207,12 @@ def _curve(hits: Sequence[Floats], shares: Sequence[Floats], regions: int, good:
     return _Curve(np.cumsum(counts), np.cumsum(rises), alarms - equal[::-1], alarms, total)
 
 
-def _gathered(arrays: Iterable[Floats], room: int) -> Iterator[Floats]:
-    """The same numbers in new arrays of at least `room`, and a last one that is not empty."""
+def _gathered(arrays: Iterable[Floats], least: int) -> Iterator[Floats]:
+    """The same numbers in new arrays of at least `least` of them; the last may be shorter."""
     waiting: list[Floats] = []
     for array in arrays:
         waiting.append(array)
-        if sum(map(len, waiting)) >= room:
+        if sum(map(len, waiting)) >= least:
             yield np.concatenate(waiting)
             waiting = []
     if any(map(len, waiting)):

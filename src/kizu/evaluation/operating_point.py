@@ -12,7 +12,7 @@ from kizu.errors import DataError
 if TYPE_CHECKING:
     from kizu.inference.inspector import Inspector
 
-__all__ = ["Costs", "Point", "at", "best", "points", "tune"]
+__all__ = ["Costs", "OperatingPoint", "cheapest_point", "operating_points", "point_at", "set_operating_point"]
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Costs:
 
 
 @dataclass(frozen=True)
-class Point:
+class OperatingPoint:
     """What a threshold does to labelled photographs."""
 
     threshold: float
@@ -47,7 +47,7 @@ class Point:
         return self.misses / self.bad
 
 
-def points(good: Sequence[float], bad: Sequence[float], costs: Costs) -> list[Point]:
+def operating_points(good: Sequence[float], bad: Sequence[float], costs: Costs) -> list[OperatingPoint]:
     """A point for every way in which a threshold can divide the scores, from the lowest to the highest.
 
     Thresholds lie half-way between neighbouring scores. Raises `DataError` when one of the two kinds is missing.
@@ -56,33 +56,33 @@ def points(good: Sequence[float], bad: Sequence[float], costs: Costs) -> list[Po
         raise DataError("kizu tune needs good and defective photographs that can be read, at least one of each")
     cuts = np.unique(np.concatenate([good, bad]))
     edges = np.diff(cuts).mean() / 2 if len(cuts) > 1 else 0.5
-    levels = [cuts[0] - edges, *((cuts[1:] + cuts[:-1]) / 2), cuts[-1] + edges]
-    return [at(float(level), good, bad, costs) for level in levels]
+    thresholds = [cuts[0] - edges, *((cuts[1:] + cuts[:-1]) / 2), cuts[-1] + edges]
+    return [point_at(float(threshold), good, bad, costs) for threshold in thresholds]
 
 
-def at(threshold: float, good: Sequence[float], bad: Sequence[float], costs: Costs) -> Point:
+def point_at(threshold: float, good: Sequence[float], bad: Sequence[float], costs: Costs) -> OperatingPoint:
     """What one threshold does."""
     alarms, misses = sum(score > threshold for score in good), sum(score <= threshold for score in bad)
     cost = costs.per_thousand(alarms / len(good), misses / len(bad))
-    return Point(threshold, alarms, len(good), misses, len(bad), cost)
+    return OperatingPoint(threshold, alarms, len(good), misses, len(bad), cost)
 
 
-def best(curve: Sequence[Point]) -> Point:
+def cheapest_point(curve: Sequence[OperatingPoint]) -> OperatingPoint:
     """The cheapest point; of equals the middle one, which is the farthest from costing more."""
     lowest = min(point.cost for point in curve)
     cheapest = [point for point in curve if point.cost <= lowest + 1e-9]
     return cheapest[len(cheapest) // 2]
 
 
-def tune(detector: "Inspector", point: Point) -> None:
+def set_operating_point(detector: "Inspector", point: OperatingPoint) -> None:
     """Set the detector's threshold, marked as tuned on labels in every statement from now on."""
-    behind = detector.calibration_scores
-    above = sum(score > point.threshold for score in behind)
-    low, high = interval(above, max(1, len(behind)))
+    calibration_scores = detector.calibration_scores
+    above = sum(score > point.threshold for score in calibration_scores)
+    low, high = interval(above, max(1, len(calibration_scores)))
     likely = (
         f"of new good parts, {percent(low)} to {percent(high)} with 95 % "
-        f"confidence, by the {len(behind)} good images that set the level before"
-        if behind
+        f"confidence, by the {len(calibration_scores)} good images that set the threshold before"
+        if calibration_scores
         else "nothing can be said of new good parts"
     )
     statement = (

@@ -34,17 +34,17 @@ class Oracle:
         self.round = 0
         self.state: dict[str, Tensor] = {}  # of that round
 
-    def look(self, graph: nn.Module, number: int) -> None:
-        """Judge all test images with the graph as it is after round `number`."""
+    def measure_round(self, graph: nn.Module, number: int) -> None:
+        """Score all test images with the graph as it is after round `number`."""
         self.rounds = number
-        predictions = self._judge(graph)
+        predictions = self._predict(graph)
         scores, labels = [p.score for _, p in predictions], [sample.is_anomalous for sample, _ in predictions]
         value = metrics.image_metrics(scores, labels)[0]["image_auroc"]
         if value is None or (self.best is not None and value < self.best[0]):
             return
-        found = (value, _pixel_auroc(predictions))
-        if self.best is None or found > self.best:
-            self.best, self.round = found, number
+        aurocs = (value, _pixel_auroc(predictions))
+        if self.best is None or aurocs > self.best:
+            self.best, self.round = aurocs, number
             self.state = {key: tensor.clone() for key, tensor in graph.state_dict().items()}
 
     def report(self, result: CategoryResult) -> None:
@@ -54,14 +54,14 @@ class Oracle:
             return
         last = {key: tensor.clone() for key, tensor in graph.state_dict().items()}
         graph.load_state_dict(self.state)
-        result.oracle = {"round": float(self.round), **measure(self._judge(graph))[0]}
+        result.oracle = {"round": float(self.round), **measure(self._predict(graph))[0]}
         graph.load_state_dict(last)
         result.notes.append(
             f"Oracle: of {self.rounds} rounds, round {self.round} was the best on the test images, with an image AUROC "
             f"of {self.best[0]:.4f}. Everything else here is of the model as it was learned, from good images alone."
         )
 
-    def _judge(self, graph: nn.Module) -> "list[tuple[Sample, Prediction]]":
+    def _predict(self, graph: nn.Module) -> "list[tuple[Sample, Prediction]]":
         self.detector.graph = graph.eval()
         outcomes = self.detector.judge(self.samples)
         return [(sample, outcome) for sample, outcome in outcomes if not isinstance(outcome, BadImage)]

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from kizu.calibration.threshold import p_value
 from kizu.data import files, image
-from kizu.evaluation import loco_metrics as loco
+from kizu.evaluation import loco_metrics
 from kizu.evaluation.evaluate import CategoryResult, ImageScore, Picture
 from kizu.evaluation.html import templates
 from kizu.evaluation.metrics import metric_plugins
@@ -82,7 +82,7 @@ def _page(summary: RunSummary, results: Sequence[CategoryResult], note: str) -> 
         sections=sections,
         total=Tally.of(chain.from_iterable(section.verdicts.values() for section in sections)),
         means={key: mean for key in _keys(results) if (mean := _mean(results, key)) is not None},
-        limits=loco.LIMITS,
+        limits=loco_metrics.LIMITS,
         plugin_metrics=list(metric_plugins()),
         palette=", ".join(f"rgb({r} {g} {b})" for r, g, b in image.heat(np.linspace(0, 1, 16, dtype="f4"), 0, 1)),
         note=note,
@@ -204,7 +204,11 @@ def _section(result: CategoryResult) -> Section:
     roc, precision_recall = _curves(good, bad, result.threshold)
     names = sorted({row.defect for row in result.scores if row.defect != "good" and row.score is not None})
     unavailable: dict[str, list[str]] = {}
-    loco_rows = {kind: _loco_keys(kind) for kind in (*loco.TYPES, "by_type") if loco.spro_key(0.05) in result.metrics}
+    loco_rows = {
+        kind: _loco_keys(kind)
+        for kind in (*loco_metrics.TYPES, "by_type")
+        if loco_metrics.spro_key(0.05) in result.metrics
+    }
     loco_keys = set(chain.from_iterable(loco_rows.values()))
     for key, value in result.metrics.items():
         if value is None and key not in loco_keys:
@@ -233,7 +237,9 @@ def _section(result: CategoryResult) -> Section:
 
 def _loco_keys(kind: str) -> list[str]:
     """Of the metrics of one kind of anomaly, in the order of the columns."""
-    return [f"{name}_{kind}" for name in loco.BY_TYPE] + [loco.spro_key(limit, kind) for limit in loco.LIMITS]
+    return [f"{name}_{kind}" for name in loco_metrics.BY_TYPE] + [
+        loco_metrics.spro_key(limit, kind) for limit in loco_metrics.LIMITS
+    ]
 
 
 def _outcome(row: ImageScore, result: CategoryResult) -> str:
@@ -287,12 +293,12 @@ def _curves(good: Scores, bad: Scores, threshold: float) -> tuple[Curve | None, 
     stopped = bad.size - np.searchsorted(np.sort(bad), cuts)
     alarm_rate, recall = alarms / good.size, stopped / bad.size
     precision = stopped / np.maximum(alarms + stopped, 1)
-    here = float(alarm_rate[-1]), float(recall[-1]), float(precision[-1])
-    roc = Curve(_points(np.append(0, alarm_rate[:-1]), np.append(0, recall[:-1])), here[:2])
+    working_point = float(alarm_rate[-1]), float(recall[-1]), float(precision[-1])
+    roc = Curve(_points(np.append(0, alarm_rate[:-1]), np.append(0, recall[:-1])), working_point[:2])
 
     rises = np.flatnonzero(np.diff(stopped[:-1], prepend=0))
     steps = _points(np.append(0, np.repeat(recall[rises], 2)[:-1]), np.repeat(precision[rises], 2))
-    return roc, Curve(steps, here[1:] if alarms[-1] + stopped[-1] else None)
+    return roc, Curve(steps, working_point[1:] if alarms[-1] + stopped[-1] else None)
 
 
 def _points(x: Scores, y: Scores) -> str:
@@ -365,7 +371,7 @@ def _drop(results: Sequence[CategoryResult], excess: int) -> tuple[list[Category
                 break
             picture = longest.pop(last)
             excess -= len(picture.photo) + len(picture.heat) + len(picture.overlay)
-            excess -= sum(len(one.here) + len(one.there) for one in picture.beside)
+            excess -= sum(len(pair.query) + len(pair.match) for pair in picture.pairs)
             dropped[why] += 1
     return [replace(result, pictures=pictures) for result, pictures in zip(results, kept, strict=True)], dropped
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from kizu.data.preprocessing import Readable
     from kizu.inference.inspector import Inspector
 
-__all__ = ["STRESSES", "Outcome", "Stress", "check", "first_broken"]
+__all__ = ["CORRUPTIONS", "Corruption", "Outcome", "check_robustness", "first_broken"]
 
 GAMMA = 2.2  # of the photographs' values: light is added and scaled in front of it
 DAYLIGHT = 6500.0  # kelvin
@@ -31,23 +31,23 @@ Change = Callable[[RGB, float, np.random.Generator], RGB]
 
 
 @dataclass(frozen=True)
-class Stress:
+class Corruption:
     """One way in which photographs change, in growing steps."""
 
     name: str
-    shown: str  # a step, in words
+    step_format: str  # a step, in words
     steps: tuple[float, ...]
     apply: Change
 
     def label(self, step: float) -> str:
-        return self.shown.format(abs(step))
+        return self.step_format.format(abs(step))
 
 
 @dataclass(frozen=True)
 class Outcome:
     """What a step does to good photographs at the fixed threshold."""
 
-    stress: str
+    corruption: str
     step: str
     stopped: int
     total: int
@@ -70,7 +70,7 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class _Changed:
+class _CorruptedPhoto:
     """A photograph that is changed when it is read."""
 
     item: "Readable"
@@ -83,23 +83,25 @@ class _Changed:
         return self.change(rgb, self.step, np.random.default_rng(self.seed)), shape
 
 
-def check(
+def check_robustness(
     detector: "Inspector",
     items: "Sequence[Readable]",
-    stresses: "Sequence[Stress] | None" = None,
+    corruptions: "Sequence[Corruption] | None" = None,
     progress: Progress = silent,
 ) -> Iterator[Outcome]:
-    """False alarms among good photographs as they are, then at every step of every stress.
+    """False alarms among good photographs as they are, then at every step of every corruption.
 
     Raises `BadImage` for one that cannot be read. What is random follows from the number of the photograph.
     """
     promised = detector.threshold.promised(detector.calibration_scores)
-    stresses = STRESSES if stresses is None else stresses
-    total, done = 1 + sum(len(stress.steps) for stress in stresses), 0
-    as_it_is = Stress("as they are", "", (0.0,), lambda rgb, step, rng: rgb)
-    for number, stress in enumerate((as_it_is, *stresses)):
-        for step in stress.steps:
-            changed = [_Changed(item, stress.apply, step, (number, place)) for place, item in enumerate(items)]
+    corruptions = CORRUPTIONS if corruptions is None else corruptions
+    total, done = 1 + sum(len(corruption.steps) for corruption in corruptions), 0
+    as_it_is = Corruption("as they are", "", (0.0,), lambda rgb, step, rng: rgb)
+    for number, corruption in enumerate((as_it_is, *corruptions)):
+        for step in corruption.steps:
+            changed = [
+                _CorruptedPhoto(item, corruption.apply, step, (number, place)) for place, item in enumerate(items)
+            ]
             stopped = 0
             for _, outcome in detector.judge(changed):
                 if isinstance(outcome, BadImage):
@@ -107,20 +109,20 @@ def check(
                 stopped += outcome.is_anomalous
             done += 1
             progress("Checking", done, total)
-            yield Outcome(stress.name, stress.label(step) if number else "", stopped, len(items), promised)
+            yield Outcome(corruption.name, corruption.label(step) if number else "", stopped, len(items), promised)
 
 
 def first_broken(outcomes: Sequence[Outcome]) -> dict[str, Outcome | None]:
-    """For each stress, the first step at which the promise is broken, or None."""
-    found: dict[str, Outcome | None] = {}
+    """For each corruption, the first step at which the promise is broken, or None."""
+    broken: dict[str, Outcome | None] = {}
     for outcome in outcomes:
-        found.setdefault(outcome.stress, None)
-        if found[outcome.stress] is None and outcome.verdict == "broken":
-            found[outcome.stress] = outcome
-    return found
+        broken.setdefault(outcome.corruption, None)
+        if broken[outcome.corruption] is None and outcome.verdict == "broken":
+            broken[outcome.corruption] = outcome
+    return broken
 
 
-def light(rgb: RGB, per_cent: float, rng: np.random.Generator) -> RGB:
+def brightness(rgb: RGB, per_cent: float, rng: np.random.Generator) -> RGB:
     """So much more or less light: a longer or shorter exposure."""
     return _scaled(rgb, (1 + per_cent / 100,) * 3)
 
@@ -131,7 +133,7 @@ def contrast(rgb: RGB, per_cent: float, rng: np.random.Generator) -> RGB:
     return _as_rgb(mean + (rgb - mean) * (1 + per_cent / 100))
 
 
-def temperature(rgb: RGB, kelvin: float, rng: np.random.Generator) -> RGB:
+def colour_temperature(rgb: RGB, kelvin: float, rng: np.random.Generator) -> RGB:
     """Black-body light of another temperature than daylight's 6,500 K, green unchanged (Planck's law)."""
     gains = [
         math.expm1(PLANCK / (length * DAYLIGHT)) / math.expm1(PLANCK / (length * (DAYLIGHT + kelvin)))
@@ -158,10 +160,10 @@ def jpeg(rgb: RGB, quality: float, rng: np.random.Generator) -> RGB:
     return np.asarray(Image.open(file))
 
 
-def shift(rgb: RGB, per_cent: float, rng: np.random.Generator) -> RGB:
+def translation(rgb: RGB, per_cent: float, rng: np.random.Generator) -> RGB:
     """Moved by so much of the shorter side, in a random direction."""
-    angle, far = 2 * math.pi * rng.random(), per_cent / 100 * min(rgb.shape[:2])
-    return _moved(rgb, far * math.cos(angle), far * math.sin(angle), 0.0, 1.0)
+    angle, distance = 2 * math.pi * rng.random(), per_cent / 100 * min(rgb.shape[:2])
+    return _moved(rgb, distance * math.cos(angle), distance * math.sin(angle), 0.0, 1.0)
 
 
 def rotation(rgb: RGB, degrees: float, rng: np.random.Generator) -> RGB:
@@ -174,20 +176,20 @@ def scale(rgb: RGB, per_cent: float, rng: np.random.Generator) -> RGB:
     return _moved(rgb, 0, 0, 0.0, 1 + per_cent / 100)
 
 
-STRESSES = (
-    Stress("less light", "{:g} %", (-5, -10, -20, -30, -40), light),
-    Stress("more light", "{:g} %", (5, 10, 20, 30, 40), light),
-    Stress("less contrast", "{:g} %", (-5, -10, -20, -30, -40), contrast),
-    Stress("more contrast", "{:g} %", (5, 10, 20, 30, 40), contrast),
-    Stress("warmer light", "{:g} K", (-300, -600, -1000, -1500, -2000), temperature),
-    Stress("cooler light", "{:g} K", (400, 800, 1500, 2500, 4000), temperature),
-    Stress("blur", "{:g} ‰", (1, 2, 3, 5, 8), blur),
-    Stress("sensor noise", "{:g} levels", (2, 4, 8, 12, 20), noise),
-    Stress("JPEG", "quality {:g}", (90, 75, 50, 30, 15), jpeg),
-    Stress("shift", "{:g} %", (1, 2, 3, 5, 8), shift),
-    Stress("rotation", "{:g}°", (1, 2, 3, 5, 10), rotation),
-    Stress("camera nearer", "{:g} %", (1, 2, 5, 10, 15), scale),
-    Stress("camera farther", "{:g} %", (-1, -2, -5, -10, -15), scale),
+CORRUPTIONS = (
+    Corruption("less light", "{:g} %", (-5, -10, -20, -30, -40), brightness),
+    Corruption("more light", "{:g} %", (5, 10, 20, 30, 40), brightness),
+    Corruption("less contrast", "{:g} %", (-5, -10, -20, -30, -40), contrast),
+    Corruption("more contrast", "{:g} %", (5, 10, 20, 30, 40), contrast),
+    Corruption("warmer light", "{:g} K", (-300, -600, -1000, -1500, -2000), colour_temperature),
+    Corruption("cooler light", "{:g} K", (400, 800, 1500, 2500, 4000), colour_temperature),
+    Corruption("blur", "{:g} ‰", (1, 2, 3, 5, 8), blur),
+    Corruption("sensor noise", "{:g} levels", (2, 4, 8, 12, 20), noise),
+    Corruption("JPEG", "quality {:g}", (90, 75, 50, 30, 15), jpeg),
+    Corruption("shift", "{:g} %", (1, 2, 3, 5, 8), translation),
+    Corruption("rotation", "{:g}°", (1, 2, 3, 5, 10), rotation),
+    Corruption("camera nearer", "{:g} %", (1, 2, 5, 10, 15), scale),
+    Corruption("camera farther", "{:g} %", (-1, -2, -5, -10, -15), scale),
 )
 
 

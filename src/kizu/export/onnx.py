@@ -27,27 +27,27 @@ from kizu.detectors.base import Detector
 from kizu.detectors.loading import load as load_trained
 from kizu.detectors.patchcore.memory_bank import Bank
 from kizu.errors import ModelError, OptionError, require
-from kizu.export.precision import LARGE, halved, quantised
-from kizu.inference import model_folder as saved
+from kizu.export.precision import MIN_HALVED_SIZE, halve, quantise
+from kizu.inference import model_folder
 from kizu.inference.exported import CASES, TABLES, Exported, digest, open_graph, seal
 from kizu.inference.exported import load as load_exported
 from kizu.inference.parity import Cases, Tolerance
 from kizu.inference.prediction import readable
 
-__all__ = ["Format", "Precision", "export", "spoilt"]
+__all__ = ["Format", "Precision", "cut_paste", "export"]
 
 Format = Literal["onnx", "openvino"]
 Precision = Literal["float32", "float16", "int8"]
 Pixels = npt.NDArray[np.uint8]  # (N, 3, H, W)
 
 OPSET = 20
-MOST = 32  # photographs that are compared, each with a spoilt copy
-DRAWN = 16  # pictures that are compared where there are no photographs
-LEAST = 8  # photographs without which nothing is said of a lower precision
-STORED = 8  # cases that go into the model
-TOGETHER = 4  # images in one run of torch
-TIMED = 10  # runs of a graph
-SLACK = 2  # a lower precision may be off by this much more than it was when it was measured
+MAX_PHOTOS = 32  # that are compared, each with a changed copy
+NUM_DRAWN = 16  # pictures, compared where there are no photographs
+MIN_PHOTOS = 8  # a lower precision is measured on no fewer
+NUM_CASES = 8  # that go into the model
+BATCH = 4  # images in one run of torch
+NUM_TIMED_RUNS = 10
+PRECISION_MARGIN = 2  # a lower precision may be off by this much more than it was when it was measured
 NEEDS = {"onnx": ("onnx", "onnxscript"), "openvino": ("onnx", "onnxscript", "openvino")}
 
 
@@ -76,8 +76,8 @@ def export(
     photos = _photographs(copy, photographs)
     if precision != "float32":
         _check_measurable(copy, photos, precision)
-    pixels = np.concatenate([photos, spoilt(photos)]) if len(photos) else _drawn(copy)
-    truth = _judged(copy, pixels, progress)
+    pixels = np.concatenate([photos, cut_paste(photos)]) if len(photos) else _drawn(copy)
+    truth = _torch_cases(copy, pixels, progress)
     with tempfile.TemporaryDirectory(prefix="kizu") as scratch, files.new_folder(folder) as temporary:
         progress("Graph", 0, 1)
         plain = Path(scratch, "plain.onnx")
@@ -86,23 +86,26 @@ def export(
         progress("Graph", 1, 1)
         _write_rest(copy, temporary, truth)
         about = copy.describe()
-        about["export"] = _about(temporary, to, precision, outputs, len(photos))
+        about["export"] = _facts(temporary, to, precision, outputs, len(photos))
         model = Exported(temporary, about, open_graph(temporary, to), {})
         outcome = _outcome(model, truth, progress)
         allowed = Tolerance()
-        found = truth.difference(*outcome, model.threshold.value, allowed)
+        difference = truth.difference(*outcome, model.threshold.value, allowed)
         if precision != "float32":
             _deliver(plain, Path(scratch, "plain"), to)
-            other = Exported(Path(scratch, "plain"), about, open_graph(Path(scratch, "plain"), to), {})
-            about["export"]["measured"] = _measured(model, other, truth, tolerance)
-            allowed = Tolerance(max(allowed.score, SLACK * found.score), max(allowed.map, SLACK * found.map))
-            found = truth.difference(*outcome, model.threshold.value, allowed)
-        if not found.within(allowed):
+            single = Exported(Path(scratch, "plain"), about, open_graph(Path(scratch, "plain"), to), {})
+            about["export"]["measured"] = _compared(model, single, truth, tolerance)
+            allowed = Tolerance(
+                max(allowed.score, PRECISION_MARGIN * difference.score),
+                max(allowed.map, PRECISION_MARGIN * difference.map),
+            )
+            difference = truth.difference(*outcome, model.threshold.value, allowed)
+        if not difference.within(allowed):
             raise ModelError(
                 f"{folder} was not written, because the exported graph does not say what torch says: "
-                f"{found.sentence(allowed)}"
+                f"{difference.sentence(allowed)}"
             )
-        about["export"]["parity"] |= {"compared": found.to_json(), "tolerance": asdict(allowed)}
+        about["export"]["parity"] |= {"compared": difference.to_json(), "tolerance": asdict(allowed)}
         model.verify()
         about["export"]["seal"] = seal(about)
         (temporary / "model.json").write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -128,8 +131,8 @@ class _Verdict(nn.Module):
         return scores, (1 + reached) / (1 + len(self.good)), exact > self.level, maps, *extras.values()
 
 
-def spoilt(photos: Pixels) -> Pixels:
-    """Copies of photographs with a patch of each, more or less visible, in another place: some pass, some do not."""
+def cut_paste(photos: Pixels) -> Pixels:
+    """Copies of photographs with a patch of each pasted elsewhere, more or less visible (CutPaste, Li et al. 2021)."""
     copies = photos.copy()
     height, width = photos.shape[2:]
     for number, (photo, copy) in enumerate(zip(photos, copies, strict=True)):
@@ -137,8 +140,8 @@ def spoilt(photos: Pixels) -> Pixels:
         rows, columns = (max(2, int(rng.uniform(0.05, 0.25) * side)) for side in (height, width))
         (top, left), (y, x) = ((rng.integers(height - rows), rng.integers(width - columns)) for _ in range(2))
         share = rng.uniform(0.2, 1)
-        patch, there = photo[:, top : top + rows, left : left + columns], photo[:, y : y + rows, x : x + columns]
-        copy[:, y : y + rows, x : x + columns] = np.rint(share * patch + (1 - share) * there)
+        patch, covered = photo[:, top : top + rows, left : left + columns], photo[:, y : y + rows, x : x + columns]
+        copy[:, y : y + rows, x : x + columns] = np.rint(share * patch + (1 - share) * covered)
     return copies
 
 
@@ -151,10 +154,10 @@ def _check_target(folder: Path) -> None:
 
 def _check_measurable(detector: Detector, photos: Pixels, precision: str) -> None:
     """Raise `OptionError` where there is nothing that a lower precision can be measured on."""
-    if len(photos) < LEAST:
+    if len(photos) < MIN_PHOTOS:
         raise OptionError(
             f'`precision="{precision}"` is measured on photographs of good parts, and there are {len(photos)}: give '
-            f"{LEAST} or more of them"
+            f"{MIN_PHOTOS} or more of them"
         )
     if not detector.threshold.count:
         raise OptionError(f'`precision="{precision}"` is measured by its verdicts, and this model has no threshold')
@@ -172,36 +175,36 @@ def _copy(detector: Detector) -> Detector:
 
 
 def _photographs(detector: Detector, given: Iterable[Any]) -> Pixels:
-    """At most `MOST` of those given, or else of the thumbnails, as the network sees them (N, 3, H, W)."""
+    """At most `MAX_PHOTOS` photographs, or else thumbnails, as the network sees them (N, 3, H, W)."""
     items = [readable(item) for item in given]
-    read: list[Pixels] = [np.empty((0, 3, *detector.preprocessing.size), np.uint8)]
-    for batch in batches([items[number] for number in _spread(items, MOST)], detector.preprocessing):
+    pixels: list[Pixels] = [np.empty((0, 3, *detector.preprocessing.size), np.uint8)]
+    for batch in batches([items[number] for number in _spread(items, MAX_PHOTOS)], detector.preprocessing):
         if batch.failures:
             raise batch.failures[0][1]
-        read.append(batch.pixels)
+        pixels.append(batch.pixels)
     if not items:
-        pictures = (detector.picture(number) for number in _spread(detector.thumbnails, MOST))
-        read += [picture.transpose(2, 0, 1)[None] for picture in pictures if picture is not None]
-    return np.concatenate(read)
+        pictures = (detector.picture(number) for number in _spread(detector.thumbnails, MAX_PHOTOS))
+        pixels += [picture.transpose(2, 0, 1)[None] for picture in pictures if picture is not None]
+    return np.concatenate(pixels)
 
 
 def _drawn(detector: Detector) -> Pixels:
-    return next(endless(drawn(seed=0), detector.preprocessing, DRAWN))
+    return next(endless(drawn(seed=0), detector.preprocessing, NUM_DRAWN))
 
 
-def _spread(items: Sequence[Any], count: int = STORED) -> list[int]:
+def _spread(items: Sequence[Any], count: int = NUM_CASES) -> list[int]:
     """Numbers of at most `count` of them, from the whole range."""
     return [int(number) for number in np.linspace(0, len(items) - 1, min(count, len(items)))]
 
 
-def _judged(detector: Detector, pixels: Pixels, progress: Progress) -> Cases:
+def _torch_cases(detector: Detector, pixels: Pixels, progress: Progress) -> Cases:
     """What torch says."""
     scores, maps = [], []
-    for start in range(0, len(pixels), TOGETHER):
-        some_scores, some_maps = detector(pixels[start : start + TOGETHER])
-        scores.append(some_scores)
-        maps.append(some_maps)
-        progress("torch", min(start + TOGETHER, len(pixels)), len(pixels))
+    for start in range(0, len(pixels), BATCH):
+        batch_scores, batch_maps = detector(pixels[start : start + BATCH])
+        scores.append(batch_scores)
+        maps.append(batch_maps)
+        progress("torch", min(start + BATCH, len(pixels)), len(pixels))
     return Cases.of(pixels, np.concatenate(scores), np.concatenate(maps))
 
 
@@ -236,13 +239,13 @@ def _packed(detector: Detector, plain: Path, precision: Precision, photos: Pixel
     if precision == "float32":
         return plain
     if precision == "int8":
-        quantised(plain, file, photos)
+        quantise(plain, file, photos)
         return file
     rounded = _copy(detector)
     assert rounded.graph is not None
     with torch.no_grad():
         for name, tensor in rounded.graph.state_dict().items():
-            if tensor.dtype == torch.float32 and tensor.ndim >= 2 and tensor.numel() >= LARGE:
+            if tensor.dtype == torch.float32 and tensor.ndim >= 2 and tensor.numel() >= MIN_HALVED_SIZE:
                 tensor.copy_(tensor.half().float())
                 if not tensor.isfinite().all():
                     raise ModelError(f'`precision="float16"`: {name} has numbers beyond its range; use float32')
@@ -250,7 +253,7 @@ def _packed(detector: Detector, plain: Path, precision: Precision, photos: Pixel
             if isinstance(part, Bank):
                 part.half_norms.copy_(part.entries.square().sum(1) / 2)
     _write_graph(rounded, file)
-    halved(file)
+    halve(file)
     return file
 
 
@@ -272,10 +275,10 @@ def _write_rest(detector: Detector, folder: Path, truth: Cases) -> None:
     if tables := {name: tensor.contiguous() for name, tensor in detector.export_tables().items()}:
         save_file(tables, folder / TABLES)
     if detector.thumbnails:
-        saved.write_thumbnails(folder, detector.thumbnails)
+        model_folder.write_thumbnails(folder, detector.thumbnails)
 
 
-def _about(folder: Path, to: Format, precision: Precision, outputs: list[str], photographs: int) -> dict[str, Any]:
+def _facts(folder: Path, to: Format, precision: Precision, outputs: list[str], photographs: int) -> dict[str, Any]:
     """What model.json says of an export, but for what is found by running it."""
     return {
         "format": to,
@@ -292,19 +295,19 @@ def _about(folder: Path, to: Format, precision: Precision, outputs: list[str], p
 def _outcome(model: Exported, truth: Cases, progress: Progress) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
     """What an exported model says of all cases."""
     scores, maps = [], []
-    for start in range(0, len(truth.images), TOGETHER):
-        some_scores, some_maps = model(truth.images[start : start + TOGETHER])
-        scores.append(some_scores)
-        maps.append(some_maps)
-        progress("Parity", min(start + TOGETHER, len(truth.images)), len(truth.images))
+    for start in range(0, len(truth.images), BATCH):
+        batch_scores, batch_maps = model(truth.images[start : start + BATCH])
+        scores.append(batch_scores)
+        maps.append(batch_maps)
+        progress("Parity", min(start + BATCH, len(truth.images)), len(truth.images))
     return np.concatenate(scores), np.concatenate(maps)
 
 
-def _measured(model: Exported, other: Exported, truth: Cases, tolerance: float) -> dict[str, Any]:
+def _compared(model: Exported, single: Exported, truth: Cases, tolerance: float) -> dict[str, Any]:
     """A lower precision beside single precision: verdicts and milliseconds. Raises `ModelError` beyond tolerance."""
-    level = model.threshold.value
+    threshold = model.threshold.value
     scores, before = model(truth.images)[0], truth.scores
-    changed = int(((scores > level) != (before > level)).sum())
+    changed = int(((scores > threshold) != (before > threshold)).sum())
     precision = model.export["precision"]
     if changed > tolerance * len(scores):
         raise ModelError(
@@ -315,14 +318,14 @@ def _measured(model: Exported, other: Exported, truth: Cases, tolerance: float) 
         "images": len(scores),
         "verdicts changed": changed,
         "tolerance": tolerance,
-        "stopped": int((scores > level).sum()),
-        "stopped in float32": int((before > level).sum()),
+        "stopped": int((scores > threshold).sum()),
+        "stopped in float32": int((before > threshold).sum()),
         "mean score difference": float((scores - before).mean()),
         "largest score difference": float(np.abs(scores - before).max()),
         "bytes": _bytes(model.folder),
-        "bytes in float32": _bytes(other.folder),
+        "bytes in float32": _bytes(single.folder),
         "ms an image": _milliseconds(model, truth.images),
-        "ms an image in float32": _milliseconds(other, truth.images),
+        "ms an image in float32": _milliseconds(single, truth.images),
     }
 
 
@@ -334,7 +337,7 @@ def _bytes(folder: Path) -> int:
 def _milliseconds(model: Exported, pixels: Pixels) -> float:
     """Of one image at a time, the median after two."""
     seconds = []
-    for number in range(2 + TIMED):
+    for number in range(2 + NUM_TIMED_RUNS):
         start = time.perf_counter()
         model(pixels[number % len(pixels)][None])
         seconds.append(time.perf_counter() - start)

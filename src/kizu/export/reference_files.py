@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kizu.config import EfficientADConfig, PatchCoreConfig, SimpleNetConfig, build
-from kizu.config import backbone_names as names
+from kizu.config import EfficientADConfig, PatchCoreConfig, SimpleNetConfig, backbone_names, build
 from kizu.data import files
 from kizu.detectors.base import Detector
 from kizu.detectors.efficientad import teacher
@@ -30,7 +29,7 @@ from kizu.detectors.puad.detector import PUAD
 from kizu.detectors.simplenet.detector import SimpleNet
 from kizu.detectors.simplenet.published import CHECKPOINT
 from kizu.errors import ModelError, OptionError
-from kizu.export import faiss_file as flatindex
+from kizu.export import faiss_file
 from kizu.features import backbone
 from kizu.features.safe_load import read_plain, read_tensors, write_plain
 
@@ -47,9 +46,9 @@ __all__ += ["write_tensors"]
 
 INDEX, PARAMETERS = "nnscorer_search_index.faiss", "patchcore_params.pkl"
 ENSEMBLE = re.compile(r"Ensemble-(\d+)-(\d+)_" + re.escape(INDEX))
-ELSEWHERE = -1  # the number of the image of a bank entry that is of none of ours
+UNKNOWN_IMAGE = -1  # the number of the image of a bank entry that is of none of ours
 RESIZED = {224: 256, 288: 329, 320: 366}  # what the published recipes scale to before they cut a size out
-COMPARED = 2000  # bank entries whose neighbours say how far apart entries are
+MAX_COMPARED = 2000  # bank entries whose neighbours say how far apart entries are
 QUANTILES = (("q_a_student", "q_b_student"), ("q_a_autoencoder", "q_b_autoencoder"))
 AUTOENCODER = {
     **{f"encoder.{number}": f"encoder.enconv{number + 1}" for number in range(6)},
@@ -89,11 +88,11 @@ def read_reference(
             "resize": resize,
             **(settings or {}),
         }
-        own = {key: value for key, value in given.items() if value is not None}
-        if "resize" not in own and "size" in own:
-            own["resize"] = resized(own["size"])
-        detector = SimpleNet(build(SimpleNetConfig, own)).load_from_path(folder)
-        detector.training = detector.training or _unknown()
+        chosen = {key: value for key, value in given.items() if value is not None}
+        if "resize" not in chosen and "size" in chosen:
+            chosen["resize"] = resized(chosen["size"])
+        detector = SimpleNet(build(SimpleNetConfig, chosen)).load_from_path(folder)
+        detector.training = detector.training or _unknown_training()
         return detector
     if (folder / "student.pt").exists():
         return _read_efficientad(folder, folder.parents[1] / "teacher" / "teacher.pt")
@@ -177,14 +176,14 @@ def _read_patchcore(
         _patchcore_graph(config, folder / f"{prefix}{INDEX}")
         for config, prefix in zip(detector.config.members(), prefixes, strict=True)
     ]
-    units = [_between(graph.banks[0].entries) for graph in graphs]
+    units = [_mean_neighbour_distance(graph.banks[0].entries) for graph in graphs]
     graph: PatchCoreGraph | EnsembleGraph = graphs[0]
     if len(graphs) > 1:
         graph = EnsembleGraph(graphs)
         graph.score_stats.copy_(torch.tensor([[0.0, unit] for unit in units]))
         graph.map_stats.copy_(graph.score_stats)
     detector.graph = graph.eval().requires_grad_(False).to(detector.device)
-    detector.training = _unknown()
+    detector.training = _unknown_training()
     detector.facts = {"bank": [len(g.banks[0].entries) for g in graphs], "read from": str(folder)}
     detector.heat_map_range = (0.0, 2.0 if len(graphs) > 1 else 2 * units[0])
     return detector
@@ -194,8 +193,8 @@ def _prefixes(folder: Path) -> list[str]:
     """Of the members' files, in their order. Raises `ModelError` where one is missing."""
     if (folder / INDEX).exists():
         return [""]
-    found = {match for path in folder.glob(f"Ensemble-*{INDEX}") if (match := ENSEMBLE.fullmatch(path.name))}
-    numbers = sorted((int(match[1]), int(match[2])) for match in found)
+    matches = {match for path in folder.glob(f"Ensemble-*{INDEX}") if (match := ENSEMBLE.fullmatch(path.name))}
+    numbers = sorted((int(match[1]), int(match[2])) for match in matches)
     count = len(numbers)
     if numbers != [(number, count) for number in range(1, count + 1)]:
         listed = ", ".join(f"{number} of {of}" for number, of in numbers)
@@ -205,16 +204,16 @@ def _prefixes(folder: Path) -> list[str]:
 
 def _parameters(path: Path) -> dict[str, Any]:
     """The published parameters as settings of ours."""
-    found = read_plain(path)
+    published = read_plain(path)
     try:
-        shape = [int(side) for side in found["input_shape"]]
+        shape = [int(side) for side in published["input_shape"]]
         return {
-            "backbone": names.in_timm(names.without_seed(str(found["backbone.name"]))[0]),
-            "layers": tuple(str(layer) for layer in found["layers_to_extract_from"]),
+            "backbone": backbone_names.in_timm(backbone_names.without_seed(str(published["backbone.name"]))[0]),
+            "layers": tuple(str(layer) for layer in published["layers_to_extract_from"]),
             "size": shape[-1],
-            "neighbours": int(found["anomaly_scorer_num_nn"]),
+            "neighbours": int(published["anomaly_scorer_num_nn"]),
             **{
-                key: int(found[key])
+                key: int(published[key])
                 for key in ("pretrain_embed_dimension", "target_embed_dimension", "patchsize", "patchstride")
             },
         }
@@ -223,7 +222,7 @@ def _parameters(path: Path) -> dict[str, Any]:
 
 
 def _patchcore_graph(config: PatchCoreConfig, path: Path) -> PatchCoreGraph:
-    entries = torch.from_numpy(flatindex.read(path))
+    entries = torch.from_numpy(faiss_file.read(path))
     graph = PatchCoreGraph(config, backbone.create(config.backbone, config.layers, config.weights, config.size))
     with torch.inference_mode():
         features = graph.embed(torch.zeros(1, 3, *config.size, dtype=torch.uint8))[0]
@@ -233,15 +232,15 @@ def _patchcore_graph(config: PatchCoreConfig, path: Path) -> PatchCoreGraph:
         )
     numbers = torch.arange(len(entries))
     grid = features.shape[2], features.shape[3]
-    graph.set_banks([Bank.of(entries, torch.full_like(numbers, ELSEWHERE), numbers)], [grid])
+    graph.set_banks([Bank.of(entries, torch.full_like(numbers, UNKNOWN_IMAGE), numbers)], [grid])
     return graph
 
 
 @torch.inference_mode()
-def _between(entries: Tensor) -> float:
+def _mean_neighbour_distance(entries: Tensor) -> float:
     """The mean squared distance from an entry to the nearest other one."""
-    some = entries[:: max(1, len(entries) // COMPARED)]
-    distances, _ = nearest(some, entries, 2)
+    sample = entries[:: max(1, len(entries) // MAX_COMPARED)]
+    distances, _ = nearest(sample, entries, 2)
     return max(float(distances[:, -1].square().mean()), 1e-12)
 
 
@@ -257,9 +256,9 @@ def _write_patchcore(detector: PatchCore, folder: Path) -> Path:
             assert isinstance(member, PatchCoreGraph)
             prefix = f"Ensemble-{number}-{len(members)}_" if len(members) > 1 else ""
             bank = member.banks[0]
-            order = bank.places.argsort() if bool((bank.images == ELSEWHERE).all()) else slice(None)
+            order = bank.places.argsort() if bool((bank.images == UNKNOWN_IMAGE).all()) else slice(None)
             write_plain(temporary / f"{prefix}{PARAMETERS}", _published_parameters(member))
-            flatindex.write(temporary / f"{prefix}{INDEX}", bank.entries[order].numpy(force=True))
+            faiss_file.write(temporary / f"{prefix}{INDEX}", bank.entries[order].numpy(force=True))
     return folder
 
 
@@ -295,7 +294,7 @@ def _published_parameters(graph: PatchCoreGraph) -> dict[str, Any]:
             )
         dimensions = channels.pop(), graph.banks[0].entries.shape[1]
     return {
-        "backbone.name": names.published(config.backbone),
+        "backbone.name": backbone_names.published(config.backbone),
         "layers_to_extract_from": list(graph.backbone.layers),
         "input_shape": (3, *config.size),
         "pretrain_embed_dimension": dimensions[0],
@@ -313,11 +312,13 @@ def _read_efficientad(folder: Path, teacher_file: Path) -> EfficientAD:
     settings = {"teacher": str(teacher_file), "network": network.size, "border": "stretch"}
     detector = EfficientAD(build(EfficientADConfig, settings))
     graph = EfficientADGraph(detector.config, network)
-    graph.student = _fitting(teacher.assemble(_tensors(folder, "student"), str(folder / "student.pt")), graph, folder)
-    found = _tensors(folder, "autoencoder")
+    graph.student = _checked_student(
+        teacher.assemble(_tensors(folder, "student"), str(folder / "student.pt")), graph, folder
+    )
+    autoencoder = _tensors(folder, "autoencoder")
     pairs = ((ours, theirs, part) for ours, theirs in AUTOENCODER.items() for part in ("weight", "bias"))
     try:
-        state = {f"{ours}.{part}": found[f"{theirs}.{part}"].float() for ours, theirs, part in pairs}
+        state = {f"{ours}.{part}": autoencoder[f"{theirs}.{part}"].float() for ours, theirs, part in pairs}
         graph.autoencoder.load_state_dict(state)
         graph.mean.copy_(_tensors(folder, "mu")[""].flatten())
         graph.std.copy_(_tensors(folder, "sigma")[""].flatten())
@@ -326,18 +327,18 @@ def _read_efficientad(folder: Path, teacher_file: Path) -> EfficientAD:
     except (KeyError, RuntimeError) as error:
         raise ModelError(f"{folder}: its files do not fit together ({str(error)[:300]})") from None
     detector.graph = graph.eval().requires_grad_(False).to(detector.device)
-    detector.training = _unknown()
+    detector.training = _unknown_training()
     detector.facts = {"teacher": {"file": teacher_file.name}, "read from": str(folder)}
     return detector
 
 
-def _fitting(student: Any, graph: EfficientADGraph, folder: Path) -> Any:
+def _checked_student(student: Any, graph: EfficientADGraph, folder: Path) -> Any:
     if student.size != graph.teacher.size or student.dimension != 2 * graph.teacher.dimension:
         raise ModelError(f"{folder / 'student.pt'}: this student is not of the teacher's size")
     return student
 
 
-def _unknown() -> dict[str, Any]:
+def _unknown_training() -> dict[str, Any]:
     """What is known of the images that another program learned from."""
     return {"images": 0, "hash": "", "names": [], "digests": [], "suspects": []}
 
@@ -358,8 +359,8 @@ def write_efficientad(
     top = models / f"{graph.teacher.size}_size"
     teacher_file = top / "teacher" / "teacher.pt"
     if teacher_file.exists():
-        there = teacher.assemble(read_tensors(teacher_file), str(teacher_file))
-        if teacher.fingerprint(there) != teacher.fingerprint(graph.teacher):
+        existing = teacher.assemble(read_tensors(teacher_file), str(teacher_file))
+        if teacher.fingerprint(existing) != teacher.fingerprint(graph.teacher):
             raise OptionError(f"{teacher_file} is another teacher than this model's: choose another folder")
     else:
         write_tensors(teacher_file, network_state(graph.teacher))

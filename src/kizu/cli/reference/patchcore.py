@@ -114,7 +114,7 @@ def finish(parts: Parts, **main: Any) -> None:
     config = _config(main, network, choice, data)
     if main["save_patchcore_model"]:
         reference_files.check_patchcore(config)
-    tracking.check(["wandb"] if main["log_online"] else [])
+    tracking.check_services(["wandb"] if main["log_online"] else [])
     found = data_set(data["name"], data["data_path"], data["subdatasets"])
     folder = free_folder(Path(main["results_path"]) / main["log_project"] / main["log_group"])
     _set_threads(network["faiss_num_workers"])
@@ -135,7 +135,7 @@ def finish(parts: Parts, **main: Any) -> None:
             rows.append(_evaluated(detector, test, name, main["as_original"], pictures, progress(name)))
         _write_results(folder, rows)
         if main["log_online"]:
-            _tell(main, config, rows, folder)
+            _log_online(main, config, rows, folder)
     print_rows(rows, folder)
 
 
@@ -288,12 +288,12 @@ def _set_threads(count: int | None) -> None:
         torch.set_num_threads(count)
 
 
-def _tell(main: dict[str, Any], config: "PatchCoreConfig", rows: "Sequence[Row]", folder: Path) -> None:
+def _log_online(main: dict[str, Any], config: "PatchCoreConfig", rows: "Sequence[Row]", folder: Path) -> None:
     from dataclasses import asdict
 
-    from kizu.evaluation.tracking import Told, tell
+    from kizu.evaluation.tracking import RunRecord, log_run
 
     metrics = {row.name: {key: v for key, v in asdict(row).items() if key != "name"} for row in rows}
     settings = config.model_dump(mode="json")
-    told = Told(main["log_project"], main["log_group"], folder.name, settings, metrics)
-    tell(["wandb"], told, main["log_wandb_key"])
+    record = RunRecord(main["log_project"], main["log_group"], folder.name, settings, metrics)
+    log_run(["wandb"], record, main["log_wandb_key"])
