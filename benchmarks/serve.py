@@ -253,7 +253,7 @@ class Server:
     """A `kizu serve` process."""
 
     def __init__(self, model: Path, folder: Path) -> None:
-        command = [sys.executable, "-c", "from kizu.cli import main; main()", "serve", f"part={model}", "--port", "0"]
+        command = [sys.executable, "-m", "kizu", "serve", f"part={model}", "--port", "0"]
         self.log = (folder / "log").open("w+")
         self.process = subprocess.Popen(
             [*command, "--max-mb", str(LARGEST / 1e6)], stdout=subprocess.PIPE, stderr=self.log, text=True, cwd=folder

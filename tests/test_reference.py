@@ -90,7 +90,7 @@ patch_core -b efficientnet_lite2 -le blocks.2 -le blocks.4 --faiss_on_gpu \\
 sampler -p 0.1 approx_greedy_coreset dataset --resize 128 --imagesize 112 "${{dataset_flags[@]}}" mvtec $datapath
 """
     )
-    program = [sys.executable, "-c", "from kizu.cli import main; main()"]
+    program = [sys.executable, "-m", "kizu"]
     environment = {**os.environ, "WANDB_MODE": "offline"}
     done = subprocess.run([*program, *words], cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stdout + done.stderr

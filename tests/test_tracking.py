@@ -12,7 +12,7 @@ from kizu.evaluation import experiment
 from kizu.evaluation.tracking import RunRecord, log_run
 from test_cli import factory, table
 
-KIZU = [sys.executable, "-c", "from kizu.cli import main; main()"]
+KIZU = [sys.executable, "-m", "kizu"]
 
 
 def test_a_run_is_told_to_both_and_kept_on_this_machine(tmp_path):

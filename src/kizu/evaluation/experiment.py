@@ -104,7 +104,7 @@ def open_run(parent: Path, name: str | None, about: dict[str, Any], *, resume: b
     """A new run folder, or an unfinished one to go on with.
 
     Without a name the first free one of run, run-2, … is taken, or with `resume` the last of them. Raises `OptionError`
-    rather than mix two runs or overwrite one that was not meant.
+    rather than mix two runs or overwrite the wrong one.
     """
     if name is None:
         taken = list(takewhile(lambda candidate: (parent / candidate).exists(), _names()))
@@ -308,13 +308,13 @@ def fingerprint(samples: Sequence[Sample]) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of what the numbers may depend on."""
+    """The versions of Python and of the packages that results depend on."""
     packages = ("kizu", "numpy", "pillow", "scikit-learn", "scipy", "timm", "torch", "torchvision")
     return {"python": platform.python_version(), **{name: version(name) for name in packages}}
 
 
 def machine() -> dict[str, Any]:
-    """What this computer is."""
+    """This computer: its system, cores and GPUs."""
     import torch
 
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
@@ -329,7 +329,7 @@ def command_line() -> str:
 
 
 def _plain(saturations: Mapping[str, Saturations]) -> dict[str, Any]:
-    """As JSON gives it back."""
+    """Saturations in the form that JSON gives back."""
     return {
         category: {str(value): list(saturation) for value, saturation in table.items()}
         for category, table in saturations.items()

@@ -22,9 +22,9 @@ __all__ = ["Oracle"]
 
 
 class Oracle:
-    """Looks at the test images after every round, and remembers the round with the best image AUROC.
+    """Scores the test images after every round, and keeps the state of the round with the best image AUROC.
 
-    Among equal ones the best pixel AUROC decides, as in the published code.
+    Among equal rounds the best pixel AUROC decides, as in the published code.
     """
 
     def __init__(self, detector: "Detector", samples: Sequence[Sample]) -> None:
@@ -68,7 +68,7 @@ class Oracle:
 
 
 def _pixel_auroc(predictions: "Sequence[tuple[Sample, Prediction]]") -> float:
-    """0 where there are no masks."""
+    """Pixel AUROC over all test images; 0 where there are no masks."""
     maps, masks = [], []
     for sample, prediction in predictions:
         try:

@@ -236,7 +236,7 @@ def _section(result: CategoryResult) -> Section:
 
 
 def _loco_keys(kind: str) -> list[str]:
-    """Of the metrics of one kind of anomaly, in the order of the columns."""
+    """The metrics of one kind of anomaly, in the order of the columns."""
     return [f"{name}_{kind}" for name in loco_metrics.BY_TYPE] + [
         loco_metrics.spro_key(limit, kind) for limit in loco_metrics.LIMITS
     ]

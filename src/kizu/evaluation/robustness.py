@@ -123,12 +123,12 @@ def first_broken(outcomes: Sequence[Outcome]) -> dict[str, Outcome | None]:
 
 
 def brightness(rgb: RGB, per_cent: float, rng: np.random.Generator) -> RGB:
-    """So much more or less light: a longer or shorter exposure."""
+    """More or less light: a longer or shorter exposure."""
     return _scaled(rgb, (1 + per_cent / 100,) * 3)
 
 
 def contrast(rgb: RGB, per_cent: float, rng: np.random.Generator) -> RGB:
-    """Values so much farther from, or nearer to, the photograph's mean."""
+    """Values farther from, or nearer to, the photograph's mean."""
     mean = rgb.mean()
     return _as_rgb(mean + (rgb - mean) * (1 + per_cent / 100))
 
@@ -161,7 +161,7 @@ def jpeg(rgb: RGB, quality: float, rng: np.random.Generator) -> RGB:
 
 
 def translation(rgb: RGB, per_cent: float, rng: np.random.Generator) -> RGB:
-    """Moved by so much of the shorter side, in a random direction."""
+    """Moved by a share of the shorter side, in a random direction."""
     angle, distance = 2 * math.pi * rng.random(), per_cent / 100 * min(rgb.shape[:2])
     return _moved(rgb, distance * math.cos(angle), distance * math.sin(angle), 0.0, 1.0)
 
@@ -172,7 +172,7 @@ def rotation(rgb: RGB, degrees: float, rng: np.random.Generator) -> RGB:
 
 
 def scale(rgb: RGB, per_cent: float, rng: np.random.Generator) -> RGB:
-    """The camera so much nearer, or farther."""
+    """The camera nearer or farther: the part larger or smaller by so many per cent."""
     return _moved(rgb, 0, 0, 0.0, 1 + per_cent / 100)
 
 

@@ -47,7 +47,7 @@ def read(path: Path) -> npt.NDArray[np.float32]:
     except OSError as error:
         raise ModelError(f"{path}: cannot be read ({error.strerror})") from None
     if not np.isfinite(vectors).all():
-        raise ModelError(f"{path}: holds numbers that are none")
+        raise ModelError(f"{path}: holds numbers that are not finite")
     return vectors
 
 

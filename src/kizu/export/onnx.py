@@ -193,12 +193,12 @@ def _drawn(detector: Detector) -> Pixels:
 
 
 def _spread(items: Sequence[Any], count: int = NUM_CASES) -> list[int]:
-    """Numbers of at most `count` of them, from the whole range."""
+    """Indices of at most `count` items, spread evenly over all of them."""
     return [int(number) for number in np.linspace(0, len(items) - 1, min(count, len(items)))]
 
 
 def _torch_cases(detector: Detector, pixels: Pixels, progress: Progress) -> Cases:
-    """What torch says."""
+    """What torch says of the pixels."""
     scores, maps = [], []
     for start in range(0, len(pixels), BATCH):
         batch_scores, batch_maps = detector(pixels[start : start + BATCH])
@@ -330,12 +330,12 @@ def _compared(model: Exported, single: Exported, truth: Cases, tolerance: float)
 
 
 def _bytes(folder: Path) -> int:
-    """Of the graph in a folder."""
+    """The size of the graph in a folder."""
     return sum(path.stat().st_size for path in folder.glob("model.*") if path.suffix != ".json")
 
 
 def _milliseconds(model: Exported, pixels: Pixels) -> float:
-    """Of one image at a time, the median after two."""
+    """The median time of a run on one image, after two runs to warm up."""
     seconds = []
     for number in range(2 + NUM_TIMED_RUNS):
         start = time.perf_counter()

@@ -47,7 +47,7 @@ __all__ += ["write_tensors"]
 INDEX, PARAMETERS = "nnscorer_search_index.faiss", "patchcore_params.pkl"
 ENSEMBLE = re.compile(r"Ensemble-(\d+)-(\d+)_" + re.escape(INDEX))
 UNKNOWN_IMAGE = -1  # the number of the image of a bank entry that is of none of ours
-RESIZED = {224: 256, 288: 329, 320: 366}  # what the published recipes scale to before they cut a size out
+RESIZED = {224: 256, 288: 329, 320: 366}  # size → what the published recipes scale the shorter side to before the cut
 MAX_COMPARED = 2000  # bank entries whose neighbours say how far apart entries are
 QUANTILES = (("q_a_student", "q_b_student"), ("q_a_autoencoder", "q_b_autoencoder"))
 AUTOENCODER = {
@@ -72,7 +72,7 @@ def read_reference(
     published recipes take for the `size`), and those of the published SimpleNet do not name the backbone and its layers
     (`settings`, of our config). They hold no backbone: its weights come from timm's hub or from the file `weights`; of
     several, separated by commas. There is no threshold in them: nothing is stopped until `Detector.calibrate` has
-    set one. `neighbours` count instead of as many as PatchCore's files say.
+    set one. `neighbours` replaces the number in PatchCore's files.
 
     Raises `ModelError` for files that are missing, damaged, do not fit together, or would run code.
     """
@@ -136,7 +136,7 @@ def write_reference(
 
 
 def resized(size: int) -> int:
-    """What the published recipes scale a photograph's shorter side to, or something like it."""
+    """What the published recipes scale a photograph's shorter side to; of other sizes, in the ratio of 224 to 256."""
     return RESIZED.get(size, round(size * 8 / 7))
 
 
