@@ -1,4 +1,4 @@
-"""What mkdocs cannot do alone: pages from files outside docs/, notebooks as pages, tables of settings.
+"""What mkdocs cannot do alone: pages and files from outside docs/, notebooks as pages, tables of settings.
 
 A link in a Markdown file leads to another file of the repository, so that it works wherever the repository is read. On
 the site it leads to the page that the file has become.
@@ -24,6 +24,7 @@ PAGES = {
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
     "SECURITY.md": "security.md",
+    "CITATION.cff": "CITATION.cff",
     "benchmarks/README.md": "running-the-benchmarks.md",
 }
 NOTEBOOKS = {f"examples/{path.name}": f"examples/{path.stem}.md" for path in (ROOT / "examples").glob("*.ipynb")}
