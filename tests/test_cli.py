@@ -15,17 +15,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from processes import kizu
 from test_detectors import part
 from test_image import bad_files
 
 KIZU = Path(sys.executable).with_name("kizu")
-
-
-def kizu(*arguments, code=0, cwd=None):
-    done = subprocess.run([KIZU, *map(str, arguments)], capture_output=True, text=True, cwd=cwd, timeout=120)
-    assert done.returncode == code, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
-    return done
 
 
 def table(path):

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from processes import kizu, python
 from test_detectors import part
 
 ROOT = Path(__file__).parents[1]
@@ -83,26 +84,26 @@ def test_commands_run(page, workshop, port):
         ):
             block = block.replace(SERVED, f"127.0.0.1:{port}")
             if language == "python" and served:
-                run([sys.executable, "-c", block], workshop)
+                run(block, workshop)
             for line in block.splitlines() if language == "console" else ():
                 assert re.match(r"\$ (kizu|curl) ", line), line
                 program, *arguments = shlex.split(line)[1:]
-                if program == "curl":
-                    run(["curl", "--fail", "--silent", "--show-error", *arguments], workshop)
-                    continue
                 command = [Path(sys.executable).with_name("kizu"), *arguments]
-                if arguments[0] == "serve":
+                if program == "curl":
+                    command = ["curl", "--fail", "--silent", "--show-error", *arguments]
+                    subprocess.run(command, cwd=workshop, check=True)
+                elif arguments[0] == "serve":
                     servers.enter_context(staying([*command, "--port", str(port)], workshop))
                 elif arguments[0] == "watch" and "--once" not in arguments:
                     with staying(command, workshop):
                         pass
                 else:
-                    run(command, workshop)
+                    kizu(*arguments, cwd=workshop)
 
 
-def run(command, workshop):
-    done = subprocess.run(command, cwd=workshop, capture_output=True, text=True)
-    assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
+def run(block, workshop):
+    done = python("-c", block, cwd=workshop)
+    assert done.returncode == 0, f"{block}\n{done.stderr}"
 
 
 @pytest.mark.parametrize(
@@ -112,8 +113,7 @@ def run(command, workshop):
 )
 def test_python_runs(page, workshop):
     for block in snippets(page, "python"):
-        done = subprocess.run([sys.executable, "-c", block], cwd=workshop, capture_output=True, text=True)
-        assert done.returncode == 0, f"{block}\n{done.stderr}"
+        run(block, workshop)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -2,11 +2,9 @@
 
 import hashlib
 import json
-import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +18,8 @@ from kizu.export import onnx as exporting
 from kizu.export.onnx import export
 from kizu.inference import exported as runtime
 from kizu.inference.parity import Cases, Tolerance
+from processes import kizu as command
+from processes import python
 from test_detectors import GOOD, SETTINGS, part
 
 PICTURES = [part(50), part(99, spot=True), part(7)]
@@ -271,9 +271,8 @@ def test_the_command_line_treats_both_kinds_alike(patchcore, plain, tmp_path):
     shutil.copytree(plain, tmp_path / "exported")
     for number, picture in enumerate(PICTURES):
         Image.fromarray(picture).save(tmp_path / f"{number}.png")
-    command = Path(sys.executable).with_name("kizu")
     done = [
-        subprocess.run([command, *words], cwd=tmp_path, capture_output=True, text=True, env=os.environ)
+        python("-m", "kizu", *words, cwd=tmp_path)
         for words in (
             ["predict", "trained", "0.png", "1.png", "2.png", "--json"],
             ["predict", "exported", "0.png", "1.png", "2.png", "--json"],
@@ -297,5 +296,4 @@ def test_the_command_line_treats_both_kinds_alike(patchcore, plain, tmp_path):
     at = start + next(entry["data_offsets"][0] for name, entry in header.items() if name.endswith("conv_stem.weight"))
     tensors.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
     assert place < start
-    spoilt = subprocess.run([command, "verify", "trained"], cwd=tmp_path, capture_output=True, text=True)
-    assert spoilt.returncode == 2 and "backbone's weights" in spoilt.stderr
+    assert "backbone's weights" in command("verify", "trained", cwd=tmp_path, code=2).stderr

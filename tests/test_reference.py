@@ -4,7 +4,6 @@ import csv
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +19,7 @@ from kizu.detectors.efficientad.networks import PDN
 from kizu.export.reference_files import network_state
 from kizu.features.backbone import Backbone
 from kizu.features.safe_load import read_plain
+from processes import kizu as command
 
 TAPS = ("-b", "efficientnet_lite2", "-le", "blocks.2", "-le", "blocks.4")
 SMALL = ("--resize", "128", "--imagesize", "112")
@@ -44,8 +44,8 @@ PROGRAMS = {
 
 def pasted(script):
     """The words behind the program's name in a README's script, after the shell has had its way with them."""
-    for program, command in PROGRAMS.items():
-        script = script.replace(program, f"printf '%s\\0' reference {command}")
+    for program, name in PROGRAMS.items():
+        script = script.replace(program, f"printf '%s\\0' reference {name}")
     done = subprocess.run(["bash", "-ec", script], capture_output=True, text=True, check=True)
     return done.stdout.split("\0")[:-1]
 
@@ -90,10 +90,7 @@ patch_core -b efficientnet_lite2 -le blocks.2 -le blocks.4 --faiss_on_gpu \\
 sampler -p 0.1 approx_greedy_coreset dataset --resize 128 --imagesize 112 "${{dataset_flags[@]}}" mvtec $datapath
 """
     )
-    program = [sys.executable, "-m", "kizu"]
-    environment = {**os.environ, "WANDB_MODE": "offline"}
-    done = subprocess.run([*program, *words], cwd=folder, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stdout + done.stderr
+    command(*words, cwd=folder, env={**os.environ, "WANDB_MODE": "offline"})
     return folder / "results" / "MVTecAD_Results" / "IM224_WR50_L2-3_P01_D1024-1024_PS-3_AN-1_S0"
 
 
@@ -156,20 +153,20 @@ def test_patchcores_ensemble_line(mvtec, tmp_path):
     data = ("dataset", *SMALL, "-d", "bottle", "mvtec", mvtec)
     networks = ("-b", "efficientnet_lite2", "-b", "efficientnet_lite2.seed-7", "-b", "efficientnet_lite2")
     layers = [part for name in ("0.blocks.2", "0.blocks.4", "1.blocks.2", "2.blocks.4") for part in ("-le", name)]
-    command = (
+    words = (
         *("reference", "patchcore", "--gpu", 0, "--seed", 0, "--save_patchcore_model", "--save_segmentation_images"),
         *("--log_group", "name", "--log_project", "logs", tmp_path / "results", "patch_core", *networks, *layers),
         *("--faiss_on_gpu", "--pretrain_embed_dimension", 1024, "--target_embed_dimension", 384),
         *("--anomaly_scorer_num_nn", 1, "--patchsize", 3, "sampler", "-p", 0.01, "approx_greedy_coreset", *data),
     )
-    line(*command)
+    line(*words)
     run = tmp_path / "results" / "logs" / "name"
     files = {f"models/mvtec_bottle/Ensemble-{n}-3_{name}" for n in (1, 2, 3) for name in MODEL}
     pictures = {name for name in tree(run) if name.startswith("segmentation_images/mvtec_bottle/bottle_test_")}
     assert tree(run) == files | pictures | {"results.csv"} and len(pictures) == 6
     line("reference", "patchcore-evaluate", tmp_path, "patch_core_loader", "-p", run / "models" / "mvtec_bottle", *data)
     assert float(table(tmp_path / "results.csv")[1][1]) >= 8 / 9
-    line(*command)
+    line(*words)
     assert (run.with_name("name_0") / "results.csv").exists()
 
 
@@ -187,7 +184,11 @@ def test_patchcores_dead_flags_work(mvtec, tmp_path):
     assert (ours["anomaly_scorer_num_nn"], ours["patchstride"]) == (3, 2)
     theirs = parameters("theirs", *flags, "--aggregation", "mlp", main=("--as-original",))
     assert (theirs["anomaly_scorer_num_nn"], theirs["patchstride"]) == (1, 1)
-    for flag, words in ((("-pa", 5), "-pa"), (("--patchscore", "mean"), "--top 0"), (("--aggregation", "mlp"), "mean")):
+    for flag, words in (
+        (("-pa", 5), "`patchsize_aggregate`"),
+        (("--patchscore", "mean"), "`top=0`"),
+        (("--aggregation", "mlp"), "mean"),
+    ):
         with pytest.raises(kizu.KizuError, match=words):
             parameters("refused", *flag)
     assert not (tmp_path / "project" / "refused").exists()
@@ -201,7 +202,7 @@ def test_published_networks_without_weights_get_the_sentence_that_helps(mvtec, t
     rest = ("sampler", "identity", "dataset", "-d", "bottle", "mvtec", mvtec)
     for name, timms in (("wideresnet50", "wide_resnet50_2.tv_in1k"), ("densenet201", "densenet201.tv_in1k")):
         layers = ("-le", "layer2") if name.startswith("wide") else ("-le", "features.denseblock2")
-        with pytest.raises(kizu.ModelError, match=rf"{timms}.*--weights FILE"):
+        with pytest.raises(kizu.ModelError, match=rf"{timms}.*`weights=FILE`"):
             line("reference", "patchcore", tmp_path, "patch_core", "-b", name, *layers, *rest)
     with pytest.raises(kizu.OptionError, match="bninception"):
         line("reference", "patchcore", tmp_path, "patch_core", "-b", "bninception", *rest)

@@ -15,7 +15,8 @@ from kizu.errors import OptionError
 from kizu.evaluation.experiment import RunOptions, train
 from kizu.evaluation.metrics import image_metrics, pixel_metrics
 from kizu.evaluation.oracle import Oracle
-from test_cli import KIZU, factory, kizu, table
+from processes import kizu
+from test_cli import KIZU, factory, table
 
 TINY = (
     "--size",
@@ -66,7 +67,8 @@ def test_what_an_oracle_chose_stands_beside_the_rest_and_is_marked(watched):
 def test_an_oracle_changes_nothing_of_the_model(tmp_path):
     data = factory(tmp_path / "data")
     config = SimpleNetConfig(size=64, meta_epochs=4, sampled=1, gan_epochs=1, dsc_hidden=64)
-    runs = [train("simplenet", config, find(data), tmp_path, name=str(oracle), oracle=oracle)[0] for oracle in (0, 1)]
+    options = [RunOptions(name=str(oracle), oracle=oracle) for oracle in (False, True)]
+    runs = [train("simplenet", config, find(data), tmp_path, each)[0] for each in options]
     for name in ("model.safetensors", "model.json"):
         one, two = (run.model("disc") / name for run in runs)
         assert one.read_bytes() == two.read_bytes()

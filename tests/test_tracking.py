@@ -1,7 +1,6 @@
 """Runs told to Weights & Biases and MLflow, without a network."""
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,19 +9,17 @@ import pytest
 import kizu
 from kizu.evaluation import experiment
 from kizu.evaluation.tracking import RunRecord, log_run
+from processes import kizu as command
 from test_cli import factory, table
-
-KIZU = [sys.executable, "-m", "kizu"]
 
 
 def test_a_run_is_told_to_both_and_kept_on_this_machine(tmp_path):
     data = factory(tmp_path / "data") / "disc"
-    command = ["train", "simplenet", str(data), "--size", "64", "--meta-epochs", "2", "--dsc-hidden", "32", "-q"]
+    words = ["train", "simplenet", data, "--size", "64", "--meta-epochs", "2", "--dsc-hidden", "32", "-q"]
     environment = {**os.environ, "WANDB_MODE": "offline"}
     environment.pop("MLFLOW_TRACKING_URI", None)
-    told = [*KIZU, *command, "--track", "wandb", "--track", "mlflow"]
-    done = subprocess.run(told, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0 and "could not log" not in done.stderr, done.stderr
+    done = command(*words, "--track", "wandb", "--track", "mlflow", cwd=tmp_path, env=environment)
+    assert "could not log" not in done.stderr, done.stderr
     finished = tmp_path / "results" / "project" / "group" / "run"
     value = table(finished / "results.csv")[0]["image_auroc"]
     kept = list((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))

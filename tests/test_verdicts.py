@@ -9,8 +9,8 @@ import kizu
 from kizu.calibration.threshold import calibrate
 from kizu.evaluation.robustness import CORRUPTIONS, check_robustness
 from kizu.inference.prediction import Photo
+from processes import kizu as command
 from test_cli import FAST, factory, save, table
-from test_cli import kizu as command
 from test_detectors import part
 
 GOOD = [part(seed) for seed in range(24)]

@@ -15,6 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 import kizu
+from processes import kizu as command
 from services import KIZU, encoded, small_model
 from test_detectors import part
 
@@ -38,10 +39,7 @@ def watching(*arguments, model, cwd):
 
 
 def finished(*arguments, model, cwd):
-    command = [KIZU, "watch", *map(str, arguments), "--model", str(model)]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=100)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done
+    return command("watch", *arguments, "--model", model, cwd=cwd)
 
 
 def ledger(path):
@@ -159,10 +157,8 @@ def test_a_file_is_judged_when_it_is_whole_and_again_when_it_is_another(folder, 
         until(lambda: len(ledger(out)) == 2)
         (incoming / "slow.png").write_bytes(other)
         until(lambda: len(ledger(out)) == 3)
-        second = subprocess.run(
-            [KIZU, "watch", "in", "--model", folder, "--output", out], cwd=tmp_path, capture_output=True
-        )
-        assert second.returncode == 2 and b"another kizu watch writes to it" in second.stderr
+        second = command("watch", "in", "--model", folder, "--output", out, cwd=tmp_path, code=2)
+        assert "another kizu watch writes to it" in second.stderr
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 0
     rows = ledger(out)
@@ -250,6 +246,4 @@ def test_what_watch_is_told_wrongly_it_says(folder, tmp_path):
         ([".", "--webhook", "file:///etc/passwd"], "starts with http"),
         (["--camera", "none.avi"], "there is no such file"),
     ]:
-        command = [KIZU, "watch", *arguments, "--model", folder, "--once"]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-        assert done.returncode == 2 and sentence in done.stderr, done.stderr
+        assert sentence in command("watch", *arguments, "--model", folder, "--once", cwd=tmp_path, code=2).stderr
