@@ -21,7 +21,7 @@ from kizu.detectors.efficientad import teacher
 from kizu.detectors.efficientad.detector import quantile, split_images
 from kizu.detectors.efficientad.graph import EfficientADGraph, hard_loss
 from kizu.detectors.efficientad.networks import PDN, Autoencoder, normalised
-from kizu.detectors.efficientad.training import ChannelStatistics
+from kizu.detectors.efficientad.training import ChannelStatistics, arithmetic
 from kizu.evaluation import experiment
 from kizu.features.safe_load import read_tensors
 from teachers import tiny
@@ -286,7 +286,16 @@ def test_images_are_split_without_overlap():
         assert train | select | calibrate == set(range(count))
 
 
-@pytest.mark.parametrize("precision", ["single", "mixed"])
+QUICK_AT_BFLOAT16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+@pytest.mark.parametrize(
+    "precision",
+    [
+        "single",
+        pytest.param("mixed", marks=pytest.mark.skipif(not QUICK_AT_BFLOAT16, reason="bfloat16 takes minutes here")),
+    ],
+)
 def test_a_killed_training_goes_on_to_the_same_result(taught, tmp_path, monkeypatch, precision):
     settings = {"teacher": str(taught), "steps": 6, "batch_size": 2, "precision": precision}
     undisturbed = kizu.EfficientAD(**settings).fit(GOOD)
@@ -311,6 +320,16 @@ def test_a_killed_training_goes_on_to_the_same_result(taught, tmp_path, monkeypa
     state.write_bytes(state.read_bytes()[:1000])
     with pytest.raises(kizu.ModelError, match="damaged"):
         kizu.EfficientAD(**settings).fit(GOOD, checkpoint=state)
+
+
+def test_bfloat16_on_a_processor_without_it_is_warned_of(monkeypatch, caplog):
+    for supported in (True, False):
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda answer=supported: answer)
+        for precision in ("single", "mixed"):
+            arithmetic(precision, torch.device("cpu"))
+            assert ("`precision=single` is many times faster" in caplog.text) == (
+                precision == "mixed" and not supported
+            )
 
 
 def test_a_killed_run_goes_on_inside_a_category(taught, tmp_path, monkeypatch):

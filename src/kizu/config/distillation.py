@@ -34,5 +34,7 @@ class DistillationConfig(BaseModel):
         10_000, ge=1, description="Photographs that each channel's mean and standard deviation are measured on."
     )
     side: int = Field(256, ge=64, le=2048, multiple_of=32, description="Side of the teacher's square input, in pixels.")
-    precision: Literal["single", "mixed"] = Field("single", description="mixed: train the convolutions in bfloat16.")
+    precision: Literal["single", "mixed"] = Field(
+        "single", description="mixed: train the convolutions in bfloat16, where the processor or GPU is quick at it."
+    )
     seed: int = Field(0, ge=0, lt=2**32, description="Seed of everything random.")

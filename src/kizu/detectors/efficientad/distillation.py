@@ -30,7 +30,7 @@ from kizu.data.progress import Progress, silent
 from kizu.detectors.augmentation import greyed
 from kizu.detectors.efficientad import teacher
 from kizu.detectors.efficientad.networks import DIMENSION, FRAME, PDN, normalised
-from kizu.detectors.efficientad.training import ChannelStatistics, Pace
+from kizu.detectors.efficientad.training import ChannelStatistics, Pace, arithmetic
 from kizu.errors import DataError, ModelError, OptionError
 from kizu.features import backbone
 from kizu.features.patch_features import PatchFeatures
@@ -180,11 +180,12 @@ def _train(
     summed = torch.tensor(total, dtype=torch.float64, device=device)
     every = max(1, config.steps // 200)
     pictures = _batches(paths, config, start * config.batch_size)
+    precision = arithmetic(config.precision, device)
     pace = Pace(config.steps - start, device, ADVICE)
     for step in range(start, config.steps):
         pixels = torch.from_numpy(next(pictures)).to(device)
         if len(pixels):
-            with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "mixed"):
+            with precision:
                 loss = distillation_loss(network, source, greyed(pixels, GREY))
             optimiser.zero_grad(set_to_none=True)
             loss.backward()

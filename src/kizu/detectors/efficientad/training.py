@@ -19,7 +19,7 @@ from kizu.detectors.efficientad.teacher import fingerprint
 from kizu.detectors.fitting import FitContext
 from kizu.features.training_state import Checkpoint, Stateful
 
-__all__ = ["ChannelStatistics", "Pace", "penalty_source", "train"]
+__all__ = ["ChannelStatistics", "Pace", "arithmetic", "penalty_source", "train"]
 
 log = logging.getLogger("kizu")
 
@@ -56,13 +56,14 @@ def train(
     every = max(1, config.steps // 100)
     penalty = _penalty(config, start)
     order = streams.shuffled(count, config.seed, start * config.batch_size)
+    precision = arithmetic(config.precision, device)
     pace = Pace(config.steps - start, device, ADVICE)
     for step in range(start, config.steps):
         for group in optimiser.param_groups:
             group["lr"] = LEARNING_RATE * (0.1 if step >= int(FALL * config.steps) else 1)
         images = pixels([next(order) for _ in range(config.batch_size)], step + 1)
         unrelated = None if penalty is None else greyed(torch.from_numpy(next(penalty)).to(device), GREY_PENALTY)
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "mixed"):
+        with precision:
             losses = graph.losses(images, unrelated)
         optimiser.zero_grad(set_to_none=True)
         losses.sum().backward()
@@ -78,6 +79,14 @@ def train(
         pace.step()
         context.progress("Training", step + 1, config.steps)
     return {"steps": config.steps, "loss": _first_and_last(curve)}
+
+
+def arithmetic(precision: str, device: torch.device) -> torch.autocast:
+    """The context to train in: with `mixed`, convolutions are computed in bfloat16. Warns where that is slow."""
+    mixed = precision == "mixed"
+    if mixed and device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        log.warning("This processor has no arithmetic for bfloat16: `precision=single` is many times faster here.")
+    return torch.autocast(device.type, torch.bfloat16, enabled=mixed)
 
 
 def _checkpoint(
