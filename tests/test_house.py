@@ -5,10 +5,12 @@ import importlib
 import re
 from pathlib import Path
 
+import click
 import grimp
 import pytest
 
 import kizu
+from kizu.cli.main import cli
 
 SOURCE = Path(kizu.__file__).parent
 MODULES = sorted(SOURCE.rglob("*.py"))
@@ -41,6 +43,28 @@ def test_only_the_command_line_speaks_of_flags(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             assert not re.search(r"(^|[ (`\"'])--[a-z]", node.value), f"line {node.lineno}: {node.value[:80]}"
+
+
+def options(command=cli, parent=None):
+    """The names of all options of all commands, as Python spells them."""
+    context = click.Context(command, parent=parent)
+    for parameter in command.get_params(context):
+        if isinstance(parameter, click.Option):
+            yield from (name.lstrip("-").replace("-", "_") for name in parameter.opts)
+    for name in command.list_commands(context) if isinstance(command, click.Group) else ():
+        yield from options(command.get_command(context, name), context)
+
+
+def test_every_setting_that_a_sentence_names_is_an_option():
+    """The command line makes flags of them, and a flag that does not exist helps nobody."""
+    known = set(options())
+    for path in MODULES:
+        tree = ast.parse(path.read_text())
+        docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
+                for name in re.findall(r"`([a-z]\w*)[`=]", node.value):
+                    assert name in known, f"{name_of(path)}, line {node.lineno}: {node.value[:80]}"
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)

@@ -161,7 +161,7 @@ def test_the_overlay_leaves_good_pixels_alone_and_outlines_bad_ones():
     rgb = photograph(100, 100)
     values = np.zeros((100, 100), np.float32)
     values[40:60, 40:60] = 1
-    glow = image.overlay(rgb, values, 0.0, 1.0, level=0.5)
+    glow = image.overlay(rgb, values, 0.0, 1.0, threshold=0.5)
     np.testing.assert_array_equal(glow[:35, :35], rgb[:35, :35])
     assert (glow[40, 40:60] == (255, 64, 96)).all() and not (glow[50, 45:55] == (255, 64, 96)).all(axis=1).any()
     edge = image.outline(np.ones((5, 5), bool))

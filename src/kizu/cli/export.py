@@ -47,6 +47,10 @@ def export(model: str, to: Any, output: str | None, images: str | None, **option
     if to == "reference":
         _as_published(folder, target, images, options)
         return
+    if options["precision"] != "float32" and not images:
+        raise OptionError(
+            "A lower --precision is measured on photographs of good parts: name their folder with --images"
+        )
     from kizu.detectors.loading import load
     from kizu.export.onnx import export as export_graph
     from kizu.inference.batch import image_paths

@@ -75,13 +75,13 @@ def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-def config_option(field: str, about: Any, flag: str | None = None) -> click.Option:
-    """The option that sets a field of a config, under its name or another; not given, it leaves the field's default."""
+def config_option(field: str, about: Any, *flags: str) -> click.Option:
+    """The option that sets a field of a config, under its name or others; not given, it leaves the field's default."""
     default = about.get_default()
     shown = "x".join(map(str, default)) if isinstance(default, tuple) and default else default
     suffix = f"  [default: {shown}]" if shown not in (None, (), {}) else ""
     return click.Option(
-        [field, flag or _flags(field, about.annotation)],
+        [field, *(flags or (_flags(field, about.annotation),))],
         type=_option_type(about.annotation),
         default=None,
         help=f"{flagged(about.description)}{suffix}",

@@ -271,7 +271,7 @@ def _drift_page(path: Path, detector: "Inspector", test: "DriftTest") -> None:
     marks = [(float(test.since + 1), "changed since")] if test.since is not None else []
     marks += [(float(test.alarm_at + 1), "alarm")] if test.alarm_at is not None else []
     numbers = [float(number) for number in range(1, len(evidence) + 1)]
-    level = detector.threshold.value
+    threshold = detector.threshold.value
     charts = (
         [
             chart(
@@ -287,7 +287,7 @@ def _drift_page(path: Path, detector: "Inspector", test: "DriftTest") -> None:
                 "How unlike the good parts ↑. Part after part →",
                 numbers,
                 [[step.score for step in test.steps]],
-                across=[(level, "stopped above")] if level < float("inf") else [],
+                across=[(threshold, "stopped above")] if threshold < float("inf") else [],
                 down=marks,
             ),
         ]
@@ -346,8 +346,8 @@ def _show_trade(
     if output:
         table = [_point_row("", point) for point in curve]
         files.write_csv(Path(output) / "tune.csv", table[0], [row.values() for row in table])
-        levels = np.linspace(curve[0].threshold, curve[-1].threshold, CURVE_POINTS)
-        drawn = [point_at(float(level), *scores, costs) for level in levels]
+        thresholds = np.linspace(curve[0].threshold, curve[-1].threshold, CURVE_POINTS)
+        drawn = [point_at(float(threshold), *scores, costs) for threshold in thresholds]
         _tune_page(Path(output) / "tune.html", drawn, chosen, now, rows, sentences)
     if options["as_json"]:
         values = {"pg2": pg2, "pb2": pb2, "chosen": vars(chosen), "in_use": vars(now), "set": options["write"]}
@@ -358,7 +358,7 @@ def _show_trade(
 
 
 def _point_row(name: str, point: "OperatingPoint") -> dict[str, str]:
-    row = {"level": name} if name else {}
+    row = {"choice": name} if name else {}
     return row | {
         "threshold": f"{point.threshold:.6g}",
         "false alarms": f"{point.false_alarms} of {point.good}",
@@ -378,18 +378,24 @@ def _tune_page(
     from kizu.evaluation.experiment import command_line
     from kizu.evaluation.html import Page, Section, chart, write
 
-    levels = [point.threshold for point in curve]
+    thresholds = [point.threshold for point in curve]
     marks = [(chosen.threshold, "cheapest"), (now.threshold, "in use")]
     charts = [
         chart(
             "What goes wrong",
             "Share of good parts stopped (dark) and of defects missed (orange) ↑. Threshold →",
-            levels,
+            thresholds,
             [[point.false_alarm_rate for point in curve], [point.miss_rate for point in curve]],
             per_cent=True,
             down=marks,
         ),
-        chart("What it costs", "Cost of 1,000 parts ↑. Threshold →", levels, [[p.cost for p in curve]], down=marks),
+        chart(
+            "What it costs",
+            "Cost of 1,000 parts ↑. Threshold →",
+            thresholds,
+            [[point.cost for point in curve]],
+            down=marks,
+        ),
     ]
     page = Page(
         title="False alarms against misses",

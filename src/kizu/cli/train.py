@@ -115,6 +115,9 @@ def _train_command(method: str) -> click.Command:
     return command
 
 
+FLAGS_OF_DISTILL = {"backbone": ("--from", "--backbone")}
+
+
 class DistillCommand(click.Command):
     """A command with options made from the distillation's config when they are asked for."""
 
@@ -123,7 +126,7 @@ class DistillCommand(click.Command):
 
         if not any(param.name == "steps" for param in self.params):
             for field, about in DistillationConfig.model_fields.items():
-                self.params.append(config_option(field, about, "--from" if field == "backbone" else None))
+                self.params.append(config_option(field, about, *FLAGS_OF_DISTILL.get(field, ())))
         return super().get_params(ctx)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kizu.data.folders import Folder, Names, walk
-from kizu.data.layouts import EXPECTED, RECOGNISERS, Found, sole_folder, unnamed_folder
+from kizu.data.layouts import EXPECTED, RECOGNISERS, Contents, sole_folder, unnamed_folder
 from kizu.data.loco_masks import Saturations, read_saturations
 from kizu.data.sample import Sample
 from kizu.errors import DataError, OptionError
@@ -65,23 +65,23 @@ def find(
         raise OptionError(f'`layout="{layout}"` is unknown; choose from auto, {", ".join(LAYOUTS)}.{hint}')
     folder = walk(root)
     names = _checked_names(folder, good, bad)
-    found = _found(folder, layout, names)
-    known = sorted({sample.category for sample in found.samples})
+    contents = _contents(folder, layout, names)
+    known = sorted({sample.category for sample in contents.samples})
     unknown = [category for category in categories if category not in known]
     if unknown:
         raise OptionError(f"{root} has no category {', '.join(unknown)}; it has {', '.join(known)}.")
     dropped = {category for category in known if categories and category not in categories}
-    samples = [sample for sample in found.samples if not categories or sample.category in categories]
-    left_out = found.left_out + _unexplained(folder, found)
+    samples = [sample for sample in contents.samples if not categories or sample.category in categories]
+    left_out = contents.left_out + _unexplained(folder, contents)
     return Dataset(
         root=root,
-        layout=found.layout,
+        layout=contents.layout,
         samples=tuple(sorted(samples, key=_order)),
         left_out=tuple(
             (path, reason) for path, reason in sorted(left_out) if dropped.isdisjoint(path.parts[len(root.parts) :])
         ),
-        notes=tuple(found.notes),
-        saturations=_saturations(found, [category for category in known if category not in dropped], defects_config),
+        notes=tuple(contents.notes),
+        saturations=_saturations(contents, [category for category in known if category not in dropped], defects_config),
     )
 
 
@@ -112,16 +112,16 @@ def _checked_names(folder: Folder, good: str | None, bad: str | None) -> Names:
     return Names(good, bad)
 
 
-def _found(folder: Folder, layout: str, names: Names) -> Found:
+def _contents(folder: Folder, layout: str, names: Names) -> Contents:
     """Recognise a folder as a category or as a folder of categories; failing that, as plain images."""
     category = folder.path.resolve().name or "images"
     place: Folder | None = folder
     while place is not None:
-        found = _recognise(place, place.path.resolve().name or category, layout, names) or _categories(
+        contents = _recognise(place, place.path.resolve().name or category, layout, names) or _categories(
             place, layout, names
         )
-        if found is not None:
-            return found
+        if contents is not None:
+            return contents
         place = sole_folder(place, names)
     if not any(folder.all_images()):
         others = [path.name for inner in folder.tree() for path, _ in inner.others]
@@ -135,34 +135,34 @@ def _found(folder: Folder, layout: str, names: Names) -> Found:
     return unnamed_folder(folder, category, all_good=layout == "folder")
 
 
-def _recognise(folder: Folder, category: str, layout: str, names: Names) -> Found | None:
+def _recognise(folder: Folder, category: str, layout: str, names: Names) -> Contents | None:
     for layouts, recogniser in RECOGNISERS:
-        found = recogniser(folder, category, names) if layout == "auto" or layout in layouts else None
-        if found is not None and layout not in ("auto", found.layout):
+        contents = recogniser(folder, category, names) if layout == "auto" or layout in layouts else None
+        if contents is not None and layout not in ("auto", contents.layout):
             raise DataError(
-                f"{folder.path} is laid out as {found.layout}, not as {layout}: leave `layout` out, or give "
-                f'`layout="{found.layout}"`.'
+                f"{folder.path} is laid out as {contents.layout}, not as {layout}: leave `layout` out, or give "
+                f'`layout="{contents.layout}"`.'
             )
-        if found is not None:
-            return found
+        if contents is not None:
+            return contents
     return None
 
 
-def _categories(folder: Folder, layout: str, names: Names) -> Found | None:
+def _categories(folder: Folder, layout: str, names: Names) -> Contents | None:
     """Take every sub-folder that is recognised as a category; leave the others out."""
     by_layout: dict[str, list[str]] = defaultdict(list)
-    merged = Found("")
+    merged = Contents("")
     errors: list[DataError] = []
     for inner in folder.folders:
         try:
-            found = _recognise(inner, inner.name, layout, names)
+            contents = _recognise(inner, inner.name, layout, names)
         except DataError as error:
             errors.append(error)
             merged.left_out.append((inner.path, f"is not usable as a category. {error}"))
             continue
-        if found is not None:
-            merged.add(found)
-            by_layout[found.layout].append(inner.name)
+        if contents is not None:
+            merged.add(contents)
+            by_layout[contents.layout].append(inner.name)
         elif any(inner.all_images()):
             merged.left_out.append((inner.path, "is not itself recognised as a category"))
     if not by_layout:
@@ -179,24 +179,26 @@ def _categories(folder: Folder, layout: str, names: Names) -> Found | None:
     return merged
 
 
-def _saturations(found: Found, categories: Sequence[str], given: str | Path | None) -> dict[str, Saturations]:
-    tables = {category: path for category, path in found.saturations.items() if category in categories}
+def _saturations(contents: Contents, categories: Sequence[str], given: str | Path | None) -> dict[str, Saturations]:
+    tables = {category: path for category, path in contents.saturations.items() if category in categories}
     if given is not None:
-        if found.layout != "loco":
-            raise OptionError(f"`defects_config` belongs to the layout loco; this data is laid out as {found.layout}.")
+        if contents.layout != "loco":
+            raise OptionError(
+                f"`defects_config` belongs to the layout loco; this data is laid out as {contents.layout}."
+            )
         if len(categories) > 1:
             listed = ", ".join(categories)
-            raise OptionError(f"`defects_config` is of one category: name it with `category` (there are {listed}).")
+            raise OptionError(f"`defects_config` is of one category: choose one of {listed}.")
         tables = {categories[0]: Path(given)}
     return {category: read_saturations(path) for category, path in tables.items()}
 
 
-def _unexplained(folder: Folder, found: Found) -> list[tuple[Path, str]]:
+def _unexplained(folder: Folder, contents: Contents) -> list[tuple[Path, str]]:
     """What lies in the folder but is neither used nor left out for a reason so far."""
-    explained = found.used | {path for path, _ in found.left_out}
-    for sample in found.samples:
+    explained = contents.used | {path for path, _ in contents.left_out}
+    for sample in contents.samples:
         explained |= {sample.path, *sample.masks}
-    rest = [(image, f"has no place in the layout {found.layout}") for image in folder.all_images()]
+    rest = [(image, f"has no place in the layout {contents.layout}") for image in folder.all_images()]
     rest += [other for inner in folder.tree() for other in inner.others]
     return [(path, why) for path, why in rest if path not in explained and explained.isdisjoint(path.parents)]
 

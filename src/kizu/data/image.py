@@ -152,17 +152,17 @@ def heat(values: Float, low: float, high: float) -> RGB:
     return np.asarray(_PALETTE[shades])
 
 
-def overlay(rgb: RGB, values: Float, low: float, high: float, level: float | None = None) -> RGB:
-    """The photograph with its map glowing over it and, where the map passes `level`, a contour.
+def overlay(rgb: RGB, values: Float, low: float, high: float, threshold: float | None = None) -> RGB:
+    """The photograph with its map glowing over it and, where the map passes `threshold`, a contour.
 
     `values` is resized to the photograph. Pixels near `low` stay as they are.
     """
     values = resize_map(values, rgb.shape[:2])
     strength = np.clip((values - low) / max(high - low, 1e-12), 0, 1)[..., None] * 0.6
     mixed = rgb * (1 - strength) + heat(values, low, high) * strength
-    if level is not None:
+    if threshold is not None:
         width = max(1, round(min(rgb.shape[:2]) / 250))
-        mixed[outline(values > level, width)] = (255, 64, 96)
+        mixed[outline(values > threshold, width)] = (255, 64, 96)
     return np.asarray(mixed, dtype=np.uint8)
 
 

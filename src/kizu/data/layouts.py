@@ -28,7 +28,7 @@ from kizu.data.loco_masks import CONFIG_NAME
 from kizu.data.sample import CIFAR_RECORD, Sample
 from kizu.errors import BadImage, DataError
 
-__all__ = ["EXPECTED", "NO_IMAGE_FOR_MASK", "RECOGNISERS", "Found", "sole_folder", "unnamed_folder"]
+__all__ = ["EXPECTED", "NO_IMAGE_FOR_MASK", "RECOGNISERS", "Contents", "sole_folder", "unnamed_folder"]
 
 EXPECTED = {
     "mvtec": "train/good, test/<defect> and, for masks, ground_truth/<defect>",
@@ -46,7 +46,7 @@ _MASK_ENDING = re.compile(r"[_-](mask|gt|label)$", re.IGNORECASE)
 
 
 @dataclass
-class Found:
+class Contents:
     """What a recogniser made of a folder."""
 
     layout: str
@@ -56,7 +56,7 @@ class Found:
     used: set[Path] = field(default_factory=set)  # files other than images and their masks
     saturations: dict[str, Path] = field(default_factory=dict)  # category → LOCO's table of defects
 
-    def add(self, other: "Found") -> None:
+    def add(self, other: "Contents") -> None:
         self.samples += other.samples
         self.left_out += other.left_out
         self.notes += [note for note in other.notes if note not in self.notes]
@@ -64,7 +64,7 @@ class Found:
         self.saturations |= other.saturations
 
 
-Recogniser = Callable[[Folder, str, Names], Found | None]  # (folder, category, names); None: not this layout
+Recogniser = Callable[[Folder, str, Names], Contents | None]  # (folder, category, names); None: not this layout
 
 
 class _Masks:
@@ -110,27 +110,29 @@ class _Masks:
             for skipped in range(depth + 1, len(parts) + 1):
                 yield self.top.joinpath(*parts[:depth], *parts[skipped:])
 
-    def attach(self, found: Found, images: Iterable[Path]) -> None:
+    def attach(self, contents: Contents, images: Iterable[Path]) -> None:
         """Give the anomalous samples their masks; leave out masks that fit several of them, or none of `images`."""
         owners: dict[Path, list[Path]] = defaultdict(list)
-        for sample in found.samples:
+        for sample in contents.samples:
             for mask in self.of(sample.path) if sample.is_anomalous else ():
                 owners[mask].append(sample.path)
-        for index, sample in enumerate(found.samples):
+        for index, sample in enumerate(contents.samples):
             if sample.is_anomalous:
                 own = tuple(mask for mask in self.of(sample.path) if len(owners[mask]) == 1)
-                found.samples[index] = replace(sample, masks=own)
+                contents.samples[index] = replace(sample, masks=own)
         unneeded = {mask for path in images if path not in self.files for mask in self.of(path)}
-        found.used |= self.files
+        contents.used |= self.files
         for mask in sorted(self.files):
             if len(owners[mask]) > 1:
                 listed = ", ".join(str(image) for image in owners[mask][:2])
-                found.left_out.append((mask, f"is a mask that fits {len(owners[mask])} images by its name ({listed})"))
+                contents.left_out.append(
+                    (mask, f"is a mask that fits {len(owners[mask])} images by its name ({listed})")
+                )
             elif not owners[mask] and mask not in unneeded:
-                found.left_out.append((mask, NO_IMAGE_FOR_MASK))
+                contents.left_out.append((mask, NO_IMAGE_FOR_MASK))
 
 
-def _splits(folder: Folder, category: str, names: Names) -> Found | None:
+def _splits(folder: Folder, category: str, names: Names) -> Contents | None:
     """MVTec AD, MPDD, MVTec LOCO and BTAD."""
     train, test = folder.get("train", "training"), folder.get("test", "testing")
     validation = folder.get("validation", "val", "valid")
@@ -141,50 +143,52 @@ def _splits(folder: Folder, category: str, names: Names) -> Found | None:
             f"{folder.path} holds test images only: put images of good parts to learn from into "
             f"{folder.path / 'train' / 'good'}."
         )
-    found = Found("mvtec")
+    contents = Contents("mvtec")
     if test and test.get("logical_anomalies", "structural_anomalies"):
-        found.layout = "loco"
+        contents.layout = "loco"
         table = folder.path / CONFIG_NAME
         if table.is_file():
-            found.saturations[category] = table
-            found.used.add(table)
+            contents.saturations[category] = table
+            contents.used.add(table)
     elif train.get("ok") and test and test.get("ko"):
-        found.layout = "btad"
+        contents.layout = "btad"
     for split, part in (("train", train), ("validation", validation)):
         if part:
-            _take_good(found, part, category, split, names)
+            _take_good(contents, part, category, split, names)
     for image in test.all_images() if test else ():
         parts = image.relative_to(test.path).parts[:-1] if test else ()
         if parts:
-            found.samples.append(Sample(image, category, "test", names.label(parts) or "/".join(parts)))
+            contents.samples.append(Sample(image, category, "test", names.label(parts) or "/".join(parts)))
         else:
-            found.left_out.append((image, "lies in test itself; its folder there must say good or the type of defect"))
+            contents.left_out.append(
+                (image, "lies in test itself; its folder there must say good or the type of defect")
+            )
     masks = _Masks(folder, [inner for inner in folder.folders if is_mask_folder(inner)])
-    found.samples = [sample for sample in found.samples if sample.path not in masks.files]
-    found.left_out = [(path, reason) for path, reason in found.left_out if path not in masks.files]
-    masks.attach(found, folder.all_images())
-    return found
+    contents.samples = [sample for sample in contents.samples if sample.path not in masks.files]
+    contents.left_out = [(path, reason) for path, reason in contents.left_out if path not in masks.files]
+    masks.attach(contents, folder.all_images())
+    return contents
 
 
-def _take_good(found: Found, part: Folder, category: str, split: str, names: Names) -> None:
+def _take_good(contents: Contents, part: Folder, category: str, split: str, names: Names) -> None:
     """Add the good images of a train or validation folder; leave out the others."""
     filled = part.filled()
     good = [inner for inner in filled if names.is_good(inner.name)]
     if not filled:
         good = [part]
         if part.images:
-            found.notes.append(f"All images directly in {part.name} are taken as images of good parts.")
+            contents.notes.append(f"All images directly in {part.name} are taken as images of good parts.")
     elif not good and split == "train":
         raise _ambiguous(part, [inner.name for inner in filled if not names.is_bad(inner.name)] or ["NAME"], "")
     taken = {image for inner in good for image in inner.all_images()}
-    found.samples += [Sample(image, category, split, "good") for image in sorted(taken)]
+    contents.samples += [Sample(image, category, split, "good") for image in sorted(taken)]
     for image in part.all_images():
         if image not in taken:
             reason = f"is in {part.name} but not in a folder of good images; {part.name} takes nothing else"
-            found.left_out.append((image, reason))
+            contents.left_out.append((image, reason))
 
 
-def _visa(folder: Folder, category: str, names: Names) -> Found | None:
+def _visa(folder: Folder, category: str, names: Names) -> Contents | None:
     tables = [folder.path / "split_csv" / "1cls.csv", folder.path / "1cls.csv"]
     table = next((path for path in tables if path.is_file()), None)
     if table is None:
@@ -197,63 +201,63 @@ def _visa(folder: Folder, category: str, names: Names) -> Found | None:
     missing = {"object", "split", "label", "image", "mask"} - set(rows[0] if rows else ())
     if missing:
         raise DataError(f"{table} lacks rows, or the columns {', '.join(sorted(missing))}: copy it from VisA again.")
-    found = Found("visa", used={table})
+    contents = Contents("visa", used={table})
     present = set(folder.all_images())
     for row in rows:
         image, mask = (folder.path / (row[key] or "").strip().replace("\\", "/") for key in ("image", "mask"))
         split, label = row["split"], {"normal": "good", "anomaly": "anomaly"}.get(row["label"])
         if image not in present:
-            found.left_out.append((image, f"is listed in {table.name} but is not there"))
+            contents.left_out.append((image, f"is listed in {table.name} but is not there"))
         elif split not in ("train", "validation", "test") or label is None:
-            found.left_out.append((image, f"has the split '{split}' and label '{row['label']}' in {table.name}"))
+            contents.left_out.append((image, f"has the split '{split}' and label '{row['label']}' in {table.name}"))
         elif split != "test" and label != "good":
-            found.left_out.append((image, f"shows a defect but is in {split}, which takes good images only"))
+            contents.left_out.append((image, f"shows a defect but is in {split}, which takes good images only"))
         else:
             listed = label != "good" and mask != folder.path
             if listed and mask not in present:
-                found.left_out.append((mask, f"is listed as a mask in {table.name} but is not there"))
+                contents.left_out.append((mask, f"is listed as a mask in {table.name} but is not there"))
             masks = (mask,) if listed and mask in present else ()
-            found.samples.append(Sample(image, row["object"], split, label, masks))
-    return found
+            contents.samples.append(Sample(image, row["object"], split, label, masks))
+    return contents
 
 
-def _ksdd(folder: Folder, category: str, names: Names) -> Found | None:
+def _ksdd(folder: Folder, category: str, names: Names) -> Contents | None:
     items = [inner for inner in folder.folders if re.fullmatch(r"kos\d+", inner.name, re.IGNORECASE)]
     masks = _Masks(folder, []) if items else None
     if masks is None or not masks.files:
         return None
-    found = Found("ksdd")
-    found.notes.append(
+    contents = Contents("ksdd")
+    contents.notes.append(
         "KolektorSDD has no split of its own: every second item folder, in order of name, is for testing; of the "
         "others the good images are for training."
     )
     splits = {image: "train" if n % 2 == 0 else "test" for n, item in enumerate(items) for image in item.images}
-    return _by_labels(found, splits, category, masks)
+    return _by_labels(contents, splits, category, masks)
 
 
-def _ksdd2(folder: Folder, category: str, names: Names) -> Found | None:
+def _ksdd2(folder: Folder, category: str, names: Names) -> Contents | None:
     parts = {split: folder.get(split) for split in ("train", "test")}
     splits = {image: split for split, part in parts.items() if part for image in part.images}
     masks = _Masks(folder, []) if splits else None
     if masks is None or not masks.files.intersection(splits):
         return None
-    return _by_labels(Found("ksdd2"), splits, category, masks)
+    return _by_labels(Contents("ksdd2"), splits, category, masks)
 
 
-def _by_labels(found: Found, splits: dict[Path, str], category: str, masks: _Masks) -> Found:
+def _by_labels(contents: Contents, splits: dict[Path, str], category: str, masks: _Masks) -> Contents:
     """Add images that their label image, black or not, calls good or defective."""
     images = [image for image in splits if image not in masks.files]
     for image, defective in _defective(images, masks).items():
         if isinstance(defective, BadImage):
-            found.left_out.append((image, f"has a label that cannot be read: {defective}"))
+            contents.left_out.append((image, f"has a label that cannot be read: {defective}"))
         elif defective is None:
-            found.left_out.append((image, "has no label image beside it"))
+            contents.left_out.append((image, "has no label image beside it"))
         elif defective and splits[image] == "train":
-            found.left_out.append((image, "shows a defect but is in train, which takes good images only"))
+            contents.left_out.append((image, "shows a defect but is in train, which takes good images only"))
         else:
-            found.samples.append(Sample(image, category, splits[image], "defect" if defective else "good"))
-    masks.attach(found, images)
-    return found
+            contents.samples.append(Sample(image, category, splits[image], "defect" if defective else "good"))
+    masks.attach(contents, images)
+    return contents
 
 
 def _defective(images: Sequence[Path], masks: _Masks) -> dict[Path, bool | BadImage | None]:
@@ -270,7 +274,7 @@ def _defective(images: Sequence[Path], masks: _Masks) -> dict[Path, bool | BadIm
         return dict(zip(images, pool.map(judge, images), strict=True))
 
 
-def _cifar10(folder: Folder, category: str, names: Names) -> Found | None:
+def _cifar10(folder: Folder, category: str, names: Names) -> Contents | None:
     """One category for each class: learned from its training records, tested on all test records."""
     for place in (folder, *folder.folders):
         batches = [path for path, _ in place.others if re.fullmatch(r"(data_batch_\d+|test_batch)\.bin", path.name)]
@@ -287,9 +291,9 @@ def _cifar10(folder: Folder, category: str, names: Names) -> Found | None:
     if not table.is_file():
         raise DataError(f"{table}, the names of the classes, is missing: copy it from the same archive.")
     classes = table.read_text(encoding="utf-8", errors="replace").split()
-    found = Found("cifar10", used={table, *batches})
+    contents = Contents("cifar10", used={table, *batches})
     if len(batches) < 6:
-        found.notes.append(f"Only {len(batches)} of the 6 batches of CIFAR-10 are in {place.path}.")
+        contents.notes.append(f"Only {len(batches)} of the 6 batches of CIFAR-10 are in {place.path}.")
     for path in batches:
         content = np.fromfile(path, np.uint8)
         if content.size == 0 or content.size % CIFAR_RECORD:
@@ -301,36 +305,36 @@ def _cifar10(folder: Folder, category: str, names: Names) -> Found | None:
             if path.name == "test_batch.bin":
                 for one in classes:
                     defect = "good" if one == classes[label] else classes[label]
-                    found.samples.append(Sample(path, one, "test", defect, index=index))
+                    contents.samples.append(Sample(path, one, "test", defect, index=index))
             else:
-                found.samples.append(Sample(path, classes[label], "train", "good", index=index))
-    return found
+                contents.samples.append(Sample(path, classes[label], "train", "good", index=index))
+    return contents
 
 
-def _named_folders(folder: Folder, category: str, names: Names) -> Found | None:
+def _named_folders(folder: Folder, category: str, names: Names) -> Contents | None:
     """A plain folder in which at least one sub-folder's name says good or bad."""
     trunk = folder
     while (inner := sole_folder(trunk, names)) is not None:
         trunk = inner
     if not any(names.known(inner.name) for inner in trunk.filled()):
         return None
-    found = Found("folder")
+    contents = Contents("folder")
     masks = _Masks(folder, [inner for inner in folder.tree() if inner is not folder and is_mask_folder(inner)])
     images = [image for image in trunk.all_images() if image not in masks.files]
     labels = {image: names.label(image.relative_to(trunk.path).parts[:-1]) for image in images}
-    _label_the_unnamed(found, trunk, labels, names)
+    _label_the_unnamed(contents, trunk, labels, names)
     if "good" not in labels.values():
         raise DataError(
             f"{trunk.path} holds images of defects only: add a folder of good images to learn from, for example "
             f"{trunk.path / 'good'}."
         )
-    found.samples = [Sample(image, category, "train", label) for image, label in labels.items() if label is not None]
-    _hold_out(found, folder.path)
-    masks.attach(found, images)
-    return found
+    contents.samples = [Sample(image, category, "train", label) for image, label in labels.items() if label is not None]
+    _hold_out(contents, folder.path)
+    masks.attach(contents, images)
+    return contents
 
 
-def _label_the_unnamed(found: Found, trunk: Folder, labels: dict[Path, str | None], names: Names) -> None:
+def _label_the_unnamed(contents: Contents, trunk: Folder, labels: dict[Path, str | None], names: Names) -> None:
     """Settle images whose folder is named neither good nor bad, or say why that cannot be settled."""
     unnamed = [image for image, label in labels.items() if label is None]
     nested = sorted({image.relative_to(trunk.path).parts[0] for image in unnamed if image.parent != trunk.path})
@@ -340,18 +344,18 @@ def _label_the_unnamed(found: Found, trunk: Folder, labels: dict[Path, str | Non
         raise _ambiguous(trunk, nested, "")
     if unnamed and not has_good:
         labels |= dict.fromkeys(unnamed, "good")
-        found.notes.append(f"All images of {trunk.name} outside the folder of bad ones are taken as good.")
+        contents.notes.append(f"All images of {trunk.name} outside the folder of bad ones are taken as good.")
     elif nested and (not has_bad or (names.good is not None and names.bad is None)):
         labels |= {
             image: image.parent.relative_to(trunk.path).as_posix() for image in unnamed if image.parent != trunk.path
         }
-        found.notes.append(f"These folders beside the good images are taken as types of defect: {_listed(nested)}.")
+        contents.notes.append(f"These folders beside the good images are taken as types of defect: {_listed(nested)}.")
     for image in unnamed:
         if labels[image] is None:
-            found.left_out.append((image, "is beside folders named good or bad, but in neither"))
+            contents.left_out.append((image, "is beside folders named good or bad, but in neither"))
 
 
-def unnamed_folder(folder: Folder, category: str, all_good: bool) -> Found:
+def unnamed_folder(folder: Folder, category: str, all_good: bool) -> Contents:
     """A plain folder without names that say good or bad: images of good parts, unless a mask shows a defect.
 
     Raises `DataError` when the images lie in several folders, unless the user said that all are good.
@@ -368,19 +372,19 @@ def unnamed_folder(folder: Folder, category: str, all_good: bool) -> Found:
         if above.as_posix() in places and len(nested) == 1:
             way_out += f' If only {nested[0]} holds defects, say `bad="{nested[0]}"`.'
         raise _ambiguous(folder, nested, way_out)
-    found = Found("folder")
+    contents = Contents("folder")
     for image, defective in _defective(images, masks).items():
         if isinstance(defective, BadImage):
-            found.left_out.append((image, f"has a mask that cannot be read: {defective}"))
+            contents.left_out.append((image, f"has a mask that cannot be read: {defective}"))
         else:
-            found.samples.append(Sample(image, category, "train", "defect" if defective else "good"))
-    if any(sample.is_anomalous for sample in found.samples):
-        found.notes.append("No folder is named good or bad: images whose mask is not black are taken as defects.")
+            contents.samples.append(Sample(image, category, "train", "defect" if defective else "good"))
+    if any(sample.is_anomalous for sample in contents.samples):
+        contents.notes.append("No folder is named good or bad: images whose mask is not black are taken as defects.")
     else:
-        found.notes.append("No folder is named good or bad: all images are taken as images of good parts.")
-    _hold_out(found, folder.path)
-    masks.attach(found, images)
-    return found
+        contents.notes.append("No folder is named good or bad: all images are taken as images of good parts.")
+    _hold_out(contents, folder.path)
+    masks.attach(contents, images)
+    return contents
 
 
 def sole_folder(folder: Folder, names: Names) -> Folder | None:
@@ -389,19 +393,19 @@ def sole_folder(folder: Folder, names: Names) -> Folder | None:
     return filled[0] if len(filled) == 1 and not folder.images and not names.known(filled[0].name) else None
 
 
-def _hold_out(found: Found, top: Path) -> None:
+def _hold_out(contents: Contents, top: Path) -> None:
     """Move the defects and, if there are any, a fixed share of the good images from train to test."""
-    good = [sample.path for sample in found.samples if not sample.is_anomalous]
-    if len(good) == len(found.samples):
+    good = [sample.path for sample in contents.samples if not sample.is_anomalous]
+    if len(good) == len(contents.samples):
         return
     good.sort(key=lambda path: hashlib.blake2b(os.fsencode(path.relative_to(top).as_posix())).digest())
     kept = set(good[: max(1, round(TEST_SHARE * len(good)))] if len(good) > 1 else ())
-    found.samples = [
+    contents.samples = [
         replace(sample, split="test") if sample.is_anomalous or sample.path in kept else sample
-        for sample in found.samples
+        for sample in contents.samples
     ]
     if kept:
-        found.notes.append(
+        contents.notes.append(
             f"{TEST_SHARE:.0%} of the good images, chosen by a hash of the file name, are kept for the test split."
         )
 

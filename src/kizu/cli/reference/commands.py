@@ -100,8 +100,10 @@ def import_models(path: str, output: str, good: str | None, quiet: bool, **optio
         if not quiet:
             seen = "×".join(map(str, detector.config.size))
             cut = f" of photographs scaled to {detector.config.resize}" if detector.config.resize else ""
-            level = detector.threshold
+            threshold = detector.threshold
             promise = (
-                level.statement if level.count else "No threshold: --good sets one; until then nothing is stopped."
+                threshold.statement
+                if threshold.count
+                else "No threshold: --good sets one; until then nothing is stopped."
             )
             click.echo(f"{target}: {detector.method}, {seen}{cut}. {promise}")

@@ -181,8 +181,8 @@ def _published_pro(maps: Floats, masks: Bools) -> float | None:
         return None
     good = ~masks
     points = []
-    for level in np.arange(LEVELS) * (maps.max() - maps.min()) / LEVELS + maps.min():
-        marked = maps > level
+    for threshold in np.arange(LEVELS) * (maps.max() - maps.min()) / LEVELS + maps.min():
+        marked = maps > threshold
         grown = ndimage.maximum_filter(marked, size=(1, DILATED, DILATED))
         covered = np.mean([grown[number][region].mean() for number, region in regions])
         points.append((float((marked & good).sum() / good.sum()), float(covered)))

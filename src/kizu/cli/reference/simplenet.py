@@ -215,7 +215,7 @@ def _fit(
     say(detector)
     if oracle is not None and oracle.state and detector.graph is not None:
         detector.graph.load_state_dict(oracle.state)
-        detector.adopt(FitResult(detector.graph, [], [], 0.0, detector.facts))  # no level: it was another round's
+        detector.adopt(FitResult(detector.graph, [], [], 0.0, detector.facts))  # no threshold: it was another round's
         click.echo(
             f"--as-original: round {oracle.round} of {oracle.rounds} is kept, the best on the test images", err=True
         )
