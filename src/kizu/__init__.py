@@ -1,5 +1,6 @@
 """kizu (傷, a flaw): visual inspection learned from photographs of good parts only."""
 
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -17,6 +18,15 @@ __all__ = ["PUAD", "BadImage", "DataError", "Detector", "EfficientAD", "Inspecto
 __all__ += ["ModelError", "OptionError", "PatchCore", "Photo", "Prediction", "SimpleNet", "__version__", "load"]
 
 __version__ = "0.2.0"
+
+_QUIET = {  # packages that report how they are used, some as soon as they are imported, unless they are told not to
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "ORT_DISABLE_TELEMETRY": "1",
+    "WANDB_ERROR_REPORTING": "false",
+}
+for _switch, _value in _QUIET.items():
+    os.environ.setdefault(_switch, _value)
 
 _HOMES = {
     "kizu.detectors.base": ("Detector",),

@@ -14,7 +14,9 @@ KizuError
 
 import importlib
 import re
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Literal
 
@@ -105,9 +107,26 @@ def require(module: str) -> ModuleType:
     Raises `MissingExtra` with the install command when the extra is not there.
     """
     try:
-        return importlib.import_module(module)
+        with _unreported(module):
+            return importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise missing_extra(error) from None
+
+
+@contextmanager
+def _unreported(module: str) -> Iterator[None]:
+    """OpenVINO is imported without the part that writes an identifier and calls a host as soon as it is imported."""
+    if module != "openvino" or module in sys.modules:
+        yield
+        return
+    reporter = sys.modules.get("openvino_telemetry")
+    sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules["openvino_telemetry"]
+        if reporter is not None:
+            sys.modules["openvino_telemetry"] = reporter
 
 
 def missing_extra(error: ModuleNotFoundError) -> Exception:

@@ -29,7 +29,8 @@ from kizu.detectors.patchcore.memory_bank import Bank
 from kizu.errors import ModelError, OptionError, require
 from kizu.export.precision import MIN_HALVED_SIZE, halve, quantise
 from kizu.inference import model_folder
-from kizu.inference.exported import CASES, TABLES, Exported, digest, open_graph, seal
+from kizu.inference.engines import open_graph
+from kizu.inference.exported import CASES, TABLES, Exported, digest, seal
 from kizu.inference.exported import load as load_exported
 from kizu.inference.parity import Cases, Tolerance
 from kizu.inference.prediction import readable

@@ -6,7 +6,7 @@ An exported model has some photographs inside, and checks at load that it still 
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,15 +19,16 @@ from safetensors.numpy import load_file
 from kizu.calibration.threshold import p_value
 from kizu.data import image
 from kizu.data.preprocessing import Preprocessing
-from kizu.errors import ModelError, require
+from kizu.errors import ModelError
 from kizu.inference import model_folder
+from kizu.inference.engines import Run, open_graph
 from kizu.inference.evidence import BankOutputs, nearest_patch
 from kizu.inference.image_features import GlobalFeatures
 from kizu.inference.inspector import Inspector
 from kizu.inference.parity import Cases, Difference, Tolerance
 from kizu.inference.prediction import NearestPatch
 
-__all__ = ["BACKENDS", "CASES", "TABLES", "Exported", "digest", "load", "open_graph", "seal"]
+__all__ = ["CASES", "TABLES", "Exported", "digest", "load", "seal"]
 
 CASES = "parity.safetensors"
 TABLES = "keepsakes.safetensors"  # what explains a score and a map: `Detector.export_tables`
@@ -36,7 +37,6 @@ BATCH = 8  # images in one run of the graph: more take memory and are no faster
 ROUNDING = 1e-6
 
 Arrays = dict[str, npt.NDArray[Any]]
-Run = Callable[[npt.NDArray[np.uint8], Sequence[str]], list[npt.NDArray[Any]]]  # pixels, names of outputs → outputs
 
 
 class Exported(Inspector):
@@ -161,60 +161,6 @@ def digest(path: Path) -> str:
             return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
     except OSError as error:
         raise ModelError(f"{path}: cannot be read ({error.strerror})") from None
-
-
-def open_graph(folder: Path, format: str) -> Run:
-    """The graph in a folder, ready to run. Raises `ModelError` where it cannot be opened."""
-    if format not in BACKENDS:
-        raise ModelError(f"{folder}: exported to {format}, which this version of kizu does not know")
-    try:
-        return BACKENDS[format](folder)
-    except (OSError, RuntimeError, ValueError) as error:
-        raise ModelError(f"{folder}: the exported graph cannot be opened ({str(error).splitlines()[0]})") from None
-
-
-def _onnxruntime(folder: Path) -> Run:
-    onnxruntime = require("onnxruntime")
-    settings = onnxruntime.SessionOptions()
-    settings.intra_op_num_threads = _cores()
-    settings.log_severity_level = 3
-    try:
-        file = str(folder / "model.onnx")
-        session = onnxruntime.InferenceSession(file, settings, providers=["CPUExecutionProvider"])
-    except Exception as error:  # of classes that onnxruntime does not export
-        raise ModelError(f"{folder}: model.onnx cannot be opened ({str(error).splitlines()[0]})") from None
-
-    def run(pixels: npt.NDArray[np.uint8], names: Sequence[str]) -> list[npt.NDArray[Any]]:
-        try:
-            outputs: list[npt.NDArray[Any]] = session.run(list(names), {"images": pixels})
-        except Exception as error:  # as above
-            raise ModelError(f"{folder}: model.onnx does not run ({str(error).splitlines()[0]})") from None
-        return outputs
-
-    return run
-
-
-def _openvino(folder: Path) -> Run:
-    openvino = require("openvino")
-    core = openvino.Core()
-    # single precision even where the processor has faster ones, and threads for one image at a time
-    settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": _cores(), "PERFORMANCE_HINT": "LATENCY"}
-    compiled = core.compile_model(core.read_model(str(folder / "model.xml")), "CPU", settings)
-
-    def run(pixels: npt.NDArray[np.uint8], names: Sequence[str]) -> list[npt.NDArray[Any]]:
-        request = compiled.create_infer_request()  # a request serves one thread at a time
-        request.infer({"images": pixels})
-        return [request.get_tensor(name).data.copy() for name in names]
-
-    return run
-
-
-BACKENDS: Mapping[str, Callable[[Path], Run]] = {"onnx": _onnxruntime, "openvino": _openvino}
-
-
-def _cores() -> int:
-    """How many processor cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _tables(folder: Path) -> Arrays:
