@@ -1,5 +1,6 @@
 """A small model, and real `kizu serve` processes around it."""
 
+import resource
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -27,11 +28,18 @@ def encoded(picture, format="PNG"):
 
 
 @contextmanager
-def serving(*arguments, log):
-    """A server at any free port: the process and its address. It is killed at the end if it still runs."""
-    command = [KIZU, "serve", *map(str, arguments), "--port", "0"]
+def serving(*arguments, log, before="", files=None):
+    """A server at any free port: the process and its address. It is killed at the end if it still runs.
+
+    Its Python does first what `before` says, and may open so many `files`.
+    """
+    command = [sys.executable, "-c", f"{before}\nfrom kizu.cli.main import main; main()"]
+    command += ["serve", *map(str, arguments), "--port", "0"]
+    limit = (lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))) if files else None
     with log.open("w") as errors:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=log.parent)
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=log.parent, preexec_fn=limit
+        )
     try:
         line = process.stdout.readline()
         assert " at http://" in line, line + log.read_text()

@@ -1,6 +1,7 @@
 """Commands that stay: serve, watch."""
 
 import os
+import re
 import signal
 import threading
 from pathlib import Path
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from kizu.serving.watch.sinks import Sink
 
 __all__ = ["serve", "watch"]
+
+MIN_KEY_LENGTH = 8
 
 
 @click.command()
@@ -34,6 +37,12 @@ __all__ = ["serve", "watch"]
     "--max-megapixels", type=click.FloatRange(0.001), default=50.0, show_default=True, help="Of a photograph."
 )
 @click.option("--timeout", type=click.FloatRange(0.01), default=30.0, show_default=True, help="Seconds for a request.")
+@click.option(
+    "--max-held-mb", type=click.FloatRange(1), default=1000.0, show_default=True, help="Of all requests at a time."
+)
+@click.option("--max-feedback", type=click.IntRange(0), default=10_000, show_default=True, help="Marked photographs.")
+@click.option("--allow-host", multiple=True, metavar="NAME", help="A name of this server, as a proxy passes it on.")
+@click.option("--root-path", default="", metavar="PATH", help="Where a proxy puts the server, as in /inspection.")
 @quiet_option
 def serve(models: tuple[str, ...], host: str, port: int, api_key: str | None, quiet: bool, **options: Any) -> None:
     """Answer requests for verdicts over HTTP, with a page for people at /.
@@ -44,33 +53,55 @@ def serve(models: tuple[str, ...], host: str, port: int, api_key: str | None, qu
     \b
     Example:  kizu serve results/project/group/run --port 8000 --keep 1000
     """
+    from kizu.data import image
     from kizu.serving.hosted_model import folders_by_name
     from kizu.serving.http import application, listen, run
     from kizu.serving.limits import Limits
     from kizu.serving.observability import log, log_to_stderr
     from kizu.serving.service import Service
 
-    if api_key is not None and len(api_key) < 8:
-        raise OptionError("--api-key is too short to be a secret: at least 8 characters")
+    image.give_back_large()
+    key = _checked_key(api_key)
+    root_path = options["root_path"].rstrip("/")
+    if not re.fullmatch(r"(/[\w.~-]+)*", root_path, re.ASCII):
+        raise OptionError(f"--root-path {root_path} is no path: it is like /inspection")
     limits = Limits(
         bytes=int(options["max_mb"] * 1e6),
         pixels=int(options["max_megapixels"] * 1e6),
         seconds=options["timeout"],
         images=options["queue"],
         requests=4 * options["queue"],
+        memory=int(options["max_held_mb"] * 1e6),
+        feedback=options["max_feedback"],
     )
     bound = listen(host, port)
     log_to_stderr(quiet)
     store = Path(options["store"])
     service = Service(folders_by_name(models), limits, store=store, keep=options["keep"], batch=options["batch"])
     address, number = bound.getsockname()[:2]
-    shown = f"http://{f'[{address}]' if ':' in address else address}:{number}/"
+    shown = f"http://{f'[{address}]' if ':' in address else address}:{number}{root_path}/"
     log.info("started", extra={"facts": {"address": shown, "models": list(service.models), "process": os.getpid()}})
-    if api_key is None and host not in ("127.0.0.1", "::1", "localhost"):
+    if key is None and host not in ("127.0.0.1", "::1", "localhost"):
         log.warning("open", extra={"facts": {"advice": f"Anyone who reaches {shown} may use it: give it an --api-key"}})
     if not quiet:
         click.echo(f"{', '.join(service.models)} at {shown} (Ctrl-C stops)")
-    run(application(service, key=api_key), service, bound)
+    guarded = application(service, key=key, hosts=options["allow_host"], root_path=root_path)
+    run(guarded, service, bound)
+
+
+def _checked_key(given: str | None) -> str | None:
+    """The API key, None where there shall be none. Raises `OptionError`."""
+    if given is None and "KIZU_API_KEY" not in os.environ:
+        return None
+    if not given:
+        raise OptionError("The API key is empty: unset KIZU_API_KEY to serve without one")
+    if len(given) < MIN_KEY_LENGTH:
+        raise OptionError(f"The API key is too short to be a secret: at least {MIN_KEY_LENGTH} characters")
+    if not re.fullmatch(r"[!-~]([ -~]*[!-~])?", given):
+        raise OptionError(
+            "The API key goes through an HTTP header: ASCII letters, digits and signs, no space at an end"
+        )
+    return given
 
 
 @click.command()
@@ -110,10 +141,12 @@ def watch(folder: str | None, model: str, camera: str | None, quiet: bool, **opt
     if folder is not None and aside is not None and aside.resolve() == Path(folder).resolve():
         raise OptionError(f"--move-bad {aside} is the folder that is watched: give another")
     from kizu import load
+    from kizu.data import image
     from kizu.serving.watch.incoming import Arrivals
     from kizu.serving.watch.ledger import Ledger
     from kizu.serving.watch.watcher import Watcher, from_folder
 
+    image.give_back_large()
     home = model_folder(model)
     ledger = Ledger(Path(options["output"]))
     stop = threading.Event()

@@ -58,7 +58,7 @@ def find_regions(values: npt.NDArray[np.float32], threshold: float, good_peaks: 
     return sorted(regions, key=lambda region: -region.peak)
 
 
-def _labelled(mask: Mask) -> tuple[npt.NDArray[np.int_], list[tuple[slice, slice]]]:
+def _labelled(mask: Mask) -> tuple[npt.NDArray[np.int32], list[tuple[slice, slice]]]:
     """Which region each pixel (H, W) belongs to, from 1, 0 outside; and each region's rows and columns.
 
     Runs of pixels in a row are joined with those that they touch in the next row.
@@ -72,8 +72,8 @@ def _labelled(mask: Mask) -> tuple[npt.NDArray[np.int_], list[tuple[slice, slice
     above = np.repeat(np.arange(len(rows)), counts)
     below = np.arange(len(above)) + np.repeat(first - (counts.cumsum() - counts), counts)
     names, regions = np.unique(_joined(len(rows), above, below), return_inverse=True)
-    labels = np.zeros(mask.shape, int)
-    labels[mask] = np.repeat(regions + 1, ends - starts)
+    labels = np.zeros(mask.shape, np.int32)
+    labels[mask] = np.repeat((regions + 1).astype(np.int32), ends - starts)
     tops, lefts = np.full(len(names), mask.shape[0]), np.full(len(names), mask.shape[1])
     bottoms, rights = np.zeros(len(names), int), np.zeros(len(names), int)
     np.minimum.at(tops, regions, rows)

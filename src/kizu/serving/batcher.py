@@ -2,8 +2,9 @@
 
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,7 @@ from kizu.inference.prediction import Evidence, Prediction
 if TYPE_CHECKING:
     from kizu.inference.inspector import Inspector
 
-__all__ = ["Answer", "Batcher", "LoadedModel", "QueueFull", "Upload"]
+__all__ = ["Answer", "Batcher", "LoadedModel", "PixelGate", "QueueFull", "Upload"]
 
 
 class QueueFull(KizuError):
@@ -26,15 +27,57 @@ class QueueFull(KizuError):
     kind = "busy"
 
 
+class PixelGate:
+    """Threads decode photographs at the same time as long as these have so few pixels together; the rest wait in line.
+
+    A photograph with more pixels than that is decoded alone.
+    """
+
+    def __init__(self, pixels: int) -> None:
+        self._capacity = pixels
+        self._inside = 0
+        self._left = threading.Condition()
+        self._line = threading.Lock()
+        self._mine = threading.local()
+
+    @contextmanager
+    def hold(self, pixels: int) -> Iterator[None]:
+        """Wait until there is room for so many pixels, and take it inside the block. May be nested."""
+        if getattr(self._mine, "holds", False):
+            yield
+            return
+        pixels = min(pixels, self._capacity)
+        with self._line, self._left:
+            self._left.wait_for(lambda: self._inside + pixels <= self._capacity)
+            self._inside += pixels
+        self._mine.holds = True
+        try:
+            yield
+        finally:
+            self._mine.holds = False
+            with self._left:
+                self._inside -= pixels
+                self._left.notify_all()
+
+
 @dataclass(frozen=True)
 class Upload:
-    """An encoded photograph and what its sender calls it."""
+    """An encoded photograph and what its sender calls it; with a `gate` it is decoded when there is room."""
 
     content: bytes
     name: str
+    gate: PixelGate | None = None
+
+    def at_work(self) -> AbstractContextManager[None]:
+        """The block in which the photograph may take memory. Raises `BadImage` where its header cannot be read."""
+        if self.gate is None:
+            return nullcontext()
+        height, width = image.size_of(self.content)
+        return self.gate.hold(height * width)
 
     def read(self, at_least: tuple[int, int] | None = None) -> tuple[npt.NDArray[np.uint8], tuple[int, int]]:
-        return image.read_at_least(self.content, at_least)
+        with self.at_work():
+            return image.read_at_least(self.content, at_least)
 
 
 @dataclass(frozen=True)

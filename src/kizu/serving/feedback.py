@@ -8,9 +8,15 @@ from typing import Literal
 from kizu.data import files, image
 from kizu.serving.batcher import Upload
 
-__all__ = ["Label", "collect"]
+__all__ = ["Label", "collect", "count"]
 
 Label = Literal["good", "bad"]
+
+
+def count(folder: Path) -> tuple[int, int]:
+    """How many photographs are marked good, and how many bad."""
+    good, bad = (sum(1 for _ in (folder / label).glob("*")) for label in ("good", "bad"))
+    return good, bad
 
 
 def collect(folder: Path, upload: Upload, label: Label) -> Path:

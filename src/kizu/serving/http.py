@@ -4,7 +4,7 @@ import asyncio
 import hashlib
 import signal
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -18,6 +18,7 @@ from starlette.exceptions import HTTPException
 
 from kizu import __version__
 from kizu.errors import OptionError
+from kizu.serving import connections
 from kizu.serving.feedback import Label
 from kizu.serving.history import Entry, History
 from kizu.serving.limits import MEANINGS, STATUSES, Refusal, RefusalKind, read_uploads
@@ -49,8 +50,8 @@ BODY = {
     },
 }
 # why any route may refuse a request, and a route that reads photographs
-COMMON: tuple[RefusalKind, ...] = ("unauthorized", "forbidden", "busy")
-READING: tuple[RefusalKind, ...] = ("unknown", "slow", "too-large", "unsupported", "unreadable")
+COMMON: tuple[RefusalKind, ...] = ("malformed", "unauthorized", "forbidden", "busy")
+READING: tuple[RefusalKind, ...] = ("unknown", "slow", "too-large", "unsupported", "unreadable", "full")
 
 PhotographName = Annotated[str, Query(max_length=200, description="The photograph's name, if the body is raw bytes.")]
 MAX_ID = 2**53  # the largest whole number that JavaScript knows
@@ -66,8 +67,13 @@ def _refusals(*kinds: RefusalKind) -> dict[int | str, dict[str, Any]]:
     return {status: {"model": Problem, "description": MEANINGS[status]} for status in statuses}
 
 
-def application(service: Service, *, key: str | None = None) -> GuardMiddleware:
-    """The ASGI application: FastAPI behind the guard."""
+def application(
+    service: Service, *, key: str | None = None, hosts: Collection[str] = (), root_path: str = ""
+) -> GuardMiddleware:
+    """The ASGI application: FastAPI behind the guard, which knows the `hosts` that stand for this server.
+
+    Below a `root_path`, as in /inspection, it answers whether or not a proxy takes that away.
+    """
 
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
@@ -85,6 +91,7 @@ def application(service: Service, *, key: str | None = None) -> GuardMiddleware:
         lifespan=life,
         docs_url=None,
         redoc_url=None,
+        servers=[{"url": root_path}] if root_path else None,
         responses=_refusals("invalid"),
         dependencies=[Depends(_refuse_unknown_options)],
     )
@@ -96,7 +103,15 @@ def application(service: Service, *, key: str | None = None) -> GuardMiddleware:
     app.add_exception_handler(HTTPException, _on_http_exception)
     if key is not None:
         _describe_key(app)
-    return GuardMiddleware(app, key=key, limits=service.limits, counters=service.counters)
+    return GuardMiddleware(
+        app,
+        key=key,
+        limits=service.limits,
+        counters=service.counters,
+        budget=service.budget,
+        hosts=hosts,
+        root_path=root_path,
+    )
 
 
 def _verdicts(service: Service) -> APIRouter:
@@ -233,7 +248,7 @@ def _page() -> APIRouter:
     @routes.api_route("/", methods=["GET", "HEAD"])
     @routes.api_route("/page/{name}", methods=["GET", "HEAD"])
     async def page(request: Request, name: str = "index.html") -> Response:
-        if name not in contents:
+        if name not in contents or request.url.path.endswith("/index.html"):
             raise HTTPException(404)
         headers = {"Cache-Control": "no-cache", "ETag": tags[name]}
         if request.headers.get("if-none-match") == tags[name]:
@@ -293,7 +308,16 @@ def listen(host: str, port: int) -> socket.socket:
 
 def run(guarded: GuardMiddleware, service: Service, bound: socket.socket) -> None:
     """Serve until SIGTERM or SIGINT, then answer every request that came in; SIGHUP reloads all models."""
-    config = uvicorn.Config(guarded, log_config=None, access_log=False, server_header=False, lifespan="on")
+    config = uvicorn.Config(
+        guarded,
+        http=connections.protocol(connections.allowed_connections()),
+        ws="none",
+        lifespan="on",
+        backlog=connections.ACCEPTED_AT_ONCE,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+    )
     server = uvicorn.Server(config)
 
     async def serve() -> None:
@@ -312,7 +336,11 @@ def run(guarded: GuardMiddleware, service: Service, bound: socket.socket) -> Non
 
         if hasattr(signal, "SIGHUP"):
             loop.add_signal_handler(signal.SIGHUP, on_hangup)
-        await server.serve(sockets=[bound])
+        watching = loop.create_task(connections.watch_over(server, bound))
+        try:
+            await server.serve(sockets=[bound])
+        finally:
+            watching.cancel()
 
     before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

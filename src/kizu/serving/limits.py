@@ -4,7 +4,8 @@ A refusal has a kind; `STATUSES` gives each kind its HTTP status.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,16 +18,17 @@ from kizu.data import image
 from kizu.errors import BadImage, ImageKind, KizuError
 from kizu.serving.batcher import Upload
 
-__all__ = ["MEANINGS", "STATUSES", "Limits", "Refusal", "RefusalKind", "check", "drain", "read_uploads", "refusal_of"]
+__all__ = ["MEANINGS", "STATUSES", "Budget", "Limits", "Refusal", "RefusalKind"]
+__all__ += ["check", "drain", "read_uploads", "refusal_of"]
 
 FORM = "multipart/form-data"
 BINARY = ("application/octet-stream", "application/x-www-form-urlencoded")  # the latter is what curl says of any bytes
 DRAINED = 4  # times the limit of bytes: so much is read and thrown away, so that a refusal reaches its client
 
-RefusalKind = (
-    ImageKind | Literal["unauthorized", "forbidden", "unknown", "slow", "conflict", "invalid", "busy", "fault", "late"]
-)
+Reason = Literal["malformed", "unauthorized", "forbidden", "unknown", "slow", "conflict", "invalid", "busy"]
+RefusalKind = ImageKind | Reason | Literal["fault", "late", "full"]
 STATUSES: Mapping[RefusalKind, int] = {
+    "malformed": 400,
     "unauthorized": 401,
     "forbidden": 403,
     "unknown": 404,
@@ -39,8 +41,10 @@ STATUSES: Mapping[RefusalKind, int] = {
     "busy": 429,
     "fault": 500,
     "late": 503,
+    "full": 503,
 }
 MEANINGS = {  # as the OpenAPI document gives them
+    400: "a header that cannot be read",
     401: "the API key is missing or wrong",
     403: "the request comes from another site",
     404: "there is none of that name or number",
@@ -50,7 +54,7 @@ MEANINGS = {  # as the OpenAPI document gives them
     415: "not a photograph",
     422: "a damaged photograph, or an option that cannot be",
     429: "too many photographs or requests are waiting",
-    503: "it took too long",
+    503: "it took too long, or photographs and answers take too much memory",
 }
 HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}, 503: {"Retry-After": "1"}}
 
@@ -64,6 +68,28 @@ class Limits:
     seconds: float = 30.0
     images: int = 64
     requests: int = 256  # being read or answered at the same time
+    memory: int = 10**9  # bytes of bodies and maps that are held at the same time
+    map_pixels: int = 16 * 10**6  # of all maps in an answer
+    feedback: int = 10_000  # photographs that people marked, of a model
+
+
+class Budget:
+    """Bytes that requests hold together. A request that alone takes more gets in when there is no other."""
+
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
+        self._held = 0
+
+    @contextmanager
+    def hold(self, size: int) -> Iterator[None]:
+        """Hold so many bytes inside the block. Raises `Refusal` where others hold too many."""
+        if self._held and self._held + size > self._capacity:
+            raise Refusal("full", f"Requests hold {self._held / 1e6:.0f} MB already: come again in a second")
+        self._held += size
+        try:
+            yield
+        finally:
+            self._held -= size
 
 
 class Refusal(KizuError):

@@ -5,12 +5,14 @@ import ipaddress
 import logging
 import time
 import uuid
-from urllib.parse import urlsplit
+from collections.abc import Collection
+from urllib.parse import SplitResult, urlsplit
 
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import RedirectResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from kizu.serving.limits import Limits, Refusal, drain
+from kizu.serving.limits import Budget, Limits, Refusal, drain
 from kizu.serving.observability import Counters, log
 
 __all__ = ["GuardMiddleware"]
@@ -30,17 +32,34 @@ HEADERS = [
 ]
 
 
-class GuardMiddleware:
-    """An ASGI application around another.
+GONE = 499  # what the log says of a client that hung up
 
-    Without a key it answers only to addresses and localhost. It never answers to other sites' pages.
+
+class GuardMiddleware:
+    """An ASGI application around another, below `root_path` or at the root.
+
+    Without a key it answers only to addresses, localhost and the names in `hosts`. It never answers to other sites'
+    pages. The bodies of all requests together are held within `budget`.
     """
 
-    def __init__(self, app: ASGIApp, *, key: str | None, limits: Limits, counters: Counters) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        key: str | None,
+        limits: Limits,
+        counters: Counters,
+        budget: Budget,
+        hosts: Collection[str] = (),
+        root_path: str = "",
+    ) -> None:
         self._app = app
         self._key = key
         self._limits = limits
         self._counters = counters
+        self._budget = budget
+        self._hosts = frozenset(host.lower() for host in hosts)
+        self._root_path = root_path
         self.accepted = 0  # requests since the start
         self.answered = 0
 
@@ -48,6 +67,7 @@ class GuardMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        scope = self._below_root(scope)
         start, name, status = time.perf_counter(), uuid.uuid4().hex[:12], 500
         begun = False
         facts: dict[str, object] = {}  # that the routes add to the line in the log
@@ -63,14 +83,19 @@ class GuardMiddleware:
         self.accepted += 1
         request = Request(scope, receive)
         try:
-            refusal = self._refuse(request)
-            if refusal is None:
+            if scope["path"] == "":
+                await RedirectResponse(f"{self._root_path}/", 308)(scope, receive, answer)
+                return
+            self._check(request)
+            with self._budget.hold(_body_size(request, self._limits)):
                 await self._app(scope, receive, answer)
-            else:
-                await drain(request, self._limits)
-                await refusal.response()(scope, receive, answer)
+        except Refusal as refusal:
+            await drain(request, self._limits)
+            await refusal.response()(scope, receive, answer)
+        except ClientDisconnect:
+            status = GONE
         except Exception:
-            log.exception("fault", extra={"facts": {"id": name, "path": request.url.path}})
+            log.exception("fault", extra={"facts": {"id": name, "path": scope["path"]}})
             if not begun:
                 fault = Refusal("fault", f"Something went wrong; the log says what under {name}")
                 await fault.response()(scope, receive, answer)
@@ -78,28 +103,36 @@ class GuardMiddleware:
             self.answered += 1
             self._record(scope, request, name, status, time.perf_counter() - start, facts)
 
-    def _refuse(self, request: Request) -> Refusal | None:
-        path, host = request.url.path, request.headers.get("host", "")
+    def _below_root(self, scope: Scope) -> Scope:
+        """The request as if the server were at the root, whether or not a proxy has taken the root path away."""
+        path, root = scope["path"], self._root_path
+        if not root or not (path == root or path.startswith(root + "/")):
+            return scope
+        return {**scope, "path": path[len(root) :], "raw_path": scope.get("raw_path", b"")[len(root) :]}
+
+    def _check(self, request: Request) -> None:
+        """Raise `Refusal` where the request is not one that this server answers."""
+        path, host = request.scope["path"], request.headers.get("host", "")
         origin = request.headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != host:
-            return Refusal("forbidden", f"{origin} is another site: its pages may not use this server")
-        if self._key is None and not _is_address(host):
+        if origin is not None and _site(origin, "Origin").netloc != host:
+            raise Refusal("forbidden", f"{origin} is another site: its pages may not use this server")
+        name = _site(f"//{host}", "Host").hostname or ""
+        if self._key is None and name not in self._hosts and not _is_address(name):
             rule = "Without an API key this server answers to its address and localhost"
-            return Refusal("forbidden", f"{rule}, not to {host}")
+            raise Refusal("forbidden", f"{rule}, not to {host}")
         if not (self._key is None or _is_open(path) or hmac.compare_digest(_given_key(request), self._key.encode())):
-            return Refusal("unauthorized", "This needs the API key, as in  Authorization: Bearer KEY")
+            raise Refusal("unauthorized", "This needs the API key, as in  Authorization: Bearer KEY")
         if self.accepted - self.answered > self._limits.requests:
-            return Refusal("busy", f"{self._limits.requests} requests are being answered: come again in a second")
-        return None
+            raise Refusal("busy", f"{self._limits.requests} requests are being answered: come again in a second")
 
     def _record(
         self, scope: Scope, request: Request, name: str, status: int, seconds: float, facts: dict[str, object]
     ) -> None:
-        route = getattr(scope.get("route"), "path", "") or ("/page/" if "page" in request.url.path[:6] else "other")
+        route = getattr(scope.get("route"), "path", "") or ("/page/" if scope["path"].startswith("/page/") else "other")
         self._counters.add("kizu_requests_total", method=_known_method(request.method), path=route, status=str(status))
         self._counters.observe("kizu_request_seconds", seconds, path=route)
         client = request.client.host if request.client else None
-        line = {"id": name, "method": request.method, "path": request.url.path, "status": status}
+        line = {"id": name, "method": request.method, "path": scope["path"], "status": status}
         line |= {"ms": round(1000 * seconds, 2), "client": client, **facts}
         quiet = route in ("/healthz", "/metrics") and status == 200
         log.log(logging.DEBUG if quiet else logging.INFO, "request", extra={"facts": line})
@@ -115,9 +148,23 @@ def _given_key(request: Request) -> bytes:
     return given.strip().encode()
 
 
-def _is_address(host: str) -> bool:
-    """Whether a Host header is an address or localhost: no other site's name can have led here."""
-    name = urlsplit(f"//{host}").hostname or ""
+def _site(text: str, header: str) -> SplitResult:
+    try:
+        return urlsplit(text)
+    except ValueError:
+        raise Refusal("malformed", f"The header {header} cannot be read: {text.removeprefix('//')}") from None
+
+
+def _body_size(request: Request, limits: Limits) -> int:
+    """How many bytes the body will take at most."""
+    if request.method not in ("POST", "PUT", "PATCH"):
+        return 0
+    stated = request.headers.get("content-length", "")
+    return min(int(stated), limits.bytes) if stated.isdecimal() else limits.bytes
+
+
+def _is_address(name: str) -> bool:
+    """Whether the name in a Host header is an address or localhost: no other site's name can have led here."""
     try:
         ipaddress.ip_address(name)
     except ValueError:

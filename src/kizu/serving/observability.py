@@ -48,13 +48,24 @@ class _JsonLines(logging.Formatter):
 
 
 def log_to_stderr(quiet: bool) -> None:
-    """Write a line an event to standard error; with `quiet`, warnings and errors alone."""
+    """Write a line an event to standard error; with `quiet`, warnings and errors alone.
+
+    Warnings of every package, and what ends a thread, become such lines too.
+    """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_JsonLines())
-    for logger in (log, logging.getLogger("uvicorn.error")):
-        logger.handlers = [handler]
-        logger.propagate = False
-        logger.setLevel(logging.WARNING if quiet or logger is not log else logging.INFO)
+    root = logging.getLogger()
+    root.handlers = [handler]
+    root.setLevel(logging.WARNING)
+    log.setLevel(logging.WARNING if quiet else logging.INFO)
+    logging.captureWarnings(True)
+    threading.excepthook = _on_dead_thread
+
+
+def _on_dead_thread(about: threading.ExceptHookArgs) -> None:
+    facts = {"thread": about.thread.name if about.thread else None}
+    error = about.exc_value
+    log.error("a thread ended", exc_info=error if error is not None else True, extra={"facts": facts})
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from kizu.inference.prediction import Evidence, Prediction
 from kizu.serving.batcher import Answer, LoadedModel, Upload
 from kizu.serving.schemas import Map, Model, Pair, Promise, Result
 
-__all__ = ["ResponseOptions", "describe_model", "promise_at", "thumbnail", "to_response"]
+__all__ = ["ResponseOptions", "describe_model", "map_shape", "promise_at", "thumbnail", "to_response"]
 
 VIEW_SIDE = 1600  # pixels, the longer side
 THUMBNAIL_SIDE = 160
@@ -99,11 +99,16 @@ def thumbnail(upload: Upload) -> bytes:
     return image.encode(_shrunk(upload, THUMBNAIL_SIDE), "JPEG", quality=80)
 
 
+def map_shape(photograph: tuple[int, int], longest: int) -> tuple[int, int]:
+    """(height, width) of the map over a photograph of this (height, width); `longest` 0: as the photograph."""
+    height, width = photograph
+    factor = min(1.0, longest / max(height, width)) if longest else 1.0
+    return max(1, round(height * factor)), max(1, round(width * factor))
+
+
 def _map(prediction: Prediction, model: Inspector, format: Literal["png", "npy"], longest: int) -> Map:
     """The map over the whole photograph, its longer side at most so many pixels; 0: as the photograph."""
-    height, width = prediction.shape
-    factor = min(1.0, longest / max(height, width)) if longest else 1.0
-    shape = max(1, round(height * factor)), max(1, round(width * factor))
+    shape = map_shape(prediction.shape, longest)
     values = model.preprocessing.restore(prediction.input_map, shape)
     low = min(model.heat_map_range[0], float(values.min()))
     high = max(model.heat_map_range[1], float(values.max()), low + 1e-9)

@@ -4,22 +4,31 @@ import asyncio
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, TypeVar
 
+from kizu.data import image
 from kizu.errors import BadImage, KizuError
+from kizu.inference.prediction import Prediction
 from kizu.inference.verdict import Verdict
-from kizu.serving.batcher import Answer, Batcher, LoadedModel, QueueFull, Upload
-from kizu.serving.feedback import Label, collect
+from kizu.serving.batcher import Answer, Batcher, LoadedModel, PixelGate, QueueFull, Upload
+from kizu.serving.feedback import Label, collect, count
 from kizu.serving.history import History
 from kizu.serving.hosted_model import HostedModel, read_model
-from kizu.serving.limits import Limits, Refusal, check, refusal_of
+from kizu.serving.limits import Budget, Limits, Refusal, check, refusal_of
 from kizu.serving.observability import Counters, Sample, log
-from kizu.serving.responses import ResponseOptions, thumbnail, to_response
+from kizu.serving.responses import ResponseOptions, map_shape, thumbnail, to_response
 from kizu.serving.schemas import Collected, Predictions, Result
 
 __all__ = ["Service"]
 
+T = TypeVar("T")
+
 FOLLOW_INTERVAL = 1.0  # seconds between looks for replaced folders
+ANSWERING_THREADS = 2  # few: the C library keeps for each what its largest photograph took
+MAP_BYTES = 16  # of memory that a pixel of a map takes while it is encoded
 
 
 class Service:
@@ -32,6 +41,9 @@ class Service:
         self.limits = limits
         self.store = store
         self.counters = Counters()
+        self.budget = Budget(limits.memory)
+        self._gate = PixelGate(limits.pixels)
+        self._threads = ThreadPoolExecutor(ANSWERING_THREADS, "answer")
         self.history = History(store / "verdicts.sqlite", keep) if keep else None
         self.models: dict[str, HostedModel] = {}
         for name, folder in folders.items():
@@ -54,9 +66,23 @@ class Service:
     ) -> Predictions:
         """Verdicts on uploads, in their order.
 
-        Raises `Refusal` where no upload can be judged, where the queue is full, and where it takes too long.
+        Raises `Refusal` where no upload can be judged, where the queue is full, where the answer would be too large,
+        and where it takes too long.
         """
-        problems = await asyncio.to_thread(self._problems, uploads)
+        uploads = [replace(upload, gate=self._gate) for upload in uploads]
+        problems = await self._in_a_thread(self._problems, uploads)
+        pixels = self._map_pixels([u for u, problem in zip(uploads, problems, strict=True) if not problem], options)
+        with self.budget.hold(pixels * MAP_BYTES):
+            return await self._predict(hosted, uploads, problems, options, keep)
+
+    async def _predict(
+        self,
+        hosted: HostedModel,
+        uploads: Sequence[Upload],
+        problems: Sequence[Refusal | None],
+        options: ResponseOptions,
+        keep: bool,
+    ) -> Predictions:
         usable = [upload for upload, problem in zip(uploads, problems, strict=True) if problem is None]
         answers = iter(await self._answers(hosted, usable, options.why) if usable else [])
         loaded = hosted.loaded
@@ -72,7 +98,7 @@ class Service:
             if problem is not None:
                 results.append(Result(image=upload.name, verdict="error", error=str(problem)))
             else:
-                results.append(await asyncio.to_thread(self._finish, hosted, upload, answer, options, keep))
+                results.append(await self._in_a_thread(self._finish, hosted, upload, answer, options, keep))
             self.counters.add("kizu_verdicts_total", model=hosted.name, verdict=results[-1].verdict)
         if problem is not None and all(result.verdict == "error" for result in results):
             raise Refusal(problem.kind, "; ".join(result.error for result in results))
@@ -83,10 +109,11 @@ class Service:
         start = time.perf_counter()
         try:
             loaded = await asyncio.to_thread(hosted.reload)
-        except (KizuError, OSError) as error:
+        except Exception as error:  # whatever a damaged folder makes of the reading
             self.counters.add("kizu_reloads_total", model=hosted.name, outcome="failed")
-            log.error("reload failed", extra={"facts": {"model": hosted.name, "error": str(error)}})
-            raise Refusal("conflict", f"The loaded model stays, because the new one cannot be used: {error}") from None
+            reason = str(error) if isinstance(error, KizuError | OSError) else f"{type(error).__name__}: {error}"
+            log.error("reload failed", extra={"facts": {"model": hosted.name, "error": reason}})
+            raise Refusal("conflict", f"The loaded model stays, because the new one cannot be used: {reason}") from None
         self.counters.add("kizu_reloads_total", model=hosted.name, outcome="done")
         seconds = round(time.perf_counter() - start, 3)
         log.info("reloaded", extra={"facts": {"model": hosted.name, "version": loaded.version, "seconds": seconds}})
@@ -97,17 +124,22 @@ class Service:
         while True:
             await asyncio.sleep(FOLLOW_INTERVAL)
             for hosted in self.models.values():
-                if await asyncio.to_thread(hosted.was_replaced):
-                    try:
+                try:
+                    if await asyncio.to_thread(hosted.was_replaced):
                         await self.reload(hosted)
-                    except Refusal:
-                        hosted.give_up()
+                except Refusal:
+                    hosted.give_up()
+                except Exception:  # it is looked at again in a second
+                    log.exception("following failed", extra={"facts": {"model": hosted.name}})
 
     def collect(self, hosted: HostedModel, uploads: Sequence[Upload], label: Label, number: int | None) -> Collected:
         """Write what a person marked; `number` is the verdict's in the history, if it is kept. Raises `Refusal`."""
         folder = self.store / "feedback" / hosted.name
         for upload in uploads:
             check(upload, self.limits)
+        if sum(count(folder)) + len(uploads) > self.limits.feedback:
+            advice = "take them with kizu update or kizu tune, and empty it"
+            raise Refusal("conflict", f"{folder} holds as many photographs as it may, {self.limits.feedback}: {advice}")
         files = []
         for upload in uploads:
             try:
@@ -117,7 +149,7 @@ class Service:
         if number is not None and self.history is not None:
             self.history.mark(number, label)
         self.counters.add("kizu_feedback_total", model=hosted.name, label=label)
-        good, bad = (sum(1 for _ in (folder / kind).glob("*")) for kind in ("good", "bad"))
+        good, bad = count(folder)
         return Collected(files=files, good=good, bad=bad)
 
     def gauges(self) -> list[Sample]:
@@ -131,8 +163,25 @@ class Service:
     def close(self) -> None:
         for hosted in self.models.values():
             hosted.queue.close()
+        self._threads.shutdown()
         if self.history is not None:
             self.history.close()
+
+    async def _in_a_thread(self, work: Callable[..., T], *arguments: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work, *arguments)
+
+    def _map_pixels(self, uploads: Sequence[Upload], options: ResponseOptions) -> int:
+        """How many pixels the maps in the answer will have. Raises `Refusal` where they are too many."""
+        if options.map == "none":
+            return 0
+        shapes = (map_shape(image.size_of(upload.content), options.map_size) for upload in uploads)
+        pixels = sum(height * width for height, width in shapes)
+        if pixels > self.limits.map_pixels:
+            sizes = (
+                f"{pixels / 1e6:.1f} megapixels together, and at most {self.limits.map_pixels / 1e6:g} fit an answer"
+            )
+            raise Refusal("too-large", f"The maps would have {sizes}: ask for a smaller map_size")
+        return pixels
 
     def _problems(self, uploads: Sequence[Upload]) -> list[Refusal | None]:
         """For each upload, what its header says is wrong with it."""
@@ -160,7 +209,12 @@ class Service:
         self, hosted: HostedModel, upload: Upload, answer: Answer, options: ResponseOptions, keep: bool
     ) -> Result:
         """The result as it is sent; its verdict goes into the history, where there is one."""
-        result = to_response(upload, answer, options)
+        with upload.at_work():
+            outcome = answer.outcome
+            if isinstance(outcome, Prediction):
+                outcome = replace(outcome)  # its map over the photograph goes with this copy, before others have room
+            result = to_response(upload, replace(answer, outcome=outcome), options)
+            del outcome
         if keep and self.history is not None:
             verdict = Verdict(**{name: getattr(result, name) for name in Verdict.model_fields})
             version = answer.loaded.version

@@ -1,9 +1,9 @@
 // The inspection page: photographs in, verdicts to look at, to question and to correct.
 
-import { blob, json, post } from "/page/api.js";
-import { History } from "/page/history.js";
-import { Scale } from "/page/scale.js";
-import { Viewer, bytes, decodeMap, regionsAbove } from "/page/viewer.js";
+import { blob, json, post } from "./api.js";
+import { History } from "./history.js";
+import { Scale } from "./scale.js";
+import { Viewer, bytes, decodeMap, regionsAbove } from "./viewer.js";
 
 const $ = (id) => document.getElementById(id);
 const IMAGE = /\.(png|jpe?g|jpe|jfif|bmp|dib|tiff?|webp|gif|p[pgbn]m|jp2|j2k|avif|tga)$/i;
@@ -27,14 +27,14 @@ const rarely = (p) =>
   p >= 0.5 ? "Most good parts score as high" : `At most 1 good part in ${Math.floor(1 / p + 1e-9).toLocaleString("en-GB")} scores as high`;
 
 async function start() {
-  models = await json("/v1/models");
+  models = await json("v1/models");
   $("model").replaceChildren(...models.map((one) => new Option(one.name)));
   $("model-choice").hidden = models.length < 2;
   $("model-name").textContent = models.length < 2 ? models[0].name : "";
   $("empty-promise").textContent = model().statement;
   if (!("webkitdirectory" in $("folder"))) $("folder-choice").hidden = true;
   if (!navigator.mediaDevices) $("camera").hidden = true;
-  for (const kept of (await json("/v1/verdicts?limit=60")).reverse()) {
+  for (const kept of (await json("v1/verdicts?limit=60")).reverse()) {
     history.add({ id: kept.id, model: kept.model, name: kept.verdict.image, verdict: kept.verdict, feedback: kept.feedback });
   }
 }
@@ -66,10 +66,10 @@ async function judge(files) {
 
 /** Fill an entry with the server's answer. */
 async function look(entry, keep) {
-  const photograph = entry.file ?? (await blob(`/v1/verdicts/${entry.id}/photograph`));
+  const photograph = entry.file ?? (await blob(`v1/verdicts/${entry.id}/photograph`));
   const wishes = new URLSearchParams({ model: entry.model, map: "png", why: true, keep, name: entry.name.slice(-200) });
   if (!(await picture(photograph))) wishes.set("view", true);
-  const answer = await post(`/v1/predict?${wishes}`, photograph);
+  const answer = await post(`v1/predict?${wishes}`, photograph);
   const [result] = answer.results;
   const seen = result.view ? new Blob([bytes(result.view)], { type: "image/jpeg" }) : photograph;
   Object.assign(entry, { photograph, result, seen, verdict: entry.verdict ?? result, id: entry.id ?? result.id });
@@ -121,7 +121,7 @@ async function follow(threshold) {
     `${rarely(result.p_value)}.`;
   $("threshold").setAttribute("aria-valuetext", `${digits(threshold)}: ${stop ? "stop" : "pass"}`);
   promised = moved
-    ? await json(`/v1/models/${encodeURIComponent(about.name)}/promise?threshold=${threshold}`)
+    ? await json(`v1/models/${encodeURIComponent(about.name)}/promise?threshold=${threshold}`)
     : { threshold, statement: about.statement, map_level: about.map_level };
   if (current !== entry || (moved && scale.value !== threshold)) return;
   $("statement").textContent = promised.statement + (moved ? " Moved on this page only: kizu tune sets it in the model." : "");
@@ -202,7 +202,7 @@ async function mark(label) {
   const about = new URLSearchParams({ label, model: entry.model, name: entry.name.slice(-200) });
   if (entry.id) about.set("id", entry.id);
   try {
-    const kept = await post(`/v1/feedback?${about}`, entry.photograph);
+    const kept = await post(`v1/feedback?${about}`, entry.photograph);
     entry.feedback = label;
     history.mark(entry);
     const alarm = label === "good" && $("finding").dataset.verdict === "stop";

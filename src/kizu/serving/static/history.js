@@ -1,6 +1,6 @@
 // What was judged so far, the latest first.
 
-import { blob } from "/page/api.js";
+import { blob } from "./api.js";
 
 const SIDE = 128; // pixels of a thumbnail
 const FRESH = 24; // entries that stay ready to be shown again
@@ -19,7 +19,7 @@ export class History {
     this.strip.closest("section").hidden = false;
     this.strip.prepend(this.row(entry));
     if (entry.file) createImageBitmap(entry.seen).then((seen) => this.picture(entry, seen));
-    else blob(`/v1/verdicts/${entry.id}/thumbnail`).then((small) => this.load(entry, small));
+    else blob(`v1/verdicts/${entry.id}/thumbnail`).then((small) => this.load(entry, small));
     for (const old of this.entries.slice(FRESH)) if (old.id) old.result = null;
     this.count();
   }
