@@ -4,12 +4,14 @@ import io
 import os
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageDraw, ImageFile, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFile, ImageFont, UnidentifiedImageError
 
 from kizu.data import files
 from kizu.errors import BadImage
@@ -42,9 +44,19 @@ _ENDINGS = {"PNG": ".png", "JPEG": ".jpg", "MPO": ".jpg", "BMP": ".bmp", "DIB": 
 _ENDINGS |= {"GIF": ".gif", "PPM": ".ppm", "JPEG2000": ".jp2", "AVIF": ".avif", "TGA": ".tga"}
 MIN_SIDE = 8
 EXIF_ORIENTATION = 0x0112  # 5 to 8: turned by a quarter
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 MAX_PIXELS = 89_478_485  # Pillow's own limit against decompression bombs: about 9,459 × 9,459
 MAPPED_BLOCK = 2**26  # bytes; the C library takes so much from the system each time, and gives it back
 
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")  # remarks on metadata that nobody needs
 warnings.simplefilter("error", Image.DecompressionBombWarning)
 
 
@@ -68,18 +80,13 @@ def read_at_least(source: Source, size: tuple[int, int] | None = None) -> tuple[
     if isinstance(source, np.ndarray):
         rgb = _from_array(source, name)
         return rgb, (rgb.shape[0], rgb.shape[1])
-    with _open(source, name) as image:
-        try:
-            shape = image.height, image.width
-            if image.getexif().get(EXIF_ORIENTATION, 1) >= 5:
-                shape = shape[1], shape[0]
-            if size is not None and isinstance(image, ImageFile.ImageFile):
-                image.draft(None, (max(size), max(size)))  # square: EXIF may yet turn it
-            return np.ascontiguousarray(_to_rgb(image, name)), shape
-        except BadImage:
-            raise
-        except (OSError, SyntaxError, ValueError, MemoryError, EOFError) as error:
-            raise BadImage(name, f"is damaged and cannot be decoded ({error})") from None
+    with _open(source, name) as image, _decoding(name):
+        shape = image.height, image.width
+        if _orientation(image) >= 5:
+            shape = shape[1], shape[0]
+        if size is not None and isinstance(image, ImageFile.ImageFile):
+            image.draft(None, (max(size), max(size)))  # square: EXIF may yet turn it
+        return np.ascontiguousarray(_to_rgb(image, name)), shape
 
 
 def read_mask(source: Source) -> npt.NDArray[np.bool_]:
@@ -228,11 +235,8 @@ def _mask_channels(source: Source) -> npt.NDArray[Any]:
     name = name_of(source)
     if isinstance(source, np.ndarray):
         return source.reshape((*source.shape[:2], -1))
-    with _open(source, name) as image:
-        try:
-            values = np.asarray(image.convert("RGB") if image.mode == "P" else image)
-        except (OSError, SyntaxError, ValueError, EOFError) as error:
-            raise BadImage(name, f"is damaged and cannot be decoded ({error})") from None
+    with _open(source, name) as image, _decoding(name):
+        values = np.asarray(image.convert("RGB") if image.mode == "P" else image)
     if values.ndim == 3 and values.shape[2] in (2, 4):
         values = values[:, :, :-1]
     return values.reshape((*values.shape[:2], -1))
@@ -243,7 +247,8 @@ def _open(source: Source, name: str) -> Image.Image:
         if isinstance(source, Image.Image):
             image: Image.Image = source.copy()
         else:
-            image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)  # type: ignore[arg-type]
+            file: Any = io.BytesIO(source) if isinstance(source, bytes) else source
+            image = Image.open(file, formats=_decoders())
     except FileNotFoundError:
         raise BadImage(name, "does not exist (was it moved or deleted meanwhile?)") from None
     except PermissionError:
@@ -259,11 +264,43 @@ def _open(source: Source, name: str) -> Image.Image:
         if empty:
             raise BadImage(name, "is empty (0 bytes)") from None
         raise BadImage(name, "is not an image, or in a format that is not supported", "unsupported") from None
-    except (OSError, SyntaxError, ValueError) as error:
-        raise BadImage(name, f"cannot be opened ({error})") from None
+    except Exception as error:  # decoders raise whatever the bytes lead them to
+        raise BadImage(name, f"cannot be opened ({_reason(error)})") from None
     if image.width * image.height > MAX_PIXELS:
         raise _too_large(name)
     return image
+
+
+@contextmanager
+def _decoding(name: str) -> Iterator[None]:
+    """Whatever a decoder raises says that the image is damaged."""
+    try:
+        yield
+    except BadImage:
+        raise
+    except Exception as error:
+        raise BadImage(name, f"is damaged and cannot be decoded ({_reason(error)})") from None
+
+
+def _reason(error: Exception) -> str:
+    first = str(error).strip().partition("\n")[0]
+    return first if first and isinstance(error, OSError | ValueError | SyntaxError) else type(error).__name__
+
+
+@cache
+def _decoders() -> tuple[str, ...]:
+    """The formats that are read. Pillow has others, of which some start programs."""
+    Image.init()
+    return tuple(format for format in _ENDINGS if format in Image.OPEN)
+
+
+def _orientation(image: Image.Image) -> int:
+    """How EXIF says that the image is turned, 1 to 8; 1, not at all, where it says nothing that can be understood."""
+    try:
+        value = image.getexif().get(EXIF_ORIENTATION, 1)
+    except Exception:  # of whatever the bytes are
+        return 1
+    return int(value) if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
 def _too_large(name: str) -> BadImage:
@@ -272,7 +309,9 @@ def _too_large(name: str) -> BadImage:
 
 def _to_rgb(image: Image.Image, name: str) -> RGB:
     if isinstance(image, ImageFile.ImageFile):
-        ImageOps.exif_transpose(image, in_place=True)
+        image.load()  # some formats turn the image themselves
+        if (turn := _TURNS.get(_orientation(image))) is not None:
+            image = image.transpose(turn)
     if min(image.size) < MIN_SIDE:
         raise BadImage(name, f"is only {image.width}×{image.height} pixels; at least {MIN_SIDE}×{MIN_SIDE} are needed")
     if image.mode == "F" or image.mode.startswith("I"):

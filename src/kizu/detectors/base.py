@@ -35,7 +35,7 @@ from kizu.inference import model_folder
 from kizu.inference.inspector import BATCH, Inspector
 from kizu.inference.prediction import Photo, name_of, readable
 
-__all__ = ["UNFITTED", "Detector", "gpu_device"]
+__all__ = ["UNFITTED", "Detector", "gpu_device", "refuse_not_finite"]
 
 BATCH_SIZE = {"cpu": 4, "cuda": 32}  # while learning: on a CPU more images are no faster and take more memory
 CALIBRATION_BYTES = 1 << 30  # of photographs kept in memory to set a threshold by
@@ -218,6 +218,7 @@ class Detector(Inspector):
         if folder.exists() and any(folder.iterdir()) and not (folder / "model.json").exists():
             raise ModelError(f"{folder} exists and is not a kizu model: choose another folder")
         state = {key: tensor.contiguous().cpu() for key, tensor in self.graph.state_dict().items()}
+        refuse_not_finite(state, "The model")
         with files.new_folder(folder) as temporary:
             save_file(state, temporary / "model.safetensors")
             text = json.dumps(self.describe(), indent=1, ensure_ascii=False)
@@ -369,3 +370,12 @@ def _items(good: str | os.PathLike[str] | Iterable[Any]) -> list[Readable]:
 def _is_file(item: Readable) -> bool:
     """Whether an image can be read again without being kept in memory."""
     return isinstance(item, dataset.Sample) or (isinstance(item, Photo) and isinstance(item.source, str | os.PathLike))
+
+
+def refuse_not_finite(tensors: Mapping[str, Tensor], name: str) -> None:
+    """Raise `ModelError` where a tensor holds a value that is no finite number; a single value may be infinite."""
+    for key, tensor in tensors.items():
+        if tensor.is_floating_point() and not (
+            tensor.isfinite().all() if tensor.numel() > 1 else ~tensor.isnan().any()
+        ):
+            raise ModelError(f"{name}: the model is damaged ({key} holds values that are no finite numbers)")

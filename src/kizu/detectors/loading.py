@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from kizu.config import build
 from kizu.detectors import detector_class
-from kizu.detectors.base import Detector
+from kizu.detectors.base import Detector, refuse_not_finite
 from kizu.errors import ModelError
 from kizu.inference import model_folder
 
@@ -29,6 +29,7 @@ def load(folder: str | os.PathLike[str]) -> Detector:
         raise ModelError(f"{folder} is not a kizu model: model.safetensors is missing") from None
     except (OSError, ValueError, SafetensorError) as error:
         raise ModelError(f"{folder}: the model is damaged ({error})") from None
+    refuse_not_finite(packed, str(folder))
     tensors = {key: tensor.clone() for key, tensor in packed.items()}  # aligned: the last bit depends on it
     try:
         method = detector_class(about["method"])

@@ -165,6 +165,10 @@ def digest(path: Path) -> str:
 
 def _tables(folder: Path) -> Arrays:
     try:
-        return load_file(folder / TABLES) if (folder / TABLES).exists() else {}
+        tables: Arrays = load_file(folder / TABLES) if (folder / TABLES).exists() else {}
     except (OSError, ValueError, SafetensorError) as error:
         raise ModelError(f"{folder}: the model is damaged ({error})") from None
+    for name, table in tables.items():
+        if table.dtype.kind == "f" and table.size > 1 and not np.isfinite(table).all():
+            raise ModelError(f"{folder}: the model is damaged ({name} holds values that are no finite numbers)")
+    return tables

@@ -1,5 +1,6 @@
 """The base of every model, freshly trained, loaded or exported: photographs in, predictions out."""
 
+import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
@@ -13,13 +14,14 @@ from kizu.calibration.threshold import Threshold, from_finite
 from kizu.data.image import Float, Source, read, resize
 from kizu.data.preprocessing import Preprocessing, Readable, batches, digests
 from kizu.data.sample import Sample
-from kizu.errors import BadImage
+from kizu.errors import BadImage, ModelError
 from kizu.inference.evidence import MAX_REGIONS, crop, places
-from kizu.inference.prediction import Evidence, NearestPatch, Photo, Prediction, readable
+from kizu.inference.prediction import Evidence, NearestPatch, Photo, Prediction, name_of, readable
 
 __all__ = ["BATCH", "Inspector"]
 
 BATCH = 8
+NO_SCORE = "got a score or a map with values that are no finite numbers: the model cannot judge it"
 Item = TypeVar("Item", bound=Readable)
 
 
@@ -70,9 +72,40 @@ class Inspector(ABC):
             yield from batch.failures
             if not batch.items:
                 continue
-            rows = zip(batch.items, batch.shapes, *self.score_in_parts(batch.pixels), strict=True)
-            for item, shape, score, anomaly_map, parts in rows:
-                yield item, Prediction(float(score), self.threshold.value, anomaly_map[0], shape, item, self, parts)
+            for item, shape, outcome in zip(batch.items, batch.shapes, self._scored(batch.pixels), strict=True):
+                if isinstance(outcome, str):
+                    yield item, BadImage(name_of(item), outcome)
+                    continue
+                score, anomaly_map, parts = outcome
+                yield item, Prediction(score, self.threshold.value, anomaly_map, shape, item, self, parts)
+
+    def _scored(self, pixels: npt.NDArray[np.uint8]) -> list[tuple[float, Float, dict[str, Any]] | str]:
+        """For each image its score, map and parts, or why it has none.
+
+        A batch that fails is scored again image by image, so that none takes others with it; if all fail, the model
+        does, and the error is raised.
+        """
+        try:
+            scores, maps, parts = self.score_in_parts(pixels)
+        except Exception:
+            if len(pixels) == 1:
+                raise
+            return self._scored_one_by_one(pixels)
+        rows = zip(scores.tolist(), maps[:, 0], parts, strict=True)
+        return [row if math.isfinite(row[0]) and np.isfinite(row[1]).all() else NO_SCORE for row in rows]
+
+    def _scored_one_by_one(self, pixels: npt.NDArray[np.uint8]) -> list[tuple[float, Float, dict[str, Any]] | str]:
+        outcomes: list[tuple[float, Float, dict[str, Any]] | str] = []
+        errors: list[Exception] = []
+        for number in range(len(pixels)):
+            try:
+                outcomes += self._scored(pixels[number : number + 1])
+            except Exception as error:
+                errors.append(error)
+                outcomes.append(f"could not be judged ({type(error).__name__}: {error})")
+        if len(errors) == len(pixels):
+            raise errors[0]
+        return outcomes
 
     def score_in_parts(self, pixels: npt.NDArray[np.uint8]) -> tuple[Float, Float, list[dict[str, Any]]]:
         """Scores and maps as of a call, and what each score is made of: an empty dict, unless a method says more."""
@@ -123,8 +156,21 @@ class Inspector(ABC):
 
     def restore_thresholds(self, about: dict[str, Any]) -> None:
         """Take thresholds, facts and training from a model.json."""
+        _refuse_not_a_number(about)
         saved = about["threshold"]
         self.threshold = Threshold(from_finite(saved["value"]), saved["rate"], saved["count"], saved["tuned"])
         self.calibration_scores, self.map_peaks = about["calibration_scores"], about["map"]["peaks"]
         self.pixel_threshold, self.heat_map_range = from_finite(about["map"]["level"]), tuple(about["map"]["scale"])
         self.facts, self.training = about["facts"], about["training"]
+
+
+def _refuse_not_a_number(value: Any, where: str = "model.json") -> None:
+    """Raise `ModelError` where a NaN stands anywhere in a description."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            _refuse_not_a_number(inner, f"{where}: {key}")
+    elif isinstance(value, list):
+        for inner in value:
+            _refuse_not_a_number(inner, where)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ModelError(f"The model is damaged ({where} is {value})")

@@ -13,6 +13,7 @@ from kizu.features.matmul import is_traced
 __all__ = ["Bank", "Neighbours"]
 
 MIN_ENTRIES_FOR_CELLS = 1000  # smaller banks are not sorted into cells
+MIN_SCALE = 1e-3  # of the entries' length: images that are all alike say nothing of how good parts differ
 PRIOR = 5  # patches: how firmly an entry's scale holds to that of all entries
 
 
@@ -164,5 +165,9 @@ class Bank(nn.Module):
             distances, entries = exclude.distances[known, 0], exclude.entries[known, 0]
             sums = sums.index_add(0, entries, -distances)
             counts = counts.index_add(0, entries, -torch.ones_like(distances))
-        overall = (sums.sum() / counts.sum().clamp(min=1)).clamp(min=1e-6)
+        size = (2 * self.half_norms.mean()).sqrt()  # of an entry: the scale where no other image gives one
+        known_any = self.counts.sum() > 0
+        unknown = torch.where(known_any, self.sums.sum() / self.counts.sum().clamp(min=1), size)
+        overall = torch.where(counts.sum() > 0, sums.sum() / counts.sum().clamp(min=1), unknown)
+        overall = overall.clamp(min=MIN_SCALE * size)
         return (sums + PRIOR * overall) / (counts + PRIOR) if per_entry else overall.expand_as(sums)

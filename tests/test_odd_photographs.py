@@ -1,0 +1,195 @@
+"""Photographs as cameras, editors and broken disks leave them: each is judged or refused, and spoils no other."""
+
+import io
+import os
+import struct
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import kizu
+from kizu.data import image
+from kizu.errors import BadImage
+from kizu.inference.prediction import Photo, Prediction
+from processes import kizu as command
+from services import small_model
+from test_detectors import part
+from test_serve import RAW, client
+
+FORMATS = ["PNG", "JPEG", "BMP", "TIFF", "WEBP", "GIF", "PPM", "JPEG2000", "AVIF", "TGA"]
+TYPES = {"byte": 1, "text": 2, "short": 3, "long": 4, "rational": 5, "bytes": 7, "signed rational": 10, "double": 12}
+
+
+def encoded(format, **options):
+    buffer = io.BytesIO()
+    Image.fromarray(part(3)).save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def exif(tag, kind, count, raw):
+    """An EXIF block of one entry, whatever its type says of it."""
+    value = raw if len(raw) <= 4 else struct.pack("<L", 26)
+    entry = struct.pack("<HHL", tag, TYPES[kind], count) + value.ljust(4, b"\0")
+    return b"Exif\0\0II*\0" + struct.pack("<LH", 8, 1) + entry + struct.pack("<L", 0) + (raw if len(raw) > 4 else b"")
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_mutated_photograph_is_an_image_or_a_bad_one(format):
+    """Bytes changed, cut out, doubled and put elsewhere, most of them in the header."""
+    rng = np.random.default_rng(FORMATS.index(format))
+    seed = encoded(format)
+    for _ in range(150):
+        content = bytearray(seed)
+        for _ in range(rng.integers(1, 6)):
+            place = int(rng.integers(0, min(len(content), 200) if rng.random() < 0.7 else len(content)))
+            what = rng.integers(0, 4)
+            if what == 0:
+                content[place] = rng.integers(0, 256)
+            elif what == 1:
+                del content[place : place + int(rng.integers(1, 20))]
+            elif what == 2:
+                content[place:place] = content[place : place + 8]
+            else:
+                content[place : place + 4] = rng.bytes(4)
+            if not content:
+                break
+        try:
+            rgb = image.read(bytes(content))
+        except BadImage as error:
+            assert "\n" not in error.reason
+        else:
+            assert rgb.dtype == np.uint8 and rgb.ndim == 3
+
+
+@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("tag", [0x0112, 0x011A, 0x8769, 0x8825, 0x010F, 0x9C9C, 0xA005, 0x014A])
+def test_odd_exif_does_not_keep_a_photograph_from_being_judged(tag, kind):
+    for raw, count in ((b"\6\0\0\0", 1), (b"\6\0\6\0", 2), (b"\xff" * 8, 1), (b"", 0), (b"6\0", 2), (b"\0" * 8, 1)):
+        rgb = image.read(encoded("JPEG", exif=exif(tag, kind, count, raw)))
+        assert sorted(rgb.shape) == [3, 96, 96]
+
+
+def test_what_pillow_could_start_a_program_for_is_no_photograph(tmp_path):
+    path = tmp_path / "part.png"
+    path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 40 40\n%%EndComments\nshowpage\n")
+    with pytest.raises(BadImage, match="format that is not supported"):
+        image.read(path)
+
+
+@pytest.mark.parametrize("error", [TypeError("a"), struct.error("b"), RuntimeError("c"), RecursionError(), KeyError(1)])
+def test_whatever_a_decoder_raises_is_a_bad_image(error, monkeypatch):
+    def fail(*_):
+        raise error
+
+    for place in ("load", "getexif", "draft"):
+        with monkeypatch.context() as patch:
+            patch.setattr("PIL.PngImagePlugin.PngImageFile." + place, fail)
+            if place == "getexif":
+                assert image.read(encoded("PNG")).shape == (96, 96, 3)
+                continue
+            with pytest.raises(BadImage, match="damaged"):
+                image.read_at_least(encoded("PNG"), (64, 64))
+    monkeypatch.setattr(Image, "open", fail)
+    with pytest.raises(BadImage, match="cannot be opened"):
+        image.read(encoded("PNG"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return small_model(tmp_path_factory.mktemp("odd") / "disc")
+
+
+class OddModel:
+    """Fails, or says what is no number, where a photograph's first pixel is 13."""
+
+    def __init__(self, model, answer):
+        self.model, self.answer = model, answer
+
+    def __call__(self, pixels):
+        odd = pixels[:, 0, 0, 0] == 13
+        if odd.any() and isinstance(self.answer, Exception):
+            raise self.answer
+        scores, maps, parts = self.model(pixels)
+        if odd.any():
+            (scores if self.answer == "score" else maps)[odd] = np.nan
+        return scores, maps, parts
+
+
+@pytest.mark.parametrize("answer", [RuntimeError("odd"), MemoryError(), "score", "map"])
+def test_one_odd_photograph_takes_no_others_with_it(answer, folder, tmp_path, monkeypatch):
+    detector = kizu.load(folder)
+    odd = part(5)
+    odd[:4, :4] = 13
+    photographs = [Photo(part(0)), Photo(odd), Photo(part(1))]
+    expected = [outcome.score for _, outcome in detector.judge([photographs[0], photographs[2]])]
+    monkeypatch.setattr(detector, "score_in_parts", OddModel(detector.score_in_parts, answer))
+    outcomes = [outcome for _, outcome in detector.judge(photographs)]
+    assert [type(outcome) for outcome in outcomes] == [Prediction, BadImage, Prediction]
+    assert [outcomes[0].score, outcomes[2].score] == pytest.approx(expected, rel=1e-5)
+    with client(tmp_path, models={"disc": folder}) as web:
+        hosted = web.service.models["disc"].loaded.model
+        monkeypatch.setattr(hosted, "score_in_parts", OddModel(hosted.score_in_parts, answer))
+        buffers = [io.BytesIO() for _ in photographs]
+        for buffer, photograph in zip(buffers, (part(0), odd, part(1)), strict=True):
+            Image.fromarray(photograph).save(buffer, "PNG")
+        answers = web.post("/v1/predict", files=[("image", buffer.getvalue()) for buffer in buffers]).json()["results"]
+        assert [row["verdict"] for row in answers] == ["pass", "error", "pass"]
+        alone = web.post("/v1/predict", content=buffers[1].getvalue(), headers=RAW)
+        assert alone.status_code in (422, 500) and "verdict" not in alone.text
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("exported", [False, True])
+def test_a_model_with_values_that_are_no_numbers_is_refused(value, exported, folder, tmp_path):
+    from safetensors.numpy import load_file, save_file
+
+    source = folder
+    if exported:
+        from kizu.export import export
+
+        source = export(kizu.load(folder), tmp_path / "source").folder
+    for name in ("model.safetensors", "keepsakes.safetensors"):
+        if not (source / name).exists():
+            continue
+        tensors = load_file(source / name)
+        for key, tensor in tensors.items():
+            if tensor.dtype.kind != "f" or tensor.size < 2:
+                continue
+            spoilt = tensor.copy()
+            spoilt.flat[spoilt.size // 2] = value
+            target = tmp_path / "spoilt"
+            target.mkdir(exist_ok=True)
+            for file in source.iterdir():
+                if file.is_file():
+                    (target / file.name).write_bytes(file.read_bytes())
+            save_file(tensors | {key: spoilt}, target / name)
+            with pytest.raises(kizu.ModelError):
+                kizu.load(target)
+            if key.endswith("entries"):
+                assert "Traceback" not in command("predict", target, os.devnull, code=2).stderr
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
+def test_a_description_with_what_is_no_number_is_refused(number, folder, tmp_path):
+    text = (folder / "model.json").read_text()
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    for key in ("value", "level"):
+        start = text.index(f'"{key}": ') + len(key) + 4
+        (tmp_path / "model.json").write_text(text[:start] + number + text[text.index(",", start) :])
+        with pytest.raises(kizu.ModelError, match="damaged"):
+            kizu.load(tmp_path)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("alike", [False, True])
+@pytest.mark.parametrize("local_scale", [False, True])
+def test_a_few_or_equal_photographs_give_sane_scores(count, alike, local_scale):
+    good = [part(0 if alike else seed) for seed in range(count)]
+    detector = kizu.PatchCore(size=64, coreset=0.2, local_scale=local_scale).fit(good)
+    scores = [detector.predict(part(50, spot=spot)).score for spot in (False, True)]
+    assert all(0 <= score < 1e4 for score in scores) and max(map(abs, detector.heat_map_range)) < 1e4
+    with pytest.raises(kizu.ModelError, match="no finite numbers"):
+        detector.graph.banks[0].entries = detector.graph.banks[0].entries * float("nan")
+        detector.save("nowhere")
