@@ -26,7 +26,7 @@ test-oldest: RESOLUTION := lowest-direct
 test-oldest: WARNINGS := --override-ini filterwarnings=default
 test-newest: RESOLUTION := highest
 test-oldest test-newest: test-%: $(READY)
-	$(BIN)/uv venv --quiet --allow-existing --python $(BIN)/python .venv-$*
+	$(BIN)/uv venv --quiet --seed --allow-existing --python $(BIN)/python .venv-$*
 	$(BIN)/uv pip install --quiet --python .venv-$*/bin/python --upgrade --resolution $(RESOLUTION) --editable '.[train,dev]'
 	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest --numprocesses $(or $(WORKERS),2) --dist loadfile $(WARNINGS) $(TESTS)
 

@@ -1,8 +1,10 @@
 """Photographs as cameras, editors and broken disks leave them: each is judged or refused, and spoils no other."""
 
 import io
+import json
 import os
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -193,3 +195,65 @@ def test_a_few_or_equal_photographs_give_sane_scores(count, alike, local_scale):
     with pytest.raises(kizu.ModelError, match="no finite numbers"):
         detector.graph.banks[0].entries = detector.graph.banks[0].entries * float("nan")
         detector.save("nowhere")
+
+
+@pytest.fixture
+def odd_folder(tmp_path):
+    """Two photographs, a pipe, a link to an endless device, a file of holes, and folders that contain themselves."""
+    folder = tmp_path / "new"
+    (folder / "inner").mkdir(parents=True)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for number, path in enumerate((folder / "0.png", folder / "inner" / "1.png", elsewhere / "2.png")):
+        image.write(path, part(number))
+    os.mkfifo(folder / "pipe.png")
+    (folder / "endless.png").symlink_to("/dev/zero")
+    with (folder / "holes.png").open("wb") as file:
+        file.truncate(20 * 10**9)
+    (folder / "loop").symlink_to(".")
+    (folder / "inner" / "loop").symlink_to("..")
+    (folder / "linked").symlink_to(elsewhere)
+    return folder
+
+
+ODD = {"pipe.png": "not a file", "endless.png": "not a file", "holes.png": "more than 2000 MB"}
+
+
+def test_predict_judges_each_photograph_once_and_hangs_on_nothing(folder, odd_folder, tmp_path):
+    done = command("predict", folder, odd_folder, "--csv", tmp_path / "rows.csv", code=1)
+    rows = [line.split(",") for line in (tmp_path / "rows.csv").read_text().splitlines()[1:]]
+    assert sorted(Path(row[0]).name for row in rows if row[3] != "error") == ["0.png", "1.png", "2.png"]
+    assert {Path(row[0]).name for row in rows if row[3] == "error"} == set(ODD)
+    for name, sentence in ODD.items():
+        assert any(name in line and sentence in line for line in done.stdout.splitlines()), done.stdout
+
+
+def test_watch_judges_each_photograph_once_and_hangs_on_nothing(folder, odd_folder, tmp_path):
+    out = tmp_path / "verdicts.jsonl"
+    arguments = ("watch", odd_folder, "--model", folder, "--output", out, "--settle", 0.05, "--patience", 0.2, "--once")
+    for judged in (6, 6):
+        command(*arguments)
+        rows = [json.loads(line) for line in out.read_text().splitlines()]
+        assert len(rows) == judged
+    assert {row["image"] for row in rows if row["verdict"] == "error"} == set(ODD)
+    assert sorted(Path(row["image"]).name for row in rows if row["verdict"] != "error") == [
+        *("0.png", "1.png", "2.png")
+    ]
+
+
+@pytest.mark.parametrize("name", ["model.json", "model.safetensors", "thumbnails.safetensors"])
+def test_a_pipe_in_a_model_is_refused_at_once(name, folder, tmp_path):
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / name).unlink()
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(kizu.ModelError, match="not a file"):
+        kizu.load(tmp_path)
+
+
+def test_a_description_nested_too_deep_is_refused(folder, tmp_path):
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "model.json").write_text("[" * 100_000)
+    with pytest.raises(kizu.ModelError, match="damaged"):
+        kizu.load(tmp_path)

@@ -1,15 +1,28 @@
 """Files and folders that appear whole or not at all."""
 
 import csv
+import errno
 import io
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["csv_text", "new_file", "new_folder", "write_csv", "write_text"]
+__all__ = ["check_regular", "csv_text", "new_file", "new_folder", "write_csv", "write_text"]
+
+
+def check_regular(path: str | os.PathLike[str], max_bytes: int) -> None:
+    """Raise `OSError` where a file is none that can be read to its end: a pipe, a device, or more than `max_bytes`."""
+    status = os.stat(path)  # noqa: PTH116
+    if stat.S_ISDIR(status.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "it is a pipe, a socket or a device, not a file")
+    if status.st_size > max_bytes:
+        raise OSError(errno.EFBIG, f"it has more than {max_bytes / 1e6:.0f} MB")
 
 
 @contextmanager

@@ -54,6 +54,7 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 MAX_PIXELS = 89_478_485  # Pillow's own limit against decompression bombs: about 9,459 × 9,459
+MAX_FILE_BYTES = 2 * 10**9  # more than the largest image takes that is not compressed
 MAPPED_BLOCK = 2**26  # bytes; the C library takes so much from the system each time, and gives it back
 
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")  # remarks on metadata that nobody needs
@@ -150,11 +151,26 @@ def resize_map(values: Float, size: tuple[int, int]) -> Float:
 
 
 def scan(folder: Path) -> Iterator[Path]:
-    """Image files below a folder, sorted, hidden ones left out."""
-    for path in sorted(folder.rglob("*")):
-        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if not hidden and is_image_name(path) and path.is_file():
-            yield path
+    """Whatever is named like an image below a folder, sorted, but hidden ones; links to folders are followed once."""
+    yield from sorted(_scan(folder, set()))
+
+
+def _scan(folder: Path, seen: set[tuple[int, int]]) -> Iterator[Path]:
+    try:
+        status = folder.stat()
+        entries = list(folder.iterdir())
+    except OSError:
+        return
+    if (place := (status.st_dev, status.st_ino)) in seen:
+        return
+    seen.add(place)
+    for entry in sorted(entries, key=Path.is_symlink):  # the folder itself before a link to it
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir():
+            yield from _scan(entry, seen)
+        elif is_image_name(entry):
+            yield entry
 
 
 def is_image_name(path: str | os.PathLike[str]) -> bool:
@@ -247,6 +263,8 @@ def _open(source: Source, name: str) -> Image.Image:
         if isinstance(source, Image.Image):
             image: Image.Image = source.copy()
         else:
+            if not isinstance(source, bytes):
+                files.check_regular(source, MAX_FILE_BYTES)  # type: ignore[arg-type]
             file: Any = io.BytesIO(source) if isinstance(source, bytes) else source
             image = Image.open(file, formats=_decoders())
     except FileNotFoundError:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kizu.data import files
 from kizu.errors import ModelError, OptionError, require
 
 if TYPE_CHECKING:
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
 __all__ = ["FORMAT", "THUMBNAILS", "description", "load", "model_folder", "thumbnails", "write_thumbnails"]
 
 FORMAT = 2
+MAX_DESCRIPTION_BYTES = 10**9
+MAX_MODEL_BYTES = 10**12
 THUMBNAILS = "thumbnails.safetensors"
 
 
@@ -31,11 +34,15 @@ def load(folder: str | os.PathLike[str]) -> "Inspector":
 def description(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """What model.json says. Raises `ModelError` where it is missing, damaged or of another version of kizu."""
     try:
+        files.check_regular(Path(folder) / "model.json", MAX_DESCRIPTION_BYTES)
+        for path in Path(folder).glob("*.*"):
+            if not path.is_dir():
+                files.check_regular(path, MAX_MODEL_BYTES)
         about = json.loads((Path(folder) / "model.json").read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise ModelError(f"{folder} is not a kizu model: model.json is missing") from None
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{folder}: the model is damaged ({error})") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{folder}: the model is damaged ({str(error) or type(error).__name__})") from None
     if not isinstance(about, dict):
         raise ModelError(f"{folder}: the model is damaged (model.json holds no object)")
     if about.get("format") != FORMAT:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kizu.data import image
+from kizu.data import files, image
 from kizu.inference.prediction import Photo
 from kizu.serving.watch.ledger import Identity
 
@@ -73,7 +73,8 @@ class Arrivals:
 
     def _look(self) -> list[Path]:
         """Files that have settled, in the order in which they were written."""
-        states = {path: (state.st_size, state.st_mtime_ns) for path, state in _files(self._folder, self._leave_out)}
+        found = _files(self._folder, self._leave_out, set())
+        states = {path: (state.st_size, state.st_mtime_ns) for path, state in found}
         now = time.monotonic()
         for path in self._waiting.keys() - states.keys():
             del self._waiting[path]
@@ -99,6 +100,10 @@ class Arrivals:
         wait.due = now + max(self._settle, PAUSE)
         identity = self._name(path), *wait.state
         try:
+            files.check_regular(path, image.MAX_FILE_BYTES)
+        except OSError:  # which its row says
+            return Arrival(identity, Photo(path), path, final=True) if path.exists() else None
+        try:
             content = path.read_bytes()
             state = path.stat()
         except OSError:
@@ -111,19 +116,26 @@ class Arrivals:
         return path.relative_to(self._folder).as_posix()
 
 
-def _files(folder: Path, leave_out: set[Path]) -> Iterator[tuple[Path, os.stat_result]]:
-    """Image files below a folder; hidden ones, unfinished downloads and what goes away meanwhile are left out."""
+def _files(folder: Path, leave_out: set[Path], seen: set[tuple[int, int]]) -> Iterator[tuple[Path, os.stat_result]]:
+    """Image files below a folder; hidden ones, unfinished downloads and what goes away meanwhile are left out.
+
+    Links to folders are followed, each folder once: `seen` are those that were.
+    """
     try:
+        status = folder.stat()
         entries = list(os.scandir(folder))
     except OSError:
         return
-    for entry in entries:
+    if (place := (status.st_dev, status.st_ino)) in seen:
+        return
+    seen.add(place)
+    for entry in sorted(entries, key=os.DirEntry.is_symlink):  # the folder itself before a link to it
         if entry.name.startswith(".") or entry.name.lower().endswith(UNFINISHED):
             continue
         try:
             if entry.is_dir():
                 if Path(entry.path).resolve() not in leave_out:
-                    yield from _files(Path(entry.path), leave_out)
+                    yield from _files(Path(entry.path), leave_out, seen)
             elif image.is_image_name(entry.name):
                 yield Path(entry.path), entry.stat()
         except OSError:
