@@ -121,15 +121,16 @@ def test_training_that_was_killed_goes_on_to_the_same_model(ending, tmp_path):
         stderr=subprocess.PIPE,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    while not (run / "unfinished" / "disc.checkpoint").exists():
+    checkpoint, log = run / "unfinished" / "disc.checkpoint", run / "log.txt"
+    while not (checkpoint.exists() and "round 1:" in log.read_text()):
         assert process.poll() is None
         time.sleep(0.002)
     process.send_signal(ending)
     _, errors = process.communicate(timeout=60)
     assert b"Traceback" not in errors and not (run / "models").exists()
     kizu(*command, "--name", "killed", "--resume")
-    log = (run / "log.txt").read_text()
-    assert log.count("round 1:") == log.count("round 60:") == 1 and not (run / "unfinished").exists()
+    told = log.read_text()
+    assert told.count("round 1:") == told.count("round 60:") == 1 and not (run / "unfinished").exists()
     config = SimpleNetConfig(size=64, sampled=1, gan_epochs=1, batch_size=2, dsc_hidden=64, dsc_lr=2e-3, meta_epochs=60)
     whole, _ = train("simplenet", config, find(data), tmp_path / "whole")
     one, two = (folder / "models" / "disc" / "model.safetensors" for folder in (run, whole.folder))
