@@ -167,11 +167,12 @@ async def _read_form(request: Request, limits: Limits) -> list[Upload]:
     )
     try:
         form = await parser.parse()
-    except MultiPartException as error:
+    except (MultiPartException, ValueError) as error:
         await drain(request, limits)
-        if "Too many" in error.message:  # the parser has one class for everything
+        message = error.message if isinstance(error, MultiPartException) else str(error)
+        if "Too many" in message:  # the parser has one class for everything
             raise Refusal("too-large", f"At most {limits.images} photographs may come in a request") from None
-        raise Refusal("invalid", f"The {FORM} body cannot be read: {error.message}") from None
+        raise Refusal("invalid", f"The {FORM} body cannot be read: {message}") from None
     uploads = []
     try:
         for field, part in form.multi_items():

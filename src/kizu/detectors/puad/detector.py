@@ -214,12 +214,12 @@ class PUAD(Detector):
         count, dimension = good.shape
         if head.is_flat:
             self.remarks.append(
-                "Nothing differs between the good images' features as wholes: the distance of the whole image says "
+                "Nothing differs between the good images' global features: the distance of the whole image says "
                 "nothing. Give more good images."
             )
         elif count <= dimension:
             self.remarks.append(
-                f"{count} good images have {dimension} features as wholes: their covariance is half guessed "
+                f"{count} good images have {dimension} global features: their covariance is half guessed "
                 f"(shrinkage {head.shrinkage:.2f}); more than {dimension} images settle it."
             )
 
