@@ -155,9 +155,9 @@ def test_a_model_with_values_that_are_no_numbers_is_refused(value, exported, fol
         if not (source / name).exists():
             continue
         tensors = load_file(source / name)
-        for key, tensor in tensors.items():
-            if tensor.dtype.kind != "f" or tensor.size < 2:
-                continue
+        numbers = [key for key, tensor in tensors.items() if tensor.dtype.kind == "f" and tensor.size > 1]
+        for key in {*numbers[::10], *(key for key in numbers if "bank" in key)}:
+            tensor = tensors[key]
             spoilt = tensor.copy()
             spoilt.flat[spoilt.size // 2] = value
             target = tmp_path / "spoilt"

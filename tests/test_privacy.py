@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -21,21 +22,25 @@ COMMANDS = {
     "trained": ["predict", "trained", "new"],
     "export": ["export", "trained", "--to", "openvino", "--output", "again"],
 }
-SLOW = {"trained", "export"}
+SLOW = {"openvino", "trained", "export"}
 NAMES = [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in COMMANDS]
 
 
-@pytest.fixture(scope="module")
-def workplace(tmp_path_factory):
-    """A trained model, its exports and photographs."""
-    folder = tmp_path_factory.mktemp("workplace")
-    (folder / "new").mkdir()
+EXPORTED = Path(__file__).with_name("models_of_0_1") / "patchcore-exported"
+
+
+@pytest.fixture
+def workplace(tmp_path, request):
+    """An exported model and photographs; for slow tests, a trained one and its export to OpenVINO too."""
+    folder = tmp_path / "workplace"
+    (folder / "new").mkdir(parents=True)
     for seed in range(3):
         Image.fromarray(part(seed)).save(folder / "new" / f"{seed}.png")
-    detector = kizu.PatchCore(size=64, coreset=0.2).fit(GOOD)
-    detector.save(folder / "trained")
-    for engine in ("onnx", "openvino"):
-        export(detector, folder / engine, engine)
+    shutil.copytree(EXPORTED, folder / "onnx")
+    if request.node.get_closest_marker("slow"):
+        detector = kizu.PatchCore(size=64, coreset=0.2).fit(GOOD)
+        detector.save(folder / "trained")
+        export(detector, folder / "openvino", "openvino")
     return folder
 
 
@@ -52,20 +57,21 @@ def run(name, workplace, home, *tracer):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_command_leaves_nothing_in_the_users_folders(name, workplace, tmp_path):
-    (tmp_path / "tmp").mkdir()
-    run(name, workplace, tmp_path)
-    assert [path for path in tmp_path.rglob("*") if path.name != "tmp"] == []
+    home = tmp_path / "home"
+    (home / "tmp").mkdir(parents=True)
+    run(name, workplace, home)
+    assert [path for path in home.rglob("*") if path.name != "tmp"] == []
 
 
 @pytest.mark.skipif(STRACE is None, reason="strace is not on PATH")
 @pytest.mark.parametrize("name", NAMES)
 def test_a_command_opens_no_socket_and_writes_only_what_it_is_asked_for(name, workplace, tmp_path):
-    (tmp_path / "tmp").mkdir()
-    trace = tmp_path / "trace"
-    run(name, workplace, tmp_path, STRACE, "-f", "-qq", "-y", "-e", "trace=network,openat,open,creat", "-o", trace)
+    home, trace = tmp_path / "home", tmp_path / "trace"
+    (home / "tmp").mkdir(parents=True)
+    run(name, workplace, home, STRACE, "-f", "-qq", "-y", "-e", "trace=network,openat,open,creat", "-o", trace)
     lines = trace.read_text(errors="replace").splitlines()
     assert len(lines) > 100
     assert [line for line in lines if "AF_INET" in line] == []
     written = {match[1] for line in lines if (match := re.search(r'"([^"]*)", O_(?:WRONLY|RDWR)[^)]*\) = \d', line))}
-    allowed = ("/dev/", "/proc/self/", str(workplace), str(tmp_path / "tmp"))
+    allowed = ("/dev/", "/proc/self/", str(workplace), str(home / "tmp"))
     assert {path for path in written if path.startswith("/") and not path.startswith(allowed)} == set()

@@ -22,7 +22,7 @@ from kizu.serving.batcher import PixelGate
 from kizu.serving.connections import Connection
 from kizu.serving.limits import Budget, Refusal
 from processes import kizu
-from services import encoded, serving, small_model
+from services import encoded, serving
 from test_detectors import part
 from test_serve import RAW, client
 
@@ -30,9 +30,12 @@ GOOD = encoded(part(98))
 NGINX = shutil.which("nginx")
 
 
+EXPORTED = Path(__file__).with_name("models_of_0_1") / "patchcore-exported"  # quick to load: torch is not imported
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return small_model(tmp_path_factory.mktemp("served") / "disc")
+    return shutil.copytree(EXPORTED, tmp_path_factory.mktemp("served") / "disc")
 
 
 @pytest.fixture
