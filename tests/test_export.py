@@ -1,6 +1,5 @@
 """What holds for every exported model: the same verdicts without torch, and refusal of whatever says anything else."""
 
-import hashlib
 import json
 import shutil
 import subprocess
@@ -17,6 +16,7 @@ from kizu.detectors.patchcore import nearest as neighbours
 from kizu.export import onnx as exporting
 from kizu.export.onnx import export
 from kizu.inference import exported as runtime
+from kizu.inference import model_json
 from kizu.inference.parity import Cases, Tolerance
 from processes import kizu as command
 from processes import python
@@ -150,12 +150,12 @@ def test_whatever_was_changed_is_refused_with_a_sentence(pair, tmp_path, fault):
 def test_a_graph_that_does_not_reproduce_the_model_is_refused(plain, other, tmp_path):
     graph = (other / "model.onnx").read_bytes()
 
-    def sealed_again(about):
-        about["export"]["files"]["model.onnx"] = hashlib.blake2b(graph, digest_size=16).hexdigest()
-        about["export"]["seal"] = runtime.seal(about)
-
-    model = altered(plain, tmp_path / "model", sealed_again)
+    model = tmp_path / "model"
+    shutil.copytree(plain, model)
+    about = json.loads((model / "model.json").read_text())
+    (model / "model.json").unlink()
     (model / "model.onnx").write_bytes(graph)
+    model_json.write(model, about)
     with pytest.raises(kizu.ModelError, match="does not reproduce itself"):
         kizu.load(model)
 
@@ -296,4 +296,8 @@ def test_the_command_line_treats_both_kinds_alike(patchcore, plain, tmp_path):
     at = start + next(entry["data_offsets"][0] for name, entry in header.items() if name.endswith("conv_stem.weight"))
     tensors.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
     assert place < start
+    assert "model.safetensors is damaged" in command("verify", "trained", cwd=tmp_path, code=2).stderr
+    about = json.loads((trained / "model.json").read_text())
+    (trained / "model.json").unlink()
+    model_json.write(trained, about)
     assert "backbone's weights" in command("verify", "trained", cwd=tmp_path, code=2).stderr

@@ -34,7 +34,7 @@ _HOMES = {
     "kizu.detectors.patchcore.detector": ("PatchCore",),
     "kizu.detectors.puad.detector": ("PUAD",),
     "kizu.detectors.simplenet.detector": ("SimpleNet",),
-    "kizu.errors": ("BadImage", "DataError", "KizuError", "MissingExtra", "ModelError", "OptionError"),
+    "kizu.errors": ("BadImage", "DataError", "KizuError", "MissingExtra", "ModelError", "OptionError", "OutputError"),
     "kizu.inference.inspector": ("Inspector",),
     "kizu.inference.model_folder": ("load",),
     "kizu.inference.prediction": ("Photo", "Prediction"),

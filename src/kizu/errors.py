@@ -9,6 +9,7 @@ KizuError
 ├── DataError      a folder of images is not what it should be
 │   └── BadImage   one image cannot be used
 ├── ModelError     a saved model or a weights file cannot be used
+├── OutputError    something cannot be written
 └── MissingExtra   a part of kizu that is not installed
 """
 
@@ -20,7 +21,7 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Literal
 
-__all__ = ["BadImage", "DataError", "KizuError", "MissingExtra", "ModelError", "OptionError"]
+__all__ = ["BadImage", "DataError", "KizuError", "MissingExtra", "ModelError", "OptionError", "OutputError"]
 __all__ += ["EXTRAS", "ImageKind", "missing_extra", "require", "worded"]
 
 
@@ -71,6 +72,12 @@ class ModelError(KizuError):
     """A saved model or a weights file cannot be used."""
 
     kind = "model"
+
+
+class OutputError(KizuError):
+    """Something cannot be written: a disk is full, may not be written to, or is gone."""
+
+    kind = "output"
 
 
 class MissingExtra(KizuError):

@@ -9,6 +9,7 @@ little of its stake at every part (Herbster and Warmuth, 1998) reacts also after
 
 import bisect
 import csv
+import io
 import math
 import os
 from collections.abc import Sequence
@@ -111,9 +112,13 @@ def read_history(path: str | os.PathLike[str]) -> list[Step]:
     if not path.exists():
         return []
     try:
-        rows = csv.DictReader(path.read_text(encoding="utf-8").splitlines())
+        text = path.read_text(encoding="utf-8", errors="surrogateescape")
+        rows = csv.DictReader(io.StringIO(text, newline=""))
         return [
-            Step(row["image"], float(row["score"]), float(row["p_value"]), float(row["evidence_log10"])) for row in rows
+            Step(
+                files.from_cell(row["image"]), float(row["score"]), float(row["p_value"]), float(row["evidence_log10"])
+            )
+            for row in rows
         ]
     except (KeyError, ValueError, TypeError, OSError):
         raise DataError(f"{path} is no history of kizu drift: name another file with `history`") from None

@@ -1,6 +1,5 @@
 """Commands that bring a model to the line: export, verify."""
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -95,8 +94,8 @@ def _as_published(folder: Path, target: Path, images: str | None, options: dict[
 def verify(model: str, quiet: bool, as_json: bool) -> None:
     """Say whether a model is whole, and says on this machine what it said when it was made.
 
-    An exported model judges all photographs that lie inside again. Of a trained one, every tensor is read, and the
-    backbone's weights are compared with their hash.
+    Every file is compared with its hash. An exported model judges all photographs that lie inside again; of a trained
+    one, the backbone's weights are compared with those that it learned with.
 
     \b
     Example:  kizu verify results/project/group/run
@@ -114,13 +113,18 @@ def verify(model: str, quiet: bool, as_json: bool) -> None:
         facts = {"model": str(folder), **difference.to_json(), "tolerance": asdict(exported.tolerance)}
     else:
         from kizu.detectors.loading import load
+        from kizu.inference import model_json
 
         if load(folder).pretrained() != about["backbone"]:
             raise ModelError(f"{folder}: the backbone's weights are not those that the model learned with")
-        sentence = f"{folder} is whole, and its backbone is the one that it learned with."
-        facts = {"model": str(folder), "backbone": about["backbone"]}
+        if (folder / "previous").exists():
+            model_json.check(folder / "previous")
+        sealed = model_json.check(folder)
+        found = "is whole" if sealed else "can be read, and was saved before models had hashes"
+        sentence = f"{folder} {found}; its backbone is the one that it learned with."
+        facts = {"model": str(folder), "backbone": about["backbone"], "hashes": sealed}
     if as_json:
-        click.echo(json.dumps(facts, indent=1, ensure_ascii=False))
+        terminal.print_json(facts)
     elif not quiet:
         click.echo(sentence)
 

@@ -1,18 +1,18 @@
 """The command line's entry: groups, exit codes, errors as sentences. Nothing heavy is imported before it is needed.
 
-Exit codes: 0 done; 1 done, but some images could not be judged; 2 not done, a sentence says why; 130 interrupted.
+Exit codes: 0 done; 1 done, but some images could not be judged; 2 not done, a sentence says why; 70 something that
+nobody foresaw, a report is written; 130 interrupted.
 """
 
-import sys
+import logging
 
 import click
 
 from kizu import __version__
 from kizu.cli import deploy, doctor, export, models, predict, quality, train
+from kizu.cli.faults import exit_with
 from kizu.cli.reference.commands import import_models, reference
-from kizu.cli.wording import flagged
 from kizu.detectors.ram import allow_tuning
-from kizu.errors import KizuError, missing_extra
 
 __all__ = ["cli", "main"]
 
@@ -47,33 +47,15 @@ def cli() -> None:
     kizu train patchcore photos/good         learn what good parts look like
     kizu predict results/…/models/good new/  judge new photographs
 
-    Exit codes: 0 done; 1 done, but some images could not be judged; 2 not done; 130 interrupted.
+    Exit codes: 0 done; 1 done, but some images could not be judged; 2 not done; 70 a fault of kizu; 130 interrupted.
     """
 
 
 def main() -> None:
     """Run a command; errors are one sentence, Ctrl-C is quiet."""
+    logging.raiseExceptions = False  # a log that cannot be written stops nothing
     allow_tuning()
-    try:
-        code = cli(standalone_mode=False)
-    except click.ClickException as error:
-        error.show()
-        code = 2
-    except KizuError as error:
-        click.echo(f"kizu: {flagged(str(error))}", err=True)
-        code = 2
-    except ModuleNotFoundError as error:
-        if isinstance(missing := missing_extra(error), ModuleNotFoundError):
-            raise
-        click.echo(f"kizu: {missing}", err=True)
-        code = 2
-    except (KeyboardInterrupt, click.Abort):
-        click.echo("kizu: interrupted", err=True)
-        code = 130
-    except BrokenPipeError:
-        sys.stderr.close()
-        code = 0
-    sys.exit(code if isinstance(code, int) else 0)
+    exit_with(lambda: cli(standalone_mode=False))
 
 
 for commands in GROUPS.values():

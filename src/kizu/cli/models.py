@@ -1,13 +1,22 @@
 """Commands about a model's folder: update, merge, info."""
 
+from contextlib import AbstractContextManager
+from pathlib import Path
+
 import click
 
 from kizu.cli import terminal
 from kizu.cli.options import json_option, quiet_option
+from kizu.data import files
 from kizu.errors import OptionError
 from kizu.inference.model_folder import model_folder
 
-__all__ = ["info", "merge", "update"]
+__all__ = ["held", "info", "merge", "update"]
+
+
+def held(folder: Path) -> AbstractContextManager[None]:
+    """A model that no other command changes meanwhile; one that is at it is waited for."""
+    return files.locked(folder, lambda: click.echo(f"{folder}: waiting for another command to change it", err=True))
 
 
 @click.command()
@@ -29,15 +38,16 @@ def update(model: str, images: str | None, rollback: bool, skip_bad: bool, quiet
         raise OptionError("kizu update takes either a folder of good images or --rollback")
     from kizu.detectors.loading import load
 
-    if rollback:
-        if not (folder / "previous" / "model.json").exists():
-            raise OptionError(f"{folder} holds no previous model: it was not updated, or was rolled back already")
-        detector = load(folder / "previous")
-    else:
-        detector = load(folder)
-        with terminal.progress(quiet) as progress:
-            detector.update(images, skip_bad=skip_bad, progress=progress("Updating"))
-    detector.save(folder, keep_previous=not rollback)
+    with held(folder):
+        if rollback:
+            if not (folder / "previous" / "model.json").exists():
+                raise OptionError(f"{folder} holds no previous model: it was not updated, or was rolled back already")
+            detector = load(folder / "previous")
+        else:
+            detector = load(folder)
+            with terminal.progress(quiet) as progress:
+                detector.update(images, skip_bad=skip_bad, progress=progress("Updating"))
+        detector.save(folder, keep_previous=not rollback)
     if not quiet:
         click.echo(f"{folder}: {detector.training['images']} good images. {detector.threshold.statement}")
 

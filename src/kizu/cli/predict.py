@@ -1,6 +1,5 @@
 """Commands that judge photographs and measure how well: predict, evaluate, data."""
 
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -46,7 +45,7 @@ def predict(model: str, images: tuple[str, ...], csv_file: str | None, overlays:
     if csv_file:
         write_csv(Path(csv_file), rows)
     if options["as_json"]:
-        click.echo(json.dumps([row.to_json() for row in rows], indent=1, ensure_ascii=False))
+        terminal.print_json([row.to_json() for row in rows])
     else:
         terminal.print_verdicts(rows, options)
     if options["profile"]:
@@ -126,7 +125,7 @@ def data(path: str, **options: Any) -> None:
     dataset = find_data(path, options)
     inspection = inspect(dataset)
     if options["as_json"]:
-        click.echo(json.dumps(inspection.to_json(), indent=1, ensure_ascii=False))
+        terminal.print_json(inspection.to_json())
         return
     click.echo(
         f"{dataset.root}: {dataset.layout}, {terminal.count(len(dataset.categories), 'category', 'categories')}\n"

@@ -1,7 +1,7 @@
 """Commands about a verdict that is to hold: check, drift, tune."""
 
-import json
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +9,7 @@ import click
 
 from kizu.calibration.threshold import calibrate, percent
 from kizu.cli import terminal
+from kizu.cli.models import held
 from kizu.cli.options import json_option, quiet_option
 from kizu.data import files
 from kizu.errors import DataError, OptionError
@@ -61,7 +62,7 @@ def check(model: str, images: tuple[str, ...], most: int, output: str | None, **
         files.write_csv(Path(output) / "check.csv", rows[0], [row.values() for row in rows])
         _check_page(Path(output) / "check.html", detector, outcomes, caveats)
     if options["as_json"]:
-        click.echo(json.dumps({"finding": _check_finding(outcomes), "caveats": caveats, "steps": rows}, indent=1))
+        terminal.print_json({"finding": _check_finding(outcomes), "caveats": caveats, "steps": rows})
         return
     if not options["quiet"]:
         terminal.print_table(rows)
@@ -116,7 +117,7 @@ def drift(
         at = None if test.alarm_at is None else test.steps[test.alarm_at].image
         outcome = {"finding": test.sentence(), "alarm": at is not None, "alarm_at": at, "since": since}
         steps = [{"image": s.image, "score": s.score, "p_value": s.p_value, "evidence": s.evidence} for s in test.steps]
-        click.echo(json.dumps({**outcome, "steps": steps[before:]}, indent=1))
+        terminal.print_json({**outcome, "steps": steps[before:]})
     else:
         click.echo(test.sentence())
     if any(row.error for row in rows):
@@ -143,21 +144,34 @@ def tune(model: str, good: str | None, bad: str | None, output: str | None, **op
     \b
     Example:  kizu tune results/project/group/run checked/good checked/bad --miss-cost 50 --set
     """
+    folder = model_folder(model)
+    changes = options["write"] or options["reset"]
+    with held(folder) if changes else nullcontext():
+        if options["reset"]:
+            _reset(folder)
+        else:
+            _tune(folder, good, bad, output, options)
+
+
+def _reset(folder: Path) -> None:
+    from kizu import load
+
+    detector = load(folder)
+    detector.threshold = calibrate(detector.calibration_scores, detector.threshold.rate)
+    detector.save(folder)
+    click.echo(f"{folder}: {detector.threshold.statement}")
+
+
+def _tune(folder: Path, good: str | None, bad: str | None, output: str | None, options: dict[str, Any]) -> None:
     from kizu import load
     from kizu.evaluation.operating_point import Costs, cheapest_point, operating_points, point_at, set_operating_point
     from kizu.inference.batch import image_paths, predict_files
 
-    folder = model_folder(model)
-    detector = load(folder)
-    if options["reset"]:
-        detector.threshold = calibrate(detector.calibration_scores, detector.threshold.rate)
-        detector.save(folder)
-        click.echo(f"{folder}: {detector.threshold.statement}")
-        return
     if good is None or bad is None:
         raise OptionError("kizu tune takes a folder of good and one of defective photographs, or --reset")
     if options["miss_cost"] < 0 or not 0 <= options["defective"] <= 1:
         raise OptionError("--miss-cost must not be negative, and --defective is a share between 0 and 1")
+    detector = load(folder)
     costs = Costs(options["miss_cost"], options["defective"])
     scores: list[list[float]] = []
     failed = False
@@ -351,7 +365,7 @@ def _show_trade(
         _tune_page(Path(output) / "tune.html", drawn, chosen, now, rows, sentences)
     if options["as_json"]:
         values = {"pg2": pg2, "pb2": pb2, "chosen": vars(chosen), "in_use": vars(now), "set": options["write"]}
-        click.echo(json.dumps({**values, "statement": detector.threshold.statement}, indent=1, ensure_ascii=False))
+        terminal.print_json({**values, "statement": detector.threshold.statement})
         return
     terminal.print_table(rows)
     click.echo("\n" + "\n".join(sentences))

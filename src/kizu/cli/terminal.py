@@ -1,6 +1,5 @@
 """What a person sees in a terminal: progress, tables, sentences."""
 
-import json
 import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kizu.cli.wording import flagged
+from kizu.data import files
 from kizu.data.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from kizu.evaluation.evaluate import CategoryResult
     from kizu.inference.batch import FileVerdict
 
-__all__ = ["count", "messages", "print_facts", "print_results", "print_table", "print_verdicts", "progress", "summary"]
+__all__ = ["count", "messages", "print_facts", "print_json", "print_results", "print_table", "print_verdicts"]
+__all__ += ["progress", "summary"]
 
 COLUMNS = {"image_auroc": "image AUROC", "pixel_auroc": "pixel AUROC", "au_pro": "AU-PRO"}
 MAX_LISTED = 8  # training images for a second look
@@ -105,7 +106,7 @@ def print_results(results: "Sequence[CategoryResult]", folder: Path | None, opti
             }
             for result in results
         ]
-        click.echo(json.dumps({"folder": folder and str(folder), "categories": rows}, indent=1))
+        print_json({"folder": folder and str(folder), "categories": rows})
         return
     loco = any(LOCO_COLUMNS.keys() <= result.metrics.keys() for result in results)
     print_table([_result_row(result, COLUMNS | LOCO_COLUMNS if loco else COLUMNS) for result in results])
@@ -179,10 +180,16 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
         click.echo("  ".join(padded).rstrip())
 
 
+def print_json(value: Any) -> None:
+    """JSON for programs, whatever the terminal can show."""
+    encoding = (getattr(sys.stdout, "encoding", None) or "ascii").lower()
+    click.echo(files.json_text(value, ascii_only="utf" not in encoding))
+
+
 def print_description(facts: dict[str, Any], as_json: bool) -> None:
     """What `info` and `doctor` found out, as JSON or line by line."""
     if as_json:
-        click.echo(json.dumps(facts, indent=1, ensure_ascii=False))
+        print_json(facts)
     else:
         print_facts(facts)
 

@@ -75,7 +75,10 @@ def _train_command(method: str) -> click.Command:
     @json_option
     def command(data: str, **options: Any) -> None:
         from kizu.evaluation import experiment
+        from kizu.evaluation.run_folder import check_name
 
+        for place in ("project", "group"):
+            check_name(options[place], place)
         settings = {key: options[key] for key in kind.model_fields if options[key] is not None}
         config = build(kind, settings)
         dataset = find_data(data, options)

@@ -29,7 +29,8 @@ def render(
     `train` and `good` count good images, `each` those of every defect; all are `size` × `size` pixels.
     `progress` is called with the number of images done and their total.
 
-    Raises `DataError` when <root>/flange exists or cannot be written, `OptionError` for senseless numbers.
+    Raises `DataError` when <root>/flange exists, `OutputError` when it cannot be written, `OptionError` for senseless
+    numbers.
     """
     if seed < 0 or train < 1 or min(good, each) < 0 or size < 96:
         raise OptionError(
@@ -41,11 +42,8 @@ def render(
     target = Path(root) / "flange"
     if target.exists():
         raise DataError(f"{target} exists already: delete it or choose another folder.")
-    try:
-        with files.new_folder(target) as unfinished:
-            _write_all(unfinished, new_studio(seed, size), jobs, progress)
-    except OSError as error:
-        raise DataError(f"{target} cannot be written ({error.strerror}): choose another folder.") from None
+    with files.new_folder(target) as unfinished:
+        _write_all(unfinished, new_studio(seed, size), jobs, progress)
     return target
 
 

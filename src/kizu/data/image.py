@@ -231,18 +231,21 @@ def encode(rgb: npt.NDArray[np.uint8] | npt.NDArray[np.uint16], format: str = "P
     return buffer.getvalue()
 
 
-def write(path: str | os.PathLike[str], rgb: npt.NDArray[np.uint8]) -> None:
-    """Write an image in the format that its name says; an interrupted write leaves no file."""
+def write(path: str | os.PathLike[str], rgb: npt.NDArray[np.uint8], *, durable: bool = False) -> None:
+    """Write an image in the format that its name says; an interrupted write leaves no file.
+
+    One that cannot be made again is written so that it is `durable`.
+    """
     path = Path(path)
     format = Image.registered_extensions().get(path.suffix.lower(), "PNG")
     options = {"quality": 92} if format in ("JPEG", "WEBP") else {}
-    with files.new_file(path) as temporary:
+    with files.new_file(path, durable=durable) as temporary:
         temporary.write_bytes(encode(rgb, format, **options))
 
 
 def write_map(path: str | os.PathLike[str], values: Float) -> None:
     """Write a map (H, W) as a TIFF of 32-bit floats, not compressed; an interrupted write leaves no file."""
-    with files.new_file(path) as temporary:
+    with files.new_file(path, durable=False) as temporary:
         Image.fromarray(np.ascontiguousarray(values, dtype=np.float32)).save(temporary, format="TIFF")
 
 

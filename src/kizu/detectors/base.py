@@ -1,6 +1,5 @@
 """What every detector is: an inspector that learns from good images, as one graph; saved as a folder."""
 
-import json
 import math
 import os
 import shutil
@@ -31,7 +30,7 @@ from kizu.detectors.fitting import AfterRound, FitContext, FitResult, ignore_rou
 from kizu.detectors.ram import budget
 from kizu.errors import BadImage, DataError, ModelError, OptionError
 from kizu.features.backbone import weights_hash
-from kizu.inference import model_folder
+from kizu.inference import model_folder, model_json
 from kizu.inference.inspector import BATCH, Inspector
 from kizu.inference.prediction import Photo, name_of, readable
 
@@ -221,10 +220,9 @@ class Detector(Inspector):
         refuse_not_finite(state, "The model")
         with files.new_folder(folder) as temporary:
             save_file(state, temporary / "model.safetensors")
-            text = json.dumps(self.describe(), indent=1, ensure_ascii=False)
-            (temporary / "model.json").write_text(text + "\n", encoding="utf-8")
             if self.thumbnails:
                 model_folder.write_thumbnails(temporary, self.thumbnails)
+            model_json.write(temporary, self.describe())
             if keep_previous and (folder / "model.json").exists():
                 (temporary / "previous").mkdir()
                 for name in ("model.safetensors", "model.json", model_folder.THUMBNAILS):
@@ -236,7 +234,7 @@ class Detector(Inspector):
         """Everything about the model but its tensors, as plain values: what model.json holds."""
         assert self.graph is not None
         return {
-            "format": model_folder.FORMAT,
+            "format": model_json.FORMAT,
             "method": self.method,
             "config": self.config.model_dump(mode="json"),
             "backbone": self.pretrained(),

@@ -2,7 +2,9 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -10,7 +12,7 @@ from kizu.config import build
 from kizu.detectors import detector_class
 from kizu.detectors.base import Detector, refuse_not_finite
 from kizu.errors import ModelError
-from kizu.inference import model_folder
+from kizu.inference import model_folder, model_json
 
 __all__ = ["load"]
 
@@ -23,6 +25,13 @@ def load(folder: str | os.PathLike[str]) -> Detector:
         raise ModelError(
             f"{folder} is an exported model, which cannot be changed: use the one that it was exported from"
         )
+    with model_json.checking(folder, about):
+        detector = _restored(folder, about)
+    detector.thumbnails = model_folder.thumbnails(folder)
+    return detector
+
+
+def _restored(folder: Path, about: dict[str, Any]) -> Detector:
     try:
         packed = load_file(folder / "model.safetensors")
     except FileNotFoundError:
@@ -31,14 +40,15 @@ def load(folder: str | os.PathLike[str]) -> Detector:
         raise ModelError(f"{folder}: the model is damaged ({error})") from None
     refuse_not_finite(packed, str(folder))
     tensors = {key: tensor.clone() for key, tensor in packed.items()}  # aligned: the last bit depends on it
+    method = detector_class(about["method"])
     try:
-        method = detector_class(about["method"])
         detector = method(build(method.config_class, about["config"]))
         graph = method.restore_graph(detector.config, tensors)
         graph.load_state_dict(tensors, assign=True)
         detector.graph = graph.eval().requires_grad_(False).to(detector.device)
         detector.restore_thresholds(about)
-    except (KeyError, TypeError, RuntimeError) as error:
-        raise ModelError(f"{folder}: the model is damaged ({error})") from None
-    detector.thumbnails = model_folder.thumbnails(folder)
+        if "files" not in about:  # saved before models had hashes: whether all fits together is tried out
+            detector(np.zeros((1, 3, *detector.preprocessing.size), np.uint8))
+    except Exception as error:  # of whatever settings and tensors that do not fit lead to
+        raise ModelError(f"{folder}: the model is damaged ({type(error).__name__}: {error})") from None
     return detector

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from kizu.data import image
+from kizu.data import files, image
 from kizu.data.dataset import Sample
 from kizu.data.loco_masks import Region, Saturations, read_regions
 from kizu.data.progress import Progress, silent
@@ -153,7 +153,7 @@ def evaluate(
             if maps:
                 image.write_map(targets[sample], _restored(outcome))
             if overlays is not None:
-                image.write(overlays / (name.replace("/", "_") + ".png"), outcome.overlay())
+                image.write(overlays / files.short_name(name.replace("/", "_"), ".png"), outcome.overlay())
         progress("Evaluating", len(scores), len(samples))
     elapsed = time.perf_counter() - start
     order = {sample.name(root): index for index, sample in enumerate(samples)}
@@ -267,7 +267,9 @@ def _map_names(samples: Sequence[Sample], folder: Path, root: Path) -> dict[Samp
         return "_".join([*path.parts[-depth:-1], name if depth < MAX_DEPTH else path.name]).replace("/", "_")
 
     for depth in range(1, MAX_DEPTH + 1):
-        targets = {sample: folder / sample.defect / f"{stem(sample, depth)}.tiff" for sample in samples}
+        targets = {
+            sample: folder / sample.defect / files.short_name(stem(sample, depth), ".tiff") for sample in samples
+        }
         if len(set(targets.values())) == len(targets):
             break
     return targets

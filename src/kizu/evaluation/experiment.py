@@ -26,7 +26,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
-from itertools import count, islice, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +37,7 @@ from kizu.data.progress import Progress, silent
 from kizu.errors import DataError, KizuError, OptionError
 from kizu.evaluation import tracking
 from kizu.evaluation.evaluate import CategoryResult, evaluate
+from kizu.evaluation.run_folder import Run, open_run
 from kizu.evaluation.tables import predictions_csv, results_csv
 
 if TYPE_CHECKING:
@@ -49,7 +49,6 @@ __all__ = [
     "command_line",
     "fingerprint",
     "machine",
-    "open_run",
     "train",
     "versions",
     "write_tables",
@@ -75,72 +74,6 @@ class RunOptions:
     track: Sequence[tracking.Service] = ()  # services that log the finished run too
 
 
-@dataclass(frozen=True)
-class Run:
-    """Where a run writes to."""
-
-    folder: Path
-
-    @property
-    def unfinished(self) -> Path:
-        return self.folder / "unfinished"
-
-    def model(self, category: str) -> Path:
-        return self.folder / "models" / category
-
-    def checkpoint(self, category: str) -> Path:
-        """Where training is, for methods that learn in rounds."""
-        return self.unfinished / f"{category}.checkpoint"
-
-    def finished(self, category: str) -> CategoryResult | None:
-        """The result of a category that is done already."""
-        path = self.unfinished / f"{category}.json"
-        if not path.exists() or not (self.model(category) / "model.json").exists():
-            return None
-        return CategoryResult.from_json(json.loads(path.read_text(encoding="utf-8")))
-
-
-def open_run(parent: Path, name: str | None, about: dict[str, Any], *, resume: bool, overwrite: bool) -> Run:
-    """A new run folder, or an unfinished one to go on with.
-
-    Without a name the first free one of run, run-2, … is taken, or with `resume` the last of them. Raises `OptionError`
-    rather than mix two runs or overwrite the wrong one.
-    """
-    if name is None:
-        taken = list(takewhile(lambda candidate: (parent / candidate).exists(), _names()))
-        name = taken[-1] if resume and taken else next(islice(_names(), len(taken), None))
-    run = Run(parent / name)
-    if run.folder.exists() and resume:
-        if not run.unfinished.exists():
-            raise OptionError(
-                f"{run.folder} is finished: there is nothing to resume (a new run needs no `resume=True`)"
-            )
-        before = json.loads((run.unfinished / "run.json").read_text(encoding="utf-8"))
-        changed = [key for key in about if before.get(key) != about[key]]
-        if changed:
-            raise OptionError(
-                f"{run.folder} was started with another {', '.join(changed)}: `resume=True` needs the same"
-            )
-        return run
-    if run.folder.exists():
-        if not overwrite:
-            raise OptionError(
-                f"{run.folder} exists: choose another `name`, or replace it with `overwrite=True`, or go on with "
-                "`resume=True`"
-            )
-        if any(run.folder.iterdir()) and not (run.unfinished.exists() or (run.folder / "run.json").exists()):
-            raise OptionError(f"{run.folder} exists and is no run of kizu: choose another `name`")
-        shutil.rmtree(run.folder)
-    run.unfinished.mkdir(parents=True)
-    files.write_text(run.unfinished / "run.json", json.dumps(about, indent=1))
-    return run
-
-
-def _names() -> Iterator[str]:
-    yield "run"
-    yield from (f"run-{number}" for number in count(2))
-
-
 def train(
     method: str,
     config: Config,
@@ -161,27 +94,27 @@ def train(
     start = time.time()
     categories = _learnable(kind, config, data, options.oracle)
     about = _about(method, config, data, categories, options.oracle)
-    run = open_run(parent, options.name, about, resume=options.resume, overwrite=options.overwrite)
     results: list[CategoryResult] = []
-    try:
-        with _logging_to(run.folder / "log.txt"):
-            log.info("%s", command_line())
-            for category in categories:
-                result = run.finished(category)
-                if result is None:
-                    detector = kind(config)
-                    detector.workers = options.num_workers
-                    detector.device = device or detector.device
-                    result = _fit_and_evaluate(detector, data, category, run, options, progress(category))
-                results.append(result)
-                log.info("%s: %s", category, _one_line(result))
-            _finish(run, about, results, time.time() - start)
-            tracking.log_run(options.track, _record(run.folder, about, results))
-            log.info("finished: %s", run.folder)
-    except KizuError:
-        if not results and not any(run.unfinished.glob("*.checkpoint")):  # nothing to resume: the name is free again
-            shutil.rmtree(run.folder)
-        raise
+    with open_run(parent, options.name, about, resume=options.resume, overwrite=options.overwrite) as run:
+        try:
+            with _logging_to(run.folder / "log.txt"):
+                log.info("%s", command_line())
+                for category in categories:
+                    result = run.finished(category)
+                    if result is None:
+                        detector = kind(config)
+                        detector.workers = options.num_workers
+                        detector.device = device or detector.device
+                        result = _fit_and_evaluate(detector, data, category, run, options, progress(category))
+                    results.append(result)
+                    log.info("%s: %s", category, _one_line(result))
+                _finish(run, about, results, time.time() - start)
+                tracking.log_run(options.track, _record(run.folder, about, results))
+                log.info("finished: %s", run.folder)
+        except KizuError:
+            if not results and not any(run.unfinished.glob("*.checkpoint")):  # nothing to resume: the name is free
+                shutil.rmtree(run.folder)
+            raise
     return run, results
 
 
@@ -255,8 +188,8 @@ def _finish(run: Run, about: dict[str, Any], results: Sequence[CategoryResult], 
     }
     write_tables(run.folder, about, results)
     _tensorboard(run.folder / "tensorboard", results)
-    files.write_text(run.folder / "run.json", json.dumps(about, indent=1, ensure_ascii=False) + "\n")
-    shutil.rmtree(run.unfinished)
+    files.write_text(run.folder / "run.json", files.json_text(about) + "\n")
+    run.finish()
 
 
 def write_tables(folder: Path, about: dict[str, Any], results: Sequence[CategoryResult]) -> None:
@@ -365,7 +298,7 @@ def _tensorboard(folder: Path, results: Sequence[CategoryResult]) -> None:
 
 @contextmanager
 def _logging_to(path: Path) -> Iterator[None]:
-    handler = logging.FileHandler(path, encoding="utf-8")
+    handler = logging.FileHandler(path, encoding="utf-8", errors="surrogateescape")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     log.addHandler(handler)
     log.setLevel(logging.INFO)

@@ -1,10 +1,8 @@
 """A trained model as one graph for onnxruntime or OpenVINO: written only where it says what torch says."""
 
-import json
 import os
 import shutil
 import statistics
-import tempfile
 import time
 import warnings
 from collections.abc import Iterable, Sequence
@@ -28,9 +26,9 @@ from kizu.detectors.loading import load as load_trained
 from kizu.detectors.patchcore.memory_bank import Bank
 from kizu.errors import ModelError, OptionError, require
 from kizu.export.precision import MIN_HALVED_SIZE, halve, quantise
-from kizu.inference import model_folder
+from kizu.inference import model_folder, model_json
 from kizu.inference.engines import open_graph
-from kizu.inference.exported import CASES, TABLES, Exported, digest, seal
+from kizu.inference.exported import CASES, TABLES, Exported
 from kizu.inference.exported import load as load_exported
 from kizu.inference.parity import Cases, Tolerance
 from kizu.inference.prediction import readable
@@ -79,7 +77,7 @@ def export(
         _check_measurable(copy, photos, precision)
     pixels = np.concatenate([photos, cut_paste(photos)]) if len(photos) else _drawn(copy)
     truth = _torch_cases(copy, pixels, progress)
-    with tempfile.TemporaryDirectory(prefix="kizu") as scratch, files.new_folder(folder) as temporary:
+    with files.scratch_folder() as scratch, files.new_folder(folder) as temporary:
         progress("Graph", 0, 1)
         plain = Path(scratch, "plain.onnx")
         outputs = _write_graph(copy, plain)
@@ -87,7 +85,7 @@ def export(
         progress("Graph", 1, 1)
         _write_rest(copy, temporary, truth)
         about = copy.describe()
-        about["export"] = _facts(temporary, to, precision, outputs, len(photos))
+        about["export"] = _facts(to, precision, outputs, len(photos))
         model = Exported(temporary, about, open_graph(temporary, to), {})
         outcome = _outcome(model, truth, progress)
         allowed = Tolerance()
@@ -108,8 +106,7 @@ def export(
             )
         about["export"]["parity"] |= {"compared": difference.to_json(), "tolerance": asdict(allowed)}
         model.verify()
-        about["export"]["seal"] = seal(about)
-        (temporary / "model.json").write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        model_json.write(temporary, about)
     return load_exported(folder)
 
 
@@ -167,7 +164,7 @@ def _check_measurable(detector: Detector, photos: Pixels, precision: str) -> Non
 def _copy(detector: Detector) -> Detector:
     """The same model on the CPU, free of whatever it learned under."""
     detector.check_exportable()
-    with tempfile.TemporaryDirectory(prefix="kizu") as scratch:
+    with files.scratch_folder() as scratch:
         copy = load_trained(detector.save(Path(scratch, "model")))
     assert copy.graph is not None
     copy.device = torch.device("cpu")
@@ -279,7 +276,7 @@ def _write_rest(detector: Detector, folder: Path, truth: Cases) -> None:
         model_folder.write_thumbnails(folder, detector.thumbnails)
 
 
-def _facts(folder: Path, to: Format, precision: Precision, outputs: list[str], photographs: int) -> dict[str, Any]:
+def _facts(to: Format, precision: Precision, outputs: list[str], photographs: int) -> dict[str, Any]:
     """What model.json says of an export, but for what is found by running it."""
     return {
         "format": to,
@@ -287,7 +284,6 @@ def _facts(folder: Path, to: Format, precision: Precision, outputs: list[str], p
         "opset": OPSET,
         "providers": ["CPUExecutionProvider" if to == "onnx" else "CPU"],
         "outputs": outputs,
-        "files": {path.name: digest(path) for path in sorted(folder.iterdir())},
         "versions": {name: version(name) for name in ("onnxruntime", *NEEDS[to])},
         "parity": {"photographs": photographs},
     }

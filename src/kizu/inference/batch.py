@@ -167,4 +167,4 @@ def _output_names(paths: Sequence[Path], folder: Path) -> dict[Path, Path]:
         names = {path: "_".join([*path.parts[-depth:-1], path.name]).strip("/_") for path in paths}
         if len(set(names.values())) == len(names):
             break
-    return {path: folder / (name.replace("/", "_") + ".png") for path, name in names.items()}
+    return {path: folder / files.short_name(name.replace("/", "_"), ".png") for path, name in names.items()}

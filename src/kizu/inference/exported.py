@@ -3,8 +3,6 @@
 An exported model has some photographs inside, and checks at load that it still says of them what the trained one said.
 """
 
-import hashlib
-import json
 import os
 from collections.abc import Sequence
 from functools import cached_property
@@ -20,7 +18,7 @@ from kizu.calibration.threshold import p_value
 from kizu.data import image
 from kizu.data.preprocessing import Preprocessing
 from kizu.errors import ModelError
-from kizu.inference import model_folder
+from kizu.inference import model_folder, model_json
 from kizu.inference.engines import Run, open_graph
 from kizu.inference.evidence import BankOutputs, nearest_patch
 from kizu.inference.image_features import GlobalFeatures
@@ -28,7 +26,7 @@ from kizu.inference.inspector import Inspector
 from kizu.inference.parity import Cases, Difference, Tolerance
 from kizu.inference.prediction import NearestPatch
 
-__all__ = ["CASES", "TABLES", "Exported", "digest", "load", "seal"]
+__all__ = ["CASES", "TABLES", "Exported", "load"]
 
 CASES = "parity.safetensors"
 TABLES = "keepsakes.safetensors"  # what explains a score and a map: `Detector.export_tables`
@@ -131,36 +129,13 @@ def load(folder: str | os.PathLike[str], *, check: int | None = CASES_AT_LOAD) -
     about = model_folder.description(folder)
     if "export" not in about:
         raise ModelError(f"{folder} is a trained model: open it with kizu.load, or export it")
-    try:
-        if about["export"]["seal"] != seal(about):
-            raise ModelError(f"{folder}: model.json was changed. Export the model again")
-        for name, expected in about["export"]["files"].items():
-            if digest(folder / name) != expected:
-                raise ModelError(f"{folder}: {name} is damaged or was changed. Export the model again")
-        run = open_graph(folder, about["export"]["format"])
-        model = Exported(folder, about, run, _tables(folder))
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{folder}: the model is damaged (model.json: {error!r})") from None
+    with model_json.checking(folder, about):
+        pass  # before anything of it is run
+    model = Exported(folder, about, open_graph(folder, about["export"]["format"]), _tables(folder))
     model.thumbnails = model_folder.thumbnails(folder)
     if check != 0:
         model.verify(check)
     return model
-
-
-def seal(about: dict[str, Any]) -> str:
-    """A hash of what model.json says, without the seal itself."""
-    export = {key: value for key, value in about["export"].items() if key != "seal"}
-    text = json.dumps(about | {"export": export}, sort_keys=True)
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-
-
-def digest(path: Path) -> str:
-    """A hash of a file's content. Raises `ModelError` where it cannot be read."""
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-    except OSError as error:
-        raise ModelError(f"{path}: cannot be read ({error.strerror})") from None
 
 
 def _tables(folder: Path) -> Arrays:

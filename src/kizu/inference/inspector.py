@@ -14,7 +14,7 @@ from kizu.calibration.threshold import Threshold, from_finite
 from kizu.data.image import Float, Source, read, resize
 from kizu.data.preprocessing import Preprocessing, Readable, batches, digests
 from kizu.data.sample import Sample
-from kizu.errors import BadImage, ModelError
+from kizu.errors import BadImage
 from kizu.inference.evidence import MAX_REGIONS, crop, places
 from kizu.inference.prediction import Evidence, NearestPatch, Photo, Prediction, name_of, readable
 
@@ -156,21 +156,8 @@ class Inspector(ABC):
 
     def restore_thresholds(self, about: dict[str, Any]) -> None:
         """Take thresholds, facts and training from a model.json."""
-        _refuse_not_a_number(about)
         saved = about["threshold"]
         self.threshold = Threshold(from_finite(saved["value"]), saved["rate"], saved["count"], saved["tuned"])
         self.calibration_scores, self.map_peaks = about["calibration_scores"], about["map"]["peaks"]
         self.pixel_threshold, self.heat_map_range = from_finite(about["map"]["level"]), tuple(about["map"]["scale"])
         self.facts, self.training = about["facts"], about["training"]
-
-
-def _refuse_not_a_number(value: Any, where: str = "model.json") -> None:
-    """Raise `ModelError` where a NaN stands anywhere in a description."""
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            _refuse_not_a_number(inner, f"{where}: {key}")
-    elif isinstance(value, list):
-        for inner in value:
-            _refuse_not_a_number(inner, where)
-    elif isinstance(value, float) and not math.isfinite(value):
-        raise ModelError(f"The model is damaged ({where} is {value})")

@@ -1,6 +1,5 @@
 """A model's folder: where it is, what lies in it, and `load`, for trained and exported models."""
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,12 +11,11 @@ from kizu.errors import ModelError, OptionError, require
 if TYPE_CHECKING:
     from kizu.inference.inspector import Inspector
 
-__all__ = ["FORMAT", "THUMBNAILS", "description", "load", "model_folder", "thumbnails", "write_thumbnails"]
+__all__ = ["THUMBNAILS", "description", "load", "model_folder", "thumbnails", "write_thumbnails"]
 
-FORMAT = 2
-MAX_DESCRIPTION_BYTES = 10**9
 MAX_MODEL_BYTES = 10**12
 THUMBNAILS = "thumbnails.safetensors"
+TRIES = 5  # to read a folder that is being replaced
 
 
 def load(folder: str | os.PathLike[str]) -> "Inspector":
@@ -26,28 +24,31 @@ def load(folder: str | os.PathLike[str]) -> "Inspector":
     Raises `ModelError` where there is no model, where it is damaged, and where an exported one does not reproduce
     itself.
     """
-    home = "kizu.inference.exported" if "export" in description(folder) else "kizu.detectors.loading"
-    model: Inspector = require(home).load(folder)
-    return model
+    for tries_left in reversed(range(TRIES)):
+        before = _state(folder)
+        try:
+            home = "kizu.inference.exported" if "export" in description(folder) else "kizu.detectors.loading"
+            model: Inspector = require(home).load(folder)
+            return model
+        except ModelError:
+            if _state(folder) == before or not tries_left:
+                raise
+    raise AssertionError("the last try returns or raises")
 
 
 def description(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """What model.json says. Raises `ModelError` where it is missing, damaged or of another version of kizu."""
+    from kizu.inference import model_json
+
+    folder = Path(folder)
+    files.recover(folder)
     try:
-        files.check_regular(Path(folder) / "model.json", MAX_DESCRIPTION_BYTES)
-        for path in Path(folder).glob("*.*"):
+        for path in folder.glob("*.*"):
             if not path.is_dir():
                 files.check_regular(path, MAX_MODEL_BYTES)
-        about = json.loads((Path(folder) / "model.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise ModelError(f"{folder} is not a kizu model: model.json is missing") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{folder}: the model is damaged ({str(error) or type(error).__name__})") from None
-    if not isinstance(about, dict):
-        raise ModelError(f"{folder}: the model is damaged (model.json holds no object)")
-    if about.get("format") != FORMAT:
-        raise ModelError(f"{folder}: written by another version of kizu (format {about.get('format')}, not {FORMAT})")
-    return about
+    except OSError as error:
+        raise ModelError(f"{folder}: the model is damaged ({path.name}: {error.strerror})") from None
+    return model_json.read(folder)
 
 
 def thumbnails(folder: Path) -> list[bytes]:
@@ -74,6 +75,7 @@ def write_thumbnails(folder: Path, pictures: Sequence[bytes]) -> None:
 def model_folder(path: str, category: str | None = None) -> Path:
     """A model's folder, from itself, a run's folder or a run's models folder; `category` picks one of several."""
     folder = Path(path)
+    files.recover(folder)
     if (folder / "model.json").exists():
         return folder
     models = folder / "models" if (folder / "models").is_dir() else folder
@@ -85,3 +87,12 @@ def model_folder(path: str, category: str | None = None) -> Path:
     if not names:
         raise OptionError(f"{path}: there is no kizu model (a folder with model.json and model.safetensors)")
     raise OptionError(f"{path} holds {len(names)} models; name one: {', '.join(str(models / name) for name in names)}")
+
+
+def _state(folder: str | os.PathLike[str]) -> tuple[int, int] | None:
+    """What changes when a model is replaced by another one."""
+    try:
+        status = (Path(folder) / "model.json").stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns

@@ -60,7 +60,7 @@ class Watcher:
                 continue
             row = new[id(photo)] = _row(arrival, Verdict.of(arrival.identity[0], outcome, model), name)
             if self._stopped_folder is not None and arrival.path is None and row["verdict"] == "stop":
-                image.write(self._stopped_folder / f"{arrival.identity[0]}.png", photo.read()[0])
+                image.write(self._stopped_folder / f"{arrival.identity[0]}.png", photo.read()[0], durable=True)
         judged = [arrival for arrival in batch if id(arrival.photo) in new]
         rows = self._ledger.append([new[id(arrival.photo)] for arrival in judged])
         for arrival, row in zip(judged, rows, strict=True):
@@ -136,6 +136,6 @@ def _free(path: Path) -> Path:
     """A name that no file has."""
     candidate, number = path, 2
     while candidate.exists():
-        candidate = path.with_name(f"{path.stem}-{number}{path.suffix}")
+        candidate = path.with_name(files.short_name(path.stem, f"-{number}{path.suffix}"))
         number += 1
     return candidate
