@@ -33,7 +33,7 @@ def python(*words, cwd=None, env=None, timeout=300):
         if process.exitcode is None:
             process.kill()
             process.join()
-        stdout, stderr = (file.read_text() for file in files)
+        stdout, stderr = (file.read_text(errors="surrogateescape") for file in files)
         code = process.exitcode
         process.close()
     return subprocess.CompletedProcess(words, code, stdout, stderr)

@@ -231,8 +231,8 @@ def test_predict_judges_each_photograph_once_and_hangs_on_nothing(folder, odd_fo
 def test_watch_judges_each_photograph_once_and_hangs_on_nothing(folder, odd_folder, tmp_path):
     out = tmp_path / "verdicts.jsonl"
     arguments = ("watch", odd_folder, "--model", folder, "--output", out, "--settle", 0.05, "--patience", 0.2, "--once")
-    for judged in (6, 6):
-        command(*arguments)
+    for judged, code in ((6, 1), (6, 0)):
+        command(*arguments, code=code)
         rows = [json.loads(line) for line in out.read_text().splitlines()]
         assert len(rows) == judged
     assert {row["image"] for row in rows if row["verdict"] == "error"} == set(ODD)

@@ -243,7 +243,7 @@ def test_what_watch_is_told_wrongly_it_says(folder, tmp_path):
         (["nowhere"], "is not a folder"),
         ([".", "--move-bad", "../" + tmp_path.name], "is the folder that is watched"),
         ([".", "--output", "foreign.jsonl"], "is no verdict of kizu watch"),
-        ([".", "--webhook", "file:///etc/passwd"], "starts with http"),
+        ([".", "--webhook", "file:///etc/passwd"], "one is like http://host"),
         (["--camera", "none.avi"], "there is no such file"),
     ]:
         assert sentence in command("watch", *arguments, "--model", folder, "--once", cwd=tmp_path, code=2).stderr

@@ -4,16 +4,21 @@ import os
 import re
 import signal
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from kizu.cli.options import quiet_option
+from kizu.cli.wording import flagged
 from kizu.errors import OptionError
 from kizu.inference.model_folder import model_folder
 
 if TYPE_CHECKING:
+    from kizu.serving.watch.incoming import Arrival
+    from kizu.serving.watch.ledger import Ledger
     from kizu.serving.watch.sinks import Sink
 
 __all__ = ["serve", "watch"]
@@ -113,8 +118,10 @@ def _checked_key(given: str | None) -> str | None:
     "--output", default="verdicts.jsonl", show_default=True, metavar="FILE", help="JSON lines; also the memory."
 )
 @click.option("--csv", "csv_file", metavar="FILE", help="The verdicts as a table too.")
-@click.option("--webhook", metavar="URL", help="POST each verdict there.")
-@click.option("--mqtt", metavar="URL", help="Publish each verdict: mqtt://user:password@host:1883/topic.")
+@click.option("--webhook", metavar="URL", envvar="KIZU_WEBHOOK", help="POST each verdict there.")
+@click.option(
+    "--mqtt", metavar="URL", envvar="KIZU_MQTT", help="Publish each verdict: mqtt://user:password@host:1883/topic."
+)
 @click.option("--notify", type=click.Choice(["all", "stop"]), default="all", show_default=True, help="What goes there.")
 @click.option("--move-bad", metavar="DIR", help="Put what is stopped there.")
 @click.option("--settle", type=click.FloatRange(0), default=0.5, show_default=True, help="Seconds a file must rest.")
@@ -142,9 +149,8 @@ def watch(folder: str | None, model: str, camera: str | None, quiet: bool, **opt
         raise OptionError(f"--move-bad {aside} is the folder that is watched: give another")
     from kizu import load
     from kizu.data import image
-    from kizu.serving.watch.incoming import Arrivals
     from kizu.serving.watch.ledger import Ledger
-    from kizu.serving.watch.watcher import Watcher, from_folder
+    from kizu.serving.watch.watcher import Watcher
 
     image.give_back_large()
     home = model_folder(model)
@@ -152,40 +158,73 @@ def watch(folder: str | None, model: str, camera: str | None, quiet: bool, **opt
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    if folder is None:
-        from kizu.serving.watch.camera import frames
-
-        assert camera is not None
-        source = frames(camera, options["every"], ledger.knows, ledger.count + 1)
-    else:
-        patience = {"settle": options["settle"], "patience": options["patience"]}
-        arrivals = Arrivals(Path(folder), ledger.knows, leave_out=[aside] if aside else [], **patience)
-        source = from_folder(arrivals, options["interval"], options["once"], stop)
     watcher = Watcher(
         ledger,
         sinks=_sinks(ledger.path, options),
         stopped_folder=aside,
         on_row=(lambda row: None) if quiet else _say,
-        on_warning=lambda sentence: click.echo(f"kizu: {sentence}", err=True),
+        on_warning=_warn,
     )
+    before, closed = ledger.count, list[str]()  # folders that could not be opened
+
+    def on_closed(sentence: str) -> None:
+        closed.append(sentence)
+        _warn(sentence)
+
+    source = _photographs(folder, camera, ledger, aside, stop, on_closed, options)
     try:
         if folder is not None:
             watcher.catch_up(Path(folder))
-        before = ledger.count
         watcher.run(load(home), home.resolve().name, source, stop)
-        if options["once"] and ledger.count == before and not quiet:
-            click.echo(f"Nothing new: {before} were judged before.")
     finally:
-        watcher.close(30.0 if options["once"] else 5.0)
+        left = watcher.close(30.0 if options["once"] else 5.0)
+    if options["once"] and ledger.count == before and not (quiet or closed):
+        click.echo(f"Nothing new: {before} were judged before.")
+    if left or (options["once"] and (watcher.errors or closed)):
+        click.get_current_context().exit(1)
+
+
+def _photographs(
+    folder: str | None,
+    camera: str | None,
+    ledger: "Ledger",
+    aside: Path | None,
+    stop: threading.Event,
+    on_warning: Callable[[str], None],
+    options: dict[str, Any],
+) -> "Iterator[list[Arrival]]":
+    """Batches of what comes in, from a folder or a camera."""
+    from kizu.serving.watch.incoming import Arrivals
+    from kizu.serving.watch.watcher import from_folder
+
+    if folder is None:
+        from kizu.serving.watch.camera import frames
+
+        return frames(str(camera), options["every"], ledger.knows, ledger.count + 1)
+    arrivals = Arrivals(
+        Path(folder),
+        ledger.knows,
+        leave_out=[aside] if aside else [],
+        settle=options["settle"],
+        patience=options["patience"],
+        on_warning=on_warning,
+    )
+    return from_folder(arrivals, options["interval"], options["once"], stop)
+
+
+def _warn(sentence: str) -> None:
+    with suppress(OSError):  # where nobody listens any more, the watch goes on
+        click.echo(f"kizu: {flagged(sentence)}", err=True)
 
 
 def _sinks(ledger: Path, options: dict[str, Any]) -> "list[Sink]":
-    from kizu.serving.watch.sinks import CsvSink, MqttSink, WebhookSink
+    from kizu.serving.watch.remote import MqttSink, WebhookSink
+    from kizu.serving.watch.sinks import CsvSink
 
     only = "stop" if options["notify"] == "stop" else None
     sinks: list[Sink] = []
     if options["csv_file"]:
-        sinks.append(CsvSink(Path(options["csv_file"])))
+        sinks.append(CsvSink(Path(options["csv_file"]), ledger))
     if options["webhook"]:
         sinks.append(WebhookSink(options["webhook"], ledger, only))
     if options["mqtt"]:

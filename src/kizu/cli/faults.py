@@ -3,7 +3,6 @@
 import codecs
 import os
 import platform
-import re
 import shlex
 import sys
 import tempfile
@@ -22,6 +21,7 @@ from kizu.errors import KizuError, missing_extra
 __all__ = ["exit_with"]
 
 DONE, NOT_DONE, UNFORESEEN, INTERRUPTED = 0, 2, 70, 130
+SECRET = ("--api-key", "--webhook", "--mqtt", "--camera")  # options whose values are keys, or hold passwords
 
 
 def exit_with(command: Callable[[], Any]) -> NoReturn:
@@ -95,11 +95,12 @@ def _report(error: BaseException) -> str:
 
 def _without_secrets(words: list[str]) -> str:
     """A command line without keys and passwords."""
-    hidden = [re.sub(r"(://[^/@\s:]*:)[^/@\s]*@", r"\1…@", word) for word in words]
-    for number, word in enumerate(hidden):
-        if word.startswith("--api-key="):
-            hidden[number] = "--api-key=…"
-        elif number and hidden[number - 1] == "--api-key":
+    hidden = list(words)
+    for number, word in enumerate(words):
+        name, equals, _ = word.partition("=")
+        if name in SECRET and equals:
+            hidden[number] = f"{name}=…"
+        elif number and words[number - 1] in SECRET:
             hidden[number] = "…"
     return shlex.join(hidden)
 

@@ -22,7 +22,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from kizu.errors import OutputError
+from kizu.errors import KizuError, OutputError
 
 __all__ = [
     "Taken",
@@ -36,7 +36,7 @@ __all__ = [
     "recover",
 ]
 __all__ += ["remove_folder"]
-__all__ += ["scratch_folder", "short_name", "write_csv", "write_text"]
+__all__ += ["scratch_folder", "short_name", "write_csv", "write_text", "writing"]
 
 UNFINISHED = ".kizu-"
 ABANDONED = 86_400.0  # seconds after which something unfinished is removed where the system knows no locks
@@ -69,8 +69,12 @@ def new_file(path: str | os.PathLike[str], *, durable: bool = True) -> Iterator[
     What is not `durable` may be lost when the power fails: it is made again more cheaply than it is waited for.
     Raises `OutputError` where it cannot be written.
     """
-    path = Path(path)
-    with _writing(path):
+    path = _target(path)
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        with _device(path) as temporary:
+            yield temporary
+        return
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         _sweep(path.parent)
         suffix = path.suffix if len(os.fsencode(path.suffix)) <= MAX_SUFFIX else ""
@@ -95,8 +99,8 @@ def new_folder(path: str | os.PathLike[str], *, replace: bool = True) -> Iterato
     Whoever looks meanwhile finds the old folder or the new one. Raises `OutputError` where it cannot be written, and
     `Taken` where `path` is a filled folder that it may not `replace`.
     """
-    path = Path(path)
-    with _writing(path):
+    path = _target(path)
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         recover(path)
         _sweep(path.parent)
@@ -115,7 +119,7 @@ def new_folder(path: str | os.PathLike[str], *, replace: bool = True) -> Iterato
 def scratch_folder() -> Iterator[Path]:
     """A folder for what is not kept, where the system has such folders; it disappears, at the latest next time."""
     parent = Path(tempfile.gettempdir())
-    with _writing(parent):
+    with writing(parent):
         _sweep(parent)
         temporary, lock = _reserve(parent, None)
         try:
@@ -157,7 +161,7 @@ def recover(path: Path) -> None:
 
 def remove_folder(folder: Path, aside: Path) -> None:
     """Remove a folder in a single step, by way of the folder `aside`, where what a kill leaves of it is swept up."""
-    with _writing(folder):
+    with writing(folder):
         temporary, lock = _reserve(aside, None)
         try:
             folder.rename(temporary / "removed")
@@ -197,9 +201,9 @@ def json_text(value: Any, *, indent: int | None = 1, ascii_only: bool = False) -
     return re.sub(r"[\ud800-\udfff]", lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
-def write_text(path: str | os.PathLike[str], text: str) -> None:
+def write_text(path: str | os.PathLike[str], text: str, *, durable: bool = True) -> None:
     """Write a text file in UTF-8, whole or not at all. Names of files that are none stay the bytes that they are."""
-    with new_file(path) as temporary:
+    with new_file(path, durable=durable) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
 
 
@@ -220,12 +224,35 @@ def _plain(value: Any) -> Any:
 
 
 @contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    """Whatever the system says against writing is said in a sentence."""
+def writing(path: Path) -> Iterator[None]:
+    """Whatever the system says against writing to `path` is said in a sentence. Raises `OutputError`."""
     try:
         yield
+    except OutputError as error:  # of a part of it
+        raise OutputError(str(path), error.reason) from None
+    except KizuError:
+        raise
     except OSError as error:
-        raise OutputError(f"{path} cannot be written: {error.strerror or error}") from error
+        raise OutputError(str(path), error.strerror or str(error)) from error
+    except Exception as error:  # of libraries in Rust, which quote the system
+        if found := re.search(r"\(os error (\d+)\)", str(error)):
+            raise OutputError(str(path), os.strerror(int(found[1]))) from error
+        raise
+
+
+def _target(path: str | os.PathLike[str]) -> Path:
+    """What a link leads to, so that it stays one."""
+    path = Path(path)
+    return path.resolve() if path.is_symlink() else path
+
+
+@contextmanager
+def _device(path: Path) -> Iterator[Path]:
+    """A temporary name to write to for a pipe or a device, which is written into and not replaced."""
+    with scratch_folder() as scratch, writing(path):
+        yield scratch / "content"
+        with (scratch / "content").open("rb") as content, path.open("wb") as device:
+            shutil.copyfileobj(content, device)
 
 
 def _reserve(parent: Path, suffix: str | None) -> tuple[Path, int]:

@@ -5,7 +5,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kizu.data.image import is_image_name
+from kizu.data.photographs import is_photograph, is_set_aside
+from kizu.errors import DataError
 
 __all__ = ["Folder", "Names", "is_mask_folder", "walk"]
 
@@ -75,7 +76,10 @@ class Names:
 
 
 def walk(path: Path) -> Folder:
-    """List a folder and all below it; links are followed unless they lead back up."""
+    """List a folder and all below it; links are followed unless they lead back up.
+
+    Raises `DataError` where one of them cannot be opened.
+    """
     real = path.resolve()
     return _walk(path, real, frozenset(real.parents))
 
@@ -86,10 +90,10 @@ def _walk(path: Path, real: Path, above: frozenset[Path]) -> Folder:
     try:
         entries = sorted(path.iterdir())
     except OSError as error:
-        return Folder(path, (), (), ((path, f"cannot be opened ({error.strerror})"),))
+        raise DataError(f"{path} cannot be opened ({error.strerror}): check its permissions") from None
     for entry in entries:
-        if entry.name.startswith("."):
-            others.append((entry, "is hidden"))
+        if is_set_aside(entry.name):
+            others.append((entry, "is hidden, or of the system"))
         elif entry.is_dir():
             target = entry.resolve() if entry.is_symlink() else real / entry.name
             if target in above:
@@ -98,7 +102,7 @@ def _walk(path: Path, real: Path, above: frozenset[Path]) -> Folder:
                 folders.append(_walk(entry, target, above))
         elif not entry.is_file():
             others.append((entry, "is a broken link" if entry.is_symlink() else "is not a file"))
-        elif is_image_name(entry):
+        elif is_photograph(entry):
             images.append(entry)
         else:
             others.append((entry, "is not an image"))

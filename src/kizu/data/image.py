@@ -11,14 +11,14 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageDraw, ImageFile, ImageFont, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFile, ImageFont, PngImagePlugin, UnidentifiedImageError
 
 from kizu.data import files
 from kizu.errors import BadImage
 
 __all__ = ["MAX_PIXELS", "MIN_SIDE", "SUFFIXES", "Float", "Source", "encode", "framed", "give_back_large", "heat"]
 __all__ += [
-    "is_image_name",
+    "is_marked",
     "outline",
     "overlay",
     "read",
@@ -27,11 +27,11 @@ __all__ += [
     "read_mask_values",
     "resize",
     "resize_map",
-    "scan",
     "size_of",
     "suffix_of",
     "write",
     "write_map",
+    "write_picture",
 ]
 
 Source = str | os.PathLike[str] | bytes | npt.NDArray[Any] | Image.Image
@@ -43,6 +43,11 @@ SUFFIXES |= {".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".avif", ".tga"}
 _ENDINGS = {"PNG": ".png", "JPEG": ".jpg", "MPO": ".jpg", "BMP": ".bmp", "DIB": ".dib", "TIFF": ".tif", "WEBP": ".webp"}
 _ENDINGS |= {"GIF": ".gif", "PPM": ".ppm", "JPEG2000": ".jp2", "AVIF": ".avif", "TGA": ".tga"}
 MIN_SIDE = 8
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+MARK = "kizu picture"
+MARK_WITHIN = 128  # bytes from the start of a file
+MAX_PAGES = 16  # that are looked at
+REDUCED = 254  # TIFF's tag NewSubfileType, whose lowest bit says that a page is a smaller copy of another one
 EXIF_ORIENTATION = 0x0112  # 5 to 8: turned by a quarter
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -150,34 +155,6 @@ def resize_map(values: Float, size: tuple[int, int]) -> Float:
     return np.asarray(image.resize((size[1], size[0]), Image.Resampling.BILINEAR))
 
 
-def scan(folder: Path) -> Iterator[Path]:
-    """Whatever is named like an image below a folder, sorted, but hidden ones; links to folders are followed once."""
-    yield from sorted(_scan(folder, set()))
-
-
-def _scan(folder: Path, seen: set[tuple[int, int]]) -> Iterator[Path]:
-    try:
-        status = folder.stat()
-        entries = list(folder.iterdir())
-    except OSError:
-        return
-    if (place := (status.st_dev, status.st_ino)) in seen:
-        return
-    seen.add(place)
-    for entry in sorted(entries, key=Path.is_symlink):  # the folder itself before a link to it
-        if entry.name.startswith("."):
-            continue
-        if entry.is_dir():
-            yield from _scan(entry, seen)
-        elif is_image_name(entry):
-            yield entry
-
-
-def is_image_name(path: str | os.PathLike[str]) -> bool:
-    """Whether a file's name ends like an image's."""
-    return Path(path).suffix.lower() in SUFFIXES
-
-
 def heat(values: Float, low: float, high: float) -> RGB:
     """Colour a map: `low` and below is near black, `high` and above pale yellow. Shape (H, W, 3)."""
     scaled = (values - low) / max(high - low, 1e-12)
@@ -243,6 +220,19 @@ def write(path: str | os.PathLike[str], rgb: npt.NDArray[np.uint8], *, durable: 
         temporary.write_bytes(encode(rgb, format, **options))
 
 
+def write_picture(path: str | os.PathLike[str], rgb: npt.NDArray[np.uint8]) -> None:
+    """Write a picture of what was found as PNG, marked so that nobody takes it for a photograph."""
+    notes = PngImagePlugin.PngInfo()
+    notes.add_text("Software", MARK)
+    with files.new_file(path, durable=False) as temporary:
+        temporary.write_bytes(encode(rgb, "PNG", pnginfo=notes))
+
+
+def is_marked(start: bytes) -> bool:
+    """Whether a file that starts so, with `MARK_WITHIN` bytes, is a picture by `write_picture`."""
+    return start.startswith(PNG_SIGNATURE) and MARK.encode() in start
+
+
 def write_map(path: str | os.PathLike[str], values: Float) -> None:
     """Write a map (H, W) as a TIFF of 32-bit floats, not compressed; an interrupted write leaves no file."""
     with files.new_file(path, durable=False) as temporary:
@@ -275,7 +265,7 @@ def _open(source: Source, name: str) -> Image.Image:
     except PermissionError:
         raise BadImage(name, "may not be read: check its permissions") from None
     except IsADirectoryError:
-        raise BadImage(name, "is a folder, not an image") from None
+        raise BadImage(name, _about_folder(source)) from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise _too_large(name) from None
     except UnidentifiedImageError:
@@ -292,6 +282,14 @@ def _open(source: Source, name: str) -> Image.Image:
     return image
 
 
+def _about_folder(source: Source) -> str:
+    try:
+        os.listdir(source)  # type: ignore[arg-type]  # noqa: PTH208
+    except OSError as error:
+        return f"is a folder that cannot be opened ({error.strerror}): nothing in it was judged"
+    return "is a folder, not an image"
+
+
 @contextmanager
 def _decoding(name: str) -> Iterator[None]:
     """Whatever a decoder raises says that the image is damaged."""
@@ -304,8 +302,24 @@ def _decoding(name: str) -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    first = str(error).strip().partition("\n")[0]
+    first = (getattr(error, "strerror", None) or str(error)).strip().partition("\n")[0]
     return first if first and isinstance(error, OSError | ValueError | SyntaxError) else type(error).__name__
+
+
+def _has_pages(image: ImageFile.ImageFile) -> bool:
+    """Whether there is more in a file than a picture and smaller copies of it."""
+    if image.format != "TIFF":
+        return image.format != "MPO" and getattr(image, "is_animated", False)
+    try:
+        for number in range(1, MAX_PAGES):
+            image.seek(number)
+            if not image.tag_v2.get(REDUCED, 0) & 1:  # type: ignore[attr-defined]
+                return True
+    except Exception:  # there is no further page, or none that can be read
+        pass
+    finally:
+        image.seek(0)
+    return False
 
 
 @cache
@@ -330,6 +344,8 @@ def _too_large(name: str) -> BadImage:
 
 def _to_rgb(image: Image.Image, name: str) -> RGB:
     if isinstance(image, ImageFile.ImageFile):
+        if _has_pages(image):
+            raise BadImage(name, "holds several pages or frames: save each as a file of its own", "unsupported")
         image.load()  # some formats turn the image themselves
         if (turn := _TURNS.get(_orientation(image))) is not None:
             image = image.transpose(turn)

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kizu.data import image
+from kizu.data.photographs import scan
 from kizu.data.preprocessing import Preprocessing, Readable, batches
 from kizu.errors import DataError
 
@@ -62,7 +63,7 @@ class Texture:
 
 def photographs(folder: str | Path) -> list[Path]:
     """All images below a folder. Raises `DataError` where there is none."""
-    paths = list(image.scan(Path(folder))) if Path(folder).is_dir() else []
+    paths = list(scan(Path(folder))) if Path(folder).is_dir() else []
     if not paths:
         raise DataError(f"{folder}: there is no folder of that name with images in it")
     return paths

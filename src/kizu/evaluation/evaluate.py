@@ -153,7 +153,7 @@ def evaluate(
             if maps:
                 image.write_map(targets[sample], _restored(outcome))
             if overlays is not None:
-                image.write(overlays / files.short_name(name.replace("/", "_"), ".png"), outcome.overlay())
+                image.write_picture(overlays / files.short_name(name.replace("/", "_"), ".png"), outcome.overlay())
         progress("Evaluating", len(scores), len(samples))
     elapsed = time.perf_counter() - start
     order = {sample.name(root): index for index, sample in enumerate(samples)}

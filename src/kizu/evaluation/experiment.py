@@ -231,7 +231,7 @@ def fingerprint(samples: Sequence[Sample]) -> str:
     """A hash of the files' names in the data set and their contents."""
     digest = hashlib.blake2b(digest_size=16)
     for path in sorted({path for sample in samples for path in (sample.path, *sample.masks)}):
-        digest.update(path.name.encode())
+        digest.update(os.fsencode(path.name))
         try:
             with path.open("rb") as file:
                 digest.update(hashlib.file_digest(file, "blake2b").digest())

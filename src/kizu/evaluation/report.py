@@ -398,7 +398,7 @@ def _mean(results: Sequence[CategoryResult], key: str) -> float | None:
 
 
 def _size(page: str) -> int:
-    return len(page.encode())
+    return len(page.encode(errors="surrogateescape"))
 
 
 def _percent(fraction: float) -> str:

@@ -11,6 +11,7 @@ from pydantic import Field
 
 from kizu.calibration.threshold import from_finite
 from kizu.data import files, image
+from kizu.data.photographs import scan
 from kizu.data.progress import Progress, silent
 from kizu.errors import BadImage, DataError
 from kizu.inference.evidence import side_by_side
@@ -48,7 +49,7 @@ def image_paths(arguments: Iterable[str]) -> list[Path]:
     for argument in arguments:
         path = Path(argument)
         if path.is_dir():
-            inside = list(image.scan(path))
+            inside = list(scan(path))
             if not inside:
                 raise DataError(f"{argument}: there are no images in this folder")
             paths.update(dict.fromkeys(inside))
@@ -85,9 +86,9 @@ def predict_files(
         if isinstance(outcome, Prediction):
             try:
                 if overlays:
-                    image.write(overlay_files[path], outcome.overlay())
+                    image.write_picture(overlay_files[path], outcome.overlay())
                 if why and (outcome.is_anomalous or outcome.regions) and (evidence := outcome.why()):
-                    image.write(why_files[path], side_by_side(evidence))
+                    image.write_picture(why_files[path], side_by_side(evidence))
                     nearest = [item.nearest for item in evidence]
             except BadImage as error:
                 outcome = error

@@ -218,7 +218,7 @@ def _seal(text: bytes, seal: str) -> str:
 
 
 def _sealed(text: bytes, old: str, new: str) -> bytes:
-    return text.replace(b'"seal": "%s"' % old.encode(), b'"seal": "%s"' % new.encode(), 1)
+    return text.replace(b'"seal": "%s"' % old.encode(errors="replace"), b'"seal": "%s"' % new.encode(), 1)
 
 
 def _seal_of_0_1(about: Mapping[str, Any]) -> str:

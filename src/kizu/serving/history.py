@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kizu.errors import DataError
+from kizu.errors import DataError, OutputError
 from kizu.inference.verdict import Verdict
 
 __all__ = ["Entry", "History"]
@@ -58,6 +58,8 @@ class History:
                 self._database.execute(f"PRAGMA {step}")
             self._database.execute(TABLE)
             self._database.execute(f"PRAGMA user_version = {LAYOUT}")
+        except sqlite3.OperationalError as error:
+            raise OutputError(str(path), str(error)) from None
         except sqlite3.DatabaseError as error:
             raise DataError(f"{path}: this is no file of verdicts ({error})") from None
 

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
 
-from kizu.data import image
+from kizu.data import files, image
 from kizu.data.dataset import Sample
 from kizu.data.progress import Progress, silent
 from kizu.detectors.base import Detector
@@ -146,7 +146,7 @@ def write_segmentations(judged: Judged, folder: Path, *, each_alone: bool = Fals
             shown[mask] = 255
         seen = detector.preprocessing(sample.read(detector.preprocessing.enough)[0])
         strip = np.concatenate([seen, shown, image.heat(anomaly_map, low, high)], axis=1)
-        image.write(folder / "_".join(sample.path.parts[-4:]), strip)
+        image.write(folder / files.short_name("_".join(sample.path.parts[-4:])), strip)
 
 
 def _values(row: Row) -> tuple[float | None, float | None, float | None]:

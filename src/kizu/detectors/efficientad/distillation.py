@@ -223,7 +223,7 @@ def _batches(paths: Sequence[Path], config: DistillationConfig, start: int) -> I
 
 
 def _hash(text: str) -> str:
-    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+    return hashlib.blake2b(os.fsencode(text), digest_size=8).hexdigest()
 
 
 def _as_csv(curve: Sequence[tuple[int, float]]) -> str:

@@ -1,14 +1,14 @@
 """The ledger: verdicts as lines of JSON, each written once, whatever happens to the process that writes them."""
 
 import hashlib
-import io
 import json
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from kizu.errors import DataError, OptionError
+from kizu.data import files
+from kizu.errors import DataError
+from kizu.serving.watch.growing_file import GrowingFile
 
 __all__ = ["Identity", "Ledger", "Row", "rows"]
 
@@ -27,23 +27,20 @@ class Ledger:
 
         Raises `OptionError` while another process writes to the file, and `DataError` for a file of another kind.
         """
-        path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
         self.count = 0
         self._known: set[bytes] = set()
-        self._file = path.open("a+b")
-        self._lock()
-        self._drop_cut_line()
-        for row, _ in rows(path):
-            self._remember(row)
+        self._file = GrowingFile(path, "output")
+        with self._file.closed_on_error():
+            for row, _ in rows(path):
+                self._remember(row)
+            self._file.drop_cut_line(b'{"number": ')
 
     def append(self, new: Sequence[Row]) -> list[Row]:
         """Number rows from 1 on, write them to the disk itself, and return them with their numbers."""
         numbered = [{"number": self.count + place, **row} for place, row in enumerate(new, 1)]
-        lines = (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in numbered)
-        self._file.write("".join(lines).encode("utf-8", "surrogateescape"))
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        lines = "".join(files.json_text(row, indent=None) + "\n" for row in numbered)
+        self._file.append(lines.encode(), durable=True)
         for row in numbered:
             self._remember(row)
         return numbered
@@ -58,31 +55,6 @@ class Ledger:
     def _remember(self, row: Row) -> None:
         self.count = row["number"]
         self._known.add(_fingerprint((row["image"], row["bytes"], row["modified"])))
-
-    def _lock(self) -> None:
-        try:
-            import fcntl
-        except ImportError:  # Windows: nothing keeps a second writer away
-            return
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise OptionError(f"{self.path}: another kizu watch writes to it; give this one another `output`") from None
-
-    def _drop_cut_line(self) -> None:
-        """Remove what follows the end of the last complete line."""
-        end = self._file.seek(0, io.SEEK_END)
-        keep, step = end, 4096
-        while keep > 0:
-            start = max(0, keep - step)
-            self._file.seek(start)
-            newline = self._file.read(keep - start).rfind(b"\n")
-            if newline >= 0:
-                keep = start + newline + 1
-                break
-            keep = start
-        if keep < end:
-            self._file.truncate(keep)
 
 
 def rows(path: Path, start: int = 0) -> Iterator[tuple[Row, int]]:

@@ -1,27 +1,24 @@
-"""Where verdicts go besides the ledger: a CSV file, a webhook, an MQTT broker.
-
-What a sink misses while it is down is delivered later.
-"""
+"""Where verdicts go besides the ledger, each to a sink of its own, by a courier that makes up for what was missed."""
 
 import csv
 import io
-import json
 import threading
-import urllib.request
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
-from urllib.parse import unquote, urlsplit
 
 from kizu.data import files
-from kizu.errors import KizuError, OptionError, require
+from kizu.errors import KizuError, OptionError
+from kizu.serving.watch.growing_file import GrowingFile
 from kizu.serving.watch.ledger import Row, rows
 
-__all__ = ["Courier", "CsvSink", "MqttSink", "Sink", "Undelivered", "WebhookSink"]
+__all__ = ["Courier", "CsvSink", "Sink", "Undelivered"]
 
 COLUMNS = ("number", "time", "image", "verdict", "score", "p_value", "threshold", "model", "error")
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 60.0  # seconds between tries
-PATIENCE = 10.0  # seconds for an answer
+LAST_TRIES = 4  # in a row without success, once the end is near
+LOOK = 0.05  # seconds between looks whether the end is near
 
 
 class Undelivered(KizuError):
@@ -33,6 +30,10 @@ class Sink(Protocol):
 
     name: str
     delivered: int
+
+    def wants(self, row: Row) -> bool:
+        """Whether the row is to be delivered at all."""
+        ...
 
     def deliver(self, row: Row) -> None:
         """Return when the row has arrived. Raises `Undelivered`."""
@@ -49,7 +50,7 @@ class Courier:
         self._sink = sink
         self._on_warning = on_warning
         self._news = threading.Event()
-        self._ending = threading.Event()
+        self._deadline: float | None = None  # when to give up, once the end is near
         self._thread = threading.Thread(target=self._work, name=sink.name, daemon=True)
         self._thread.start()
 
@@ -57,157 +58,100 @@ class Courier:
         """Tell the thread that there are new rows."""
         self._news.set()
 
-    def end(self, patience: float) -> bool:
-        """Deliver what is left, for at most `patience` seconds; returns whether all of it arrived."""
-        self._ending.set()
+    def end(self, patience: float) -> int:
+        """Deliver what is left, for at most `patience` seconds; returns how many rows did not arrive."""
+        self._deadline = time.monotonic() + patience
         self._news.set()
         self._thread.join(patience)
-        return not self._thread.is_alive()
+        after = self._sink.delivered
+        return sum(self._sink.wants(row) for row, _ in rows(self._ledger) if row["number"] > after)
 
     def _work(self) -> None:
-        start, pause = 0, FIRST_PAUSE
+        place, pause, failed = 0, FIRST_PAUSE, 0
         while True:
             self._news.clear()
-            ending = self._ending.is_set()
+            deadline = self._deadline
             try:
-                for row, end in rows(self._ledger, start):
-                    if row["number"] > self._sink.delivered:
-                        self._sink.deliver(row)
-                        self._sink.delivered = row["number"]
-                    start, pause = end, FIRST_PAUSE
-            except (Undelivered, OSError) as error:
+                for row, end in rows(self._ledger, place):
+                    self._carry(row)
+                    place, pause, failed = end, FIRST_PAUSE, 0
+            except Exception as error:  # whatever the sink meets with, this thread goes on
+                failed += 1
+                if deadline is not None and (failed >= LAST_TRIES or time.monotonic() + pause > deadline):
+                    break
                 self._on_warning(f"{error}; trying again in {pause:g} seconds")
-                self._ending.wait(pause)
-                pause = min(2 * pause, LONGEST_PAUSE)
+                if self._rest(pause):
+                    pause = min(2 * pause, LONGEST_PAUSE)
+                else:
+                    pause, failed = FIRST_PAUSE, 0
                 continue
-            if ending:
-                self._sink.close()
-                return
+            if deadline is not None:
+                break
             self._news.wait()
+        self._sink.close()
+
+    def _carry(self, row: Row) -> None:
+        if row["number"] > self._sink.delivered:
+            if self._sink.wants(row):
+                self._sink.deliver(row)
+            self._sink.delivered = row["number"]
+
+    def _rest(self, pause: float) -> bool:
+        """Wait; False where the end came near meanwhile, and it is tried again at once."""
+        until, before = time.monotonic() + pause, self._deadline
+        while time.monotonic() < until:
+            if self._deadline != before:
+                return False
+            time.sleep(LOOK)
+        return True
 
 
 class CsvSink:
-    """A CSV file with a line for each row."""
+    """A CSV file with a line for each row of a ledger."""
 
     name = "csv"
 
-    def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        text = path.read_bytes() if path.exists() else b""
-        complete = text[: text.rfind(b"\n") + 1].decode()
-        lines = list(csv.reader(io.StringIO(complete)))
-        if lines and lines[0] != list(COLUMNS):
-            raise OptionError(f"`csv={path}` is a table of something else: give another name")
-        self.delivered = int(lines[-1][0]) if len(lines) > 1 else 0
-        self._file = path.open("a", newline="", encoding="utf-8", errors="surrogateescape")
-        self._file.truncate(len(complete.encode()))
-        if not lines:
-            self._write(COLUMNS)
+    def __init__(self, path: Path, ledger: Path) -> None:
+        """Open a table of this ledger, or begin one. Raises `OptionError` for a table of something else."""
+        self._file = GrowingFile(path, "csv")
+        with self._file.closed_on_error():
+            self.delivered = self._last_number(path, ledger)
+
+    def wants(self, row: Row) -> bool:
+        return True
 
     def deliver(self, row: Row) -> None:
-        self._write([_cell(row.get(column)) for column in COLUMNS])
+        self._file.append(_line([_cell(row.get(column)) for column in COLUMNS]), durable=False)
 
     def close(self) -> None:
         self._file.close()
 
-    def _write(self, cells: Sequence[object]) -> None:
-        self._file.write(files.csv_text([cells]))
-        self._file.flush()
-
-
-class _RemoteSink:
-    """Base of sinks on other machines: what they have taken stands in a file beside the ledger."""
-
-    name: str
-
-    def __init__(self, ledger: Path, only: str | None) -> None:
-        self._progress = ledger.with_name(f"{ledger.name}.{self.name}")
-        self._only = only
-
-    @property
-    def delivered(self) -> int:
-        try:
-            return int(self._progress.read_text())
-        except (OSError, ValueError):
+    def _last_number(self, path: Path, ledger: Path) -> int:
+        """The number in the last whole line; the header is written where there is none yet."""
+        text = path.read_text(encoding="utf-8", errors="surrogateescape")
+        lines = list(csv.reader(io.StringIO(text[: text.rfind("\n") + 1], newline="")))
+        if not lines:
+            self._file.drop_cut_line(_line(COLUMNS))
+            self._file.append(_line(COLUMNS), durable=False)
             return 0
-
-    @delivered.setter
-    def delivered(self, number: int) -> None:
-        files.write_text(self._progress, f"{number}\n")
-
-    def _wanted(self, row: Row) -> bool:
-        return self._only is None or row["verdict"] == self._only
-
-
-class WebhookSink(_RemoteSink):
-    """POSTs each row as JSON, with its number as Idempotency-Key."""
-
-    name = "webhook"
-
-    def __init__(self, url: str, ledger: Path, only: str | None = None) -> None:
-        if urlsplit(url).scheme not in ("http", "https"):
-            raise OptionError(f"`webhook={url}`: an address starts with http:// or https://")
-        super().__init__(ledger, only)
-        self._url = url
-
-    def deliver(self, row: Row) -> None:
-        if not self._wanted(row):
-            return
-        headers = {"Content-Type": "application/json", "Idempotency-Key": str(row["number"]), "User-Agent": "kizu"}
-        request = urllib.request.Request(self._url, json.dumps(row).encode(), headers)
-        try:
-            with urllib.request.urlopen(request, timeout=PATIENCE) as response:
-                response.read()
-        except (OSError, ValueError) as error:  # URLError and HTTPError among them
-            raise Undelivered(f"{self._url} did not take verdict {row['number']}: {error}") from None
-
-    def close(self) -> None:
-        pass
+        if lines[0] != list(COLUMNS):
+            raise OptionError(f"`csv={path}` is a table of something else: give another name")
+        self._file.drop_cut_line(b"")
+        if len(lines) == 1:
+            return 0
+        number, when = (*lines[-1], "", "")[:2]
+        its_row = next((row for row, _ in rows(ledger) if str(row["number"]) == number), None)
+        if its_row is None or its_row["time"] != when:
+            raise OptionError(f"`csv={path}` is a table of other verdicts than {ledger}: give another name")
+        return int(number)
 
 
-class MqttSink(_RemoteSink):
-    """Publishes each row as JSON, at least once (QoS 1), to mqtt://user:password@host:1883/topic or mqtts://…"""
-
-    name = "mqtt"
-
-    def __init__(self, url: str, ledger: Path, only: str | None = None) -> None:
-        parts = urlsplit(url)
-        if parts.scheme not in ("mqtt", "mqtts") or not parts.hostname or len(parts.path) < 2:
-            raise OptionError(f"`mqtt={url}`: an address is like mqtt://host:1883/topic")
-        super().__init__(ledger, only)
-        self._topic = unquote(parts.path[1:])
-        self._where = f"{parts.scheme}://{parts.hostname}{parts.path}"
-        paho = require("paho.mqtt.client")
-        self._client = paho.Client(paho.CallbackAPIVersion.VERSION2)
-        if parts.username:
-            self._client.username_pw_set(unquote(parts.username), unquote(parts.password or ""))
-        if parts.scheme == "mqtts":
-            self._client.tls_set()
-        self._address = parts.hostname, parts.port or (8883 if parts.scheme == "mqtts" else 1883)
-        self._running = False
-
-    def deliver(self, row: Row) -> None:
-        if not self._wanted(row):
-            return
-        try:
-            if not self._running:
-                self._client.connect(*self._address, keepalive=30)
-                self._client.loop_start()
-                self._running = True
-            message = self._client.publish(self._topic, json.dumps(row), qos=1)
-            message.wait_for_publish(PATIENCE)
-            if not message.is_published():
-                raise ValueError("no acknowledgement")
-        except (OSError, ValueError, RuntimeError) as error:
-            self.close()
-            raise Undelivered(f"{self._where} did not take verdict {row['number']}: {error}") from None
-
-    def close(self) -> None:
-        if self._running:
-            self._client.disconnect()
-            self._client.loop_stop()
-            self._running = False
+def _line(cells: Sequence[object]) -> bytes:
+    return files.csv_text([cells]).encode("utf-8", "surrogateescape")
 
 
 def _cell(value: object) -> object:
+    """As in one line of a table."""
+    if isinstance(value, str):
+        return " ".join(value.splitlines())
     return f"{value:.9g}" if isinstance(value, float) else value

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from kizu.data import files, image
-from kizu.errors import BadImage
+from kizu.errors import BadImage, OutputError
 from kizu.inference.inspector import Inspector
 from kizu.inference.verdict import Verdict
 from kizu.serving.watch.incoming import Arrival, Arrivals
@@ -40,6 +40,8 @@ class Watcher:
         self._stopped_folder = stopped_folder
         self._on_row = on_row
         self._on_warning = on_warning
+        self._not_moved = 0
+        self.errors = 0  # photographs of this run that could not be judged
         self._couriers = [Courier(ledger.path, sink, on_warning) for sink in sinks]
 
     def run(self, model: Inspector, name: str, source: Iterator[list[Arrival]], stop: threading.Event) -> None:
@@ -63,6 +65,7 @@ class Watcher:
                 image.write(self._stopped_folder / f"{arrival.identity[0]}.png", photo.read()[0], durable=True)
         judged = [arrival for arrival in batch if id(arrival.photo) in new]
         rows = self._ledger.append([new[id(arrival.photo)] for arrival in judged])
+        self.errors += sum(row["verdict"] == "error" for row in rows)
         for arrival, row in zip(judged, rows, strict=True):
             self._move(arrival.path, row)
             self._on_row(row)
@@ -75,12 +78,14 @@ class Watcher:
             for row, _ in read_rows(self._ledger.path):
                 self._move(folder / row["image"], row)
 
-    def close(self, patience: float) -> None:
-        """Deliver what `patience` seconds allow; the rest is delivered next time."""
-        complete = [courier.end(patience) for courier in self._couriers]
-        if not all(complete):
-            self._on_warning("Not everything was delivered; the next run goes on with it")
+    def close(self, patience: float) -> int:
+        """Deliver what `patience` seconds allow; returns how many deliveries and moves are left for the next time."""
+        missing = sum(courier.end(patience) for courier in self._couriers)
+        if missing:
+            verdicts = "1 verdict was" if missing == 1 else f"{missing} verdicts were"
+            self._on_warning(f"{verdicts} not delivered; the next run with the same output goes on with them")
         self._ledger.close()
+        return missing + self._not_moved
 
     def _move(self, path: Path | None, row: Row) -> None:
         """Move a stopped part's file, if it is still the one that was judged."""
@@ -103,10 +108,14 @@ class Watcher:
                 with files.new_file(target) as temporary:
                     shutil.copy2(path, temporary)
                 path.unlink()
+        except OutputError as error:
+            self._not_moved += 1
+            self._on_warning(f"{path} could not be moved: {error}")
         except FileNotFoundError:
             return
         except OSError as error:
-            self._on_warning(f"{path} could not be moved: {error}")
+            self._not_moved += 1
+            self._on_warning(f"{path} could not be moved: {error.strerror or error}")
 
 
 def from_folder(arrivals: Arrivals, interval: float, once: bool, stop: threading.Event) -> Iterator[list[Arrival]]:
