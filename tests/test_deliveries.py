@@ -96,13 +96,13 @@ class Broken:
 
 def test_a_table_has_each_row_once_whatever_the_disk_does(book, tmp_path):
     table = CsvSink(tmp_path / "v.csv", book.path)
-    table._file._file = Broken(table._file._file, 5)
+    table._file._file = Broken(table._file._file, 3)
     warnings = []
     courier = Courier(book.path, table, warnings.append)
     for _ in range(3):
         book.append([ROW])
         courier.wake()
-    assert courier.end(10) == 0 and len(warnings) == 5 and "No space left" in warnings[0]
+    assert courier.end(10) == 0 and len(warnings) == 3 and "No space left" in warnings[0]
     lines = (tmp_path / "v.csv").read_text().splitlines()
     assert [line.split(",")[0] for line in lines] == ["number", "1", "2", "3"]
 
@@ -194,7 +194,7 @@ def test_addresses_are_checked_at_the_start_and_not_repeated(url, book):
     for kind, address in ((WebhookSink, url), (MqttSink, url.replace("http", "mqtt"))):
         with pytest.raises(kizu.OptionError, match="one is like") as caught:
             kind(address, book.path)
-        assert url not in str(caught.value)
+        assert address in ("http://", "mqtt://") or address not in str(caught.value)
     for topic in ("", "a/+/b", "a/%23"):
         with pytest.raises(kizu.OptionError, match="topic"):
             MqttSink(f"mqtt://user:pass@host/{topic}", book.path)
@@ -212,13 +212,10 @@ def test_the_command_says_how_many_were_not_delivered(model, tmp_path):
     (tmp_path / "in").mkdir()
     for number in range(3):
         (tmp_path / "in" / f"{number}.png").write_bytes(encoded(part(number)))
-    with socket.create_server(("127.0.0.1", 0)) as nobody:
-        port = nobody.getsockname()[1]
     words = ("watch", "in", "--model", model, "--once", "--settle", 0)
     with receiver(ANSWERS["redirect"], 10**6) as (address, heard):
         done = command(*words, "--webhook", f"http://u:secret@{address}/hook", cwd=tmp_path, code=1)
     assert "3 verdicts were not delivered" in done.stderr and "secret" not in done.stderr and len(heard) < 20
-    assert f"127.0.0.1:{port}" not in done.stderr
     with receiver(OK, 0) as (address, heard):
         command(*words, cwd=tmp_path, env={**os.environ, "KIZU_WEBHOOK": f"http://{address}/hook"})
     assert [json.loads(body)["image"] for _, body in heard] == ["0.png", "1.png", "2.png"]
