@@ -306,6 +306,11 @@ def _reason(error: Exception) -> str:
     return first if first and isinstance(error, OSError | ValueError | SyntaxError) else type(error).__name__
 
 
+def _is_reduced(page: Image.Image) -> bool:
+    """Whether this page of a TIFF says that it is a smaller copy of something else."""
+    return page.format == "TIFF" and bool(page.tag_v2.get(REDUCED, 0) & 1)  # type: ignore[attr-defined]
+
+
 def _has_pages(image: ImageFile.ImageFile) -> bool:
     """Whether there is more in a file than a picture and smaller copies of it."""
     if image.format != "TIFF":
@@ -313,7 +318,7 @@ def _has_pages(image: ImageFile.ImageFile) -> bool:
     try:
         for number in range(1, MAX_PAGES):
             image.seek(number)
-            if not image.tag_v2.get(REDUCED, 0) & 1:  # type: ignore[attr-defined]
+            if not _is_reduced(image):
                 return True
     except Exception:  # there is no further page, or none that can be read
         pass
@@ -344,6 +349,8 @@ def _too_large(name: str) -> BadImage:
 
 def _to_rgb(image: Image.Image, name: str) -> RGB:
     if isinstance(image, ImageFile.ImageFile):
+        if _is_reduced(image):
+            raise BadImage(name, "holds only a small copy of a raw photograph: convert it first", "unsupported")
         if _has_pages(image):
             raise BadImage(name, "holds several pages or frames: save each as a file of its own", "unsupported")
         image.load()  # some formats turn the image themselves
