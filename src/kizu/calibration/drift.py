@@ -9,23 +9,28 @@ little of its stake at every part (Herbster and Warmuth, 1998) reacts also after
 
 import bisect
 import csv
+import hashlib
 import io
 import math
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from kizu.data import files
+from kizu.data.image import taken_at
 from kizu.errors import DataError
 
-__all__ = ["DriftTest", "Step", "read_history", "write_history"]
+__all__ = ["DriftTest", "Step", "new_in_order", "read_history", "write_history"]
 
 POWERS = (0.85, 0.6, 0.35)  # κ of the bets κ p^(κ − 1); the remaining bet keeps the stake
 SHARED = 0.01  # of the stake that moves to the other bets at every part
 MIN_P_VALUE = 1e-12
+MAX_BYTES = 10**10  # of a photograph
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,7 @@ class Step:
     score: float
     p_value: float  # of its rank among all before it
     evidence: float  # log10 of the capital: 2 is 100 to 1 against "nothing has changed"
+    digest: str = ""  # of the photograph's file
 
 
 @dataclass
@@ -54,9 +60,9 @@ class DriftTest:
         self._log_capital = 0.0
         self._rng = np.random.default_rng(self.seed)
         for step in earlier:
-            self.add(step.image, step.score)
+            self.add(step.image, step.score, step.digest)
 
-    def add(self, image: str, score: float) -> Step:
+    def add(self, image: str, score: float, digest: str = "") -> Step:
         """Bet on the next part."""
         low, high = bisect.bisect_left(self._ranked, score), bisect.bisect_right(self._ranked, score)
         above, equal = len(self._ranked) - high, high - low
@@ -67,7 +73,7 @@ class DriftTest:
         self._log_capital += math.log10(stakes.sum())
         stakes /= stakes.sum()
         self._stakes = (1 - SHARED) * stakes + SHARED / len(stakes)
-        step = Step(image, score, p, self._log_capital)
+        step = Step(image, score, p, self._log_capital, digest)
         self.steps.append(step)
         return step
 
@@ -116,7 +122,11 @@ def read_history(path: str | os.PathLike[str]) -> list[Step]:
         rows = csv.DictReader(io.StringIO(text, newline=""))
         return [
             Step(
-                files.from_cell(row["image"]), float(row["score"]), float(row["p_value"]), float(row["evidence_log10"])
+                files.from_cell(row["image"]),
+                float(row["score"]),
+                float(row["p_value"]),
+                float(row["evidence_log10"]),
+                row.get("digest") or "",
             )
             for row in rows
         ]
@@ -126,8 +136,42 @@ def read_history(path: str | os.PathLike[str]) -> list[Step]:
 
 def write_history(path: str | os.PathLike[str], steps: Sequence[Step]) -> None:
     """A row a part, in order; written whole or not at all."""
-    rows = ([step.image, repr(step.score), f"{step.p_value:.6g}", f"{step.evidence:.6g}"] for step in steps)
-    files.write_csv(path, ["image", "score", "p_value", "evidence_log10"], rows)
+    rows = (
+        [step.image, repr(step.score), f"{step.p_value:.6g}", f"{step.evidence:.6g}", step.digest] for step in steps
+    )
+    files.write_csv(path, ["image", "score", "p_value", "evidence_log10", "digest"], rows)
+
+
+def new_in_order(paths: Sequence[Path], steps: Sequence[Step]) -> list[tuple[Path, str]]:
+    """Photographs that are in no step yet, each once, with the digest of its file, in the order of their taking.
+
+    That is the time that each says in its EXIF data, where all do; otherwise the order of their names, 2 before 10.
+    """
+    known, names = {step.digest for step in steps}, {step.image for step in steps if not step.digest}
+    new: dict[str, Path] = {}
+    for path in paths:
+        digest = _digest(path)
+        if digest not in known and str(path) not in names:
+            new.setdefault(digest or str(path), path)
+    times = {digest: taken_at(path) for digest, path in new.items()}
+    key = _natural if None in times.values() else lambda item: (times[item[0]], *_natural(item))
+    return [(path, digest if path.is_file() else "") for digest, path in sorted(new.items(), key=key)]
+
+
+def _natural(item: tuple[str, Path]) -> tuple[Any, ...]:
+    """Numbers in names count as numbers."""
+    parts = re.split(r"(\d+)", str(item[1]))
+    return tuple((0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts if part)
+
+
+def _digest(path: Path) -> str:
+    """Of a file's content, empty where it cannot be read."""
+    try:
+        files.check_regular(path, MAX_BYTES)
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=8)).hexdigest()
+    except OSError:
+        return ""
 
 
 def _odds(evidence: float) -> str:

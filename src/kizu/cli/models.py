@@ -7,6 +7,7 @@ import click
 
 from kizu.cli import terminal
 from kizu.cli.options import json_option, quiet_option
+from kizu.cli.wording import flagged
 from kizu.data import files
 from kizu.errors import OptionError
 from kizu.inference.model_folder import model_folder
@@ -48,6 +49,8 @@ def update(model: str, images: str | None, rollback: bool, skip_bad: bool, quiet
             with terminal.progress(quiet) as progress:
                 detector.update(images, skip_bad=skip_bad, progress=progress("Updating"))
         detector.save(folder, keep_previous=not rollback)
+    for remark in detector.remarks:
+        click.echo(f"Note: {flagged(remark)}", err=True)
     if not quiet:
         click.echo(f"{folder}: {detector.training['images']} good images. {detector.threshold.statement}")
 

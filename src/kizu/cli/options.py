@@ -64,6 +64,7 @@ def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--gpu", type=click.IntRange(-1), help="Number of the GPU; -1: CPU. Default: the first, if any."),
         click.option("--profile", is_flag=True, help="Say where the time went."),
         click.option("--skip-bad", is_flag=True, help="Leave out training images that cannot be read."),
+        click.option("--keep-copies", is_flag=True, help="Learn from each of several photographs of one part."),
         click.option("--overwrite", is_flag=True, help="Replace a run of the same name."),
         click.option("--resume", is_flag=True, help="Go on with a run that was interrupted."),
         click.option("--name", help="Sub-folder of GROUP. Default: run, run-2, …"),

@@ -82,15 +82,15 @@ def drift(
 ) -> None:
     """Do recent parts still look like those that set the threshold, and if not, since when?
 
-    Photographs are taken in the order of their names. With --history the test goes on where it stopped, and may be
-    looked at every day without crying wolf: however long it runs, it raises a false alarm with probability --alarm at
-    most.
+    Each photograph counts once, in the order of the times that they say they were taken, or else of their names. With
+    --history the test goes on where it stopped, and may be looked at every day without crying wolf: however long it
+    runs, it raises a false alarm with probability --alarm at most.
 
     \b
     Example:  kizu drift results/project/group/run today --history drift.csv
     """
     from kizu import load
-    from kizu.calibration.drift import DriftTest, read_history, write_history
+    from kizu.calibration.drift import DriftTest, new_in_order, read_history, write_history
     from kizu.inference.batch import image_paths, predict_files
 
     if not 0 < alarm < 1:
@@ -100,11 +100,13 @@ def drift(
         raise DataError("This model has no scores of good images to compare with: train it on more images")
     test = DriftTest(detector.calibration_scores, alarm, steps=read_history(history) if history else [])
     before = len(test.steps)
+    paths = image_paths(images)
+    new = new_in_order(paths, test.steps)
     with terminal.progress(options["quiet"] or options["as_json"]) as progress:
-        rows = predict_files(detector, image_paths(images), progress=progress("Drift"))
-    for row in rows:
+        rows = predict_files(detector, [path for path, _ in new], progress=progress("Drift"))
+    for row, (_, digest) in zip(rows, new, strict=True):
         if row.score is not None:
-            test.add(row.image, row.score)
+            test.add(row.image, row.score, digest)
         elif not options["as_json"]:
             click.echo(f"error  {row.image}: {row.error}", err=True)
     if history:
@@ -116,9 +118,13 @@ def drift(
         since = None if test.since is None else test.steps[test.since].image
         at = None if test.alarm_at is None else test.steps[test.alarm_at].image
         outcome = {"finding": test.sentence(), "alarm": at is not None, "alarm_at": at, "since": since}
+        outcome |= {"new": len(new), "counted_before": len(paths) - len(new)}
         steps = [{"image": s.image, "score": s.score, "p_value": s.p_value, "evidence": s.evidence} for s in test.steps]
         terminal.print_json({**outcome, "steps": steps[before:]})
     else:
+        if before or len(new) < len(paths):
+            known = terminal.count(len(paths) - len(new), "photograph was", "photographs were")
+            click.echo(f"{len(new)} new; {known} counted before, or came twice.")
         click.echo(test.sentence())
     if any(row.error for row in rows):
         click.get_current_context().exit(1)

@@ -29,6 +29,7 @@ __all__ += [
     "resize_map",
     "size_of",
     "suffix_of",
+    "taken_at",
     "write",
     "write_map",
     "write_picture",
@@ -49,6 +50,7 @@ MARK_WITHIN = 128  # bytes from the start of a file
 MAX_PAGES = 16  # that are looked at
 REDUCED = 254  # TIFF's tag NewSubfileType, whose lowest bit says that a page is a smaller copy of another one
 EXIF_ORIENTATION = 0x0112  # 5 to 8: turned by a quarter
+EXIF_DETAILS, EXIF_TAKEN, EXIF_FRACTION = 0x8769, 0x9003, 0x9291  # a table; in it the time and parts of its second
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -114,6 +116,17 @@ def size_of(source: Source) -> tuple[int, int]:
         return int(source.shape[0]), int(source.shape[1])
     with _open(source, name_of(source)) as image:
         return image.height, image.width
+
+
+def taken_at(source: Source) -> str | None:
+    """When a photograph was taken, by its EXIF data: text that sorts by time. None where they do not say."""
+    try:
+        with _open(source, name_of(source)) as image:
+            exif = image.getexif().get_ifd(EXIF_DETAILS)
+            when, fraction = exif.get(EXIF_TAKEN), exif.get(EXIF_FRACTION, "")
+    except Exception:  # of whatever the bytes are
+        return None
+    return f"{when}.{fraction}" if isinstance(when, str) and when[:4].isdecimal() else None
 
 
 def suffix_of(source: Source) -> str | None:

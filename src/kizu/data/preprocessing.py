@@ -141,6 +141,22 @@ class Stack:
             return self.batch(numbers[0], numbers[-1] + 1)
         return np.concatenate([self.batch(number, number + 1) for number in numbers])
 
+    def keep(self, numbers: Sequence[int]) -> None:
+        """Forget all photographs but those of these numbers, which rise."""
+        self._digest = hashlib.blake2b(digest_size=16)
+        for place, number in enumerate(numbers):
+            photo = self.batch(number, number + 1)
+            self._digest.update(photo.data)
+            if self._array is not None:
+                self._array[place] = photo[0]
+            elif self._file is not None and place != number:
+                self._file.seek(place * self._bytes)
+                self._file.write(photo.data)
+        self.digests = [self.digests[number] for number in numbers]
+        self._count = len(numbers)
+        if self._file is not None:
+            self._file.truncate(self._count * self._bytes)
+
     @property
     def hash(self) -> str:
         """Of the pixels, in order."""

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from kizu.calibration.copies import first_of_each_part
 from kizu.calibration.outliers import find_outliers
 from kizu.calibration.threshold import calibrate, refuse
 from kizu.config import BackboneConfig, Config, build
@@ -59,6 +60,7 @@ class Detector(Inspector):
         self.graph: nn.Module | None = None
         # with `workers`, where and how fast it works; prediction needs them as well as a fit, which has its own context
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.copies: list[str] = []  # digests of photographs that were left out for those that they show again
         self.batch_size: int | None = None  # photographs at a time, instead of what suits the device
 
     @abstractmethod
@@ -77,6 +79,7 @@ class Detector(Inspector):
         held_out: Iterable[Any] = (),
         memory: str | int | None = None,
         skip_bad: bool = False,
+        keep_copies: bool = False,
         checkpoint: str | os.PathLike[str] | None = None,
         progress: Progress | None = None,
         after_round: AfterRound | None = None,
@@ -84,14 +87,16 @@ class Detector(Inspector):
         """Learn from good images: a folder, or any of paths, arrays, PIL images, encoded bytes and samples.
 
         Images in `held_out`, if there are any, are not learned from but set the threshold; otherwise each method
-        holds out its own. `memory` ("2GB") bounds the working data; without it, half of what is free may be used.
+        holds out its own. Of several photographs of one part, saved again or taken in the same moment, the first alone
+        is learned from, unless `keep_copies`: the threshold's promise counts parts.
+        `memory` ("2GB") bounds the working data; without it, half of what is free may be used.
         A method that trains for long writes its state to the file `checkpoint`, and goes on from there if it exists.
         One that learns in rounds calls `after_round` with the graph and the number of the round.
         Raises `DataError` with the list of all images that cannot be read, before any work, unless `skip_bad`, and
         `OptionError` for a rate of false alarms that was asked for and that so few images cannot carry.
         """
         progress = progress or silent
-        self.remarks, self.seconds = [], {}
+        self.remarks, self.seconds, self.copies = [], {}, []
         memory_bytes = budget(memory)
         if self.device.type == "cuda":
             memory_bytes = min(memory_bytes, torch.cuda.mem_get_info(self.device)[0])
@@ -99,8 +104,10 @@ class Detector(Inspector):
             with timed("decode", self.seconds):
                 photos, items = self.read(good, memory_bytes // 8, skip_bad, progress)
                 open_files.enter_context(photos)
-                others, _ = self.read(held_out, memory_bytes // 8, skip_bad, progress)
+                others, other_items = self.read(held_out, memory_bytes // 8, skip_bad, progress)
                 open_files.enter_context(others)
+                if not keep_copies:
+                    items = self.leave_out_copies(photos, items, others, other_items)
             if len(photos) == 0:
                 raise DataError("There is no image to learn from.")
             self.check_promise(len(photos), len(others))
@@ -114,7 +121,7 @@ class Detector(Inspector):
                 seconds=self.seconds,
             )
             result = self.learn(context)
-        self.training = {"images": 0, "names": [], "digests": [], "suspects": []}
+        self.training = {"images": 0, "names": [], "digests": [], "suspects": [], "copies": self.copies}
         self.good_items, self.thumbnails = [], []
         self.remember(photos, items, result.loo_scores)
         self.training["hash"] = photos.hash
@@ -143,11 +150,39 @@ class Detector(Inspector):
         """
         if self.graph is None:
             raise ModelError(UNFITTED)
-        photos, _ = self.read(good, CALIBRATION_BYTES, progress=progress)
+        photos, items = self.read(good, CALIBRATION_BYTES, progress=progress)
         with photos:
+            if len(photos):
+                self.leave_out_copies(photos, items)
             if len(photos) == 0:
                 raise DataError("There is no photograph of a good part to set the threshold with.")
             return self.adopt(self.score_held_out(self.graph, photos, progress))
+
+    def leave_out_copies(
+        self, photos: Stack, items: list[Readable], others: Stack | None = None, other_items: Sequence[Readable] = ()
+    ) -> list[Readable]:
+        """Keep one photograph of each part: of `photos` the first, of `others` those that none of these shows.
+
+        Returns the items of the photos that stay.
+        """
+        stacks = [photos] if others is None else [photos, others]
+        every = [*items, *other_items]
+        first = first_of_each_part(stack.batch(n, n + 1)[0] for stack in stacks for n in range(len(stack)))
+        copies = [number for number, original in enumerate(first) if number != original]
+        if not copies:
+            return items
+        kept = [number for number, original in enumerate(first) if number == original]
+        examples = f"{name_of(every[copies[0]])} as {name_of(every[first[copies[0]]])}"
+        self.remarks.append(
+            f"{len(copies)} of {len(every)} photographs show the same part as another one, such as {examples}: they "
+            "were left out, because the promise follows from different parts (`keep_copies=True` keeps them)."
+        )
+        before = len(photos)
+        self.copies += [digest for number, digest in enumerate(photos.digests) if number != first[number]]
+        photos.keep([number for number in kept if number < before])
+        if others is not None:
+            others.keep([number - before for number in kept if number >= before])
+        return [items[number] for number in kept if number < before]
 
     def remember(self, photos: Stack, items: Sequence[Readable], loo_scores: Mapping[int, float]) -> None:
         """What the images just learned from are called and look like, and which of them look unlike the others."""

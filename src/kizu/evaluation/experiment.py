@@ -65,6 +65,7 @@ class RunOptions:
     resume: bool = False  # go on with an unfinished run
     overwrite: bool = False  # replace a run of the same name
     skip_bad: bool = False  # leave out training images that cannot be read
+    keep_copies: bool = False  # learn from several photographs of one part
     memory: str | None = None  # bound of the working data; by default half of what is free
     save_maps: bool = False  # write the test images' anomaly maps
     gpu: int | None = None  # number of the GPU; -1: the CPU; by default the first, if there is one
@@ -151,6 +152,7 @@ def _fit_and_evaluate(
         data.select(category, "train"),
         held_out=data.select(category, "validation"),
         skip_bad=options.skip_bad,
+        keep_copies=options.keep_copies,
         memory=options.memory,
         checkpoint=run.checkpoint(category) if oracle is None else None,
         after_round=None if oracle is None else oracle.measure_round,

@@ -149,7 +149,7 @@ class Inspector(ABC):
 
     def knows(self, items: Iterable[Readable]) -> int:
         """How many of these photographs the model has learned from."""
-        learned = set(self.training["digests"])
+        learned = {*self.training["digests"], *self.training.get("copies", [])}
         return sum(
             digest in learned for batch in batches(items, self.preprocessing) for digest in digests(batch.pixels)
         )

@@ -64,6 +64,7 @@ class _Training(_Open):
     images: int = Field(ge=0)
     names: list[str]
     digests: list[str]
+    copies: list[str] = []
     suspects: list[_Suspect]
     hash: str
 

@@ -175,7 +175,7 @@ def _train_student(photographs: str, model_dir: Path, options: dict[str, Any], p
     training, held_out = validated(found)
     checkpoint = folder.with_name(f".{category}.training")
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
-    detector.fit(training, held_out=held_out, checkpoint=checkpoint, progress=progress(category))
+    detector.fit(training, held_out=held_out, keep_copies=True, checkpoint=checkpoint, progress=progress(category))
     assert isinstance(detector.graph, EfficientADGraph)
     reference_files.write_efficientad(detector.graph, detector.config, model_dir, data_set, category)
     checkpoint.unlink(missing_ok=True)

@@ -126,7 +126,7 @@ def finish(parts: Parts, **main: Any) -> None:
             detector = PatchCore(config)
             place(detector, on, data["num_workers"], data["batch_size"])
             training, held_out = parted(found, category, data["train_val_split"])
-            detector.fit(training, held_out=held_out, progress=progress(name))
+            detector.fit(training, held_out=held_out, keep_copies=True, progress=progress(name))
             say(detector)
             if main["save_patchcore_model"]:
                 reference_files.write_reference(detector, folder / "models" / name)

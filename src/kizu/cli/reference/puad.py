@@ -49,7 +49,7 @@ def run(dataset_path: str, model_dir_path: str, size: str, feature_extractor: st
     place(detector, on, 2)
     with terminal.progress(False) as progress, terminal.messages(False, warnings_only=True):
         training, held_out = validated(found)
-        detector.fit(training, held_out=held_out, progress=progress(category))
+        detector.fit(training, held_out=held_out, keep_copies=True, progress=progress(category))
         say(detector)
         judged = scoring.judge(detector, found.select(split="test"), progress(category))
     structural = [(sample, outcome.parts["structural"]) for sample, outcome in judged]

@@ -211,7 +211,7 @@ def _fit(
     oracle = Oracle(detector, test) if original else None
     others = held_out or (training[:1] if original else ())
     after_round = None if oracle is None else oracle.measure_round
-    detector.fit(training, held_out=others, progress=progress, after_round=after_round)
+    detector.fit(training, held_out=others, keep_copies=True, progress=progress, after_round=after_round)
     say(detector)
     if oracle is not None and oracle.state and detector.graph is not None:
         detector.graph.load_state_dict(oracle.state)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from kizu.calibration.threshold import images_needed
 from kizu.config import PatchCoreConfig
+from kizu.data.preprocessing import Readable, Stack
 from kizu.data.progress import Progress, silent
 from kizu.detectors.base import Detector
 from kizu.detectors.fitting import FitContext, FitResult
@@ -194,8 +195,10 @@ class PatchCore(Detector):
         graph = self._single("updated")
         progress = progress or silent
         photos, items = self.read(good, budget(memory) // 8, skip_bad, progress)
+        self.remarks, self.copies = [], self.training.get("copies", [])
+        items = self._leave_out_known(photos, items)
         if len(photos) == 0:
-            raise DataError("There is no image to learn from.")
+            raise DataError("There is no image to learn from that the model does not know already.")
         before = self.training["images"]
         with torch.inference_mode(), photos:
             for image_ids, pixels in self.stream(photos, "Features", progress, copies=self._copies()):
@@ -216,12 +219,23 @@ class PatchCore(Detector):
             added = range(len(photos))
             result = _result(graph, [graph], [scored], scored[0], self.facts, added, added)
             self.remember(photos, items, result.loo_scores)
+        self.training["copies"] = self.copies
         hashes = (self.training["hash"] + photos.hash).encode()
         self.training["hash"] = hashlib.blake2b(hashes, digest_size=16).hexdigest()
         result.scores = self.calibration_scores + result.scores
         result.map_peaks = self.map_peaks + result.map_peaks
         result.map_median = self.heat_map_range[0]
         return self.adopt(result)
+
+    def _leave_out_known(self, photos: Stack, items: list[Readable]) -> list[Readable]:
+        """Keep the photographs that the model has not learned from, one of each part."""
+        learned = {*self.training["digests"], *self.training.get("copies", [])}
+        new = [number for number, digest in enumerate(photos.digests) if digest not in learned]
+        if len(new) < len(photos):
+            self.remarks.append(f"{len(photos) - len(new)} of {len(photos)} photographs were learned before.")
+            photos.keep(new)
+            items = [items[number] for number in new]
+        return self.leave_out_copies(photos, items) if len(photos) else items
 
     @classmethod
     def merge(cls, parts: Sequence[Self]) -> Self:
@@ -245,6 +259,7 @@ class PatchCore(Detector):
             "hash": hashlib.blake2b("".join(p.training["hash"] for p in parts).encode(), digest_size=16).hexdigest(),
             "names": [name for part in parts for name in part.training["names"]],
             "digests": [digest for part in parts for digest in part.training["digests"]],
+            "copies": [digest for part in parts for digest in part.training.get("copies", [])],
             "suspects": [
                 {**outlier, "number": outlier["number"] + start}
                 for part, start in zip(parts, starts, strict=True)
