@@ -6,7 +6,7 @@ import pytest
 
 from kizu.data import demo, image
 from kizu.data import demo_flange as geometry
-from kizu.errors import DataError, OptionError
+from kizu.errors import DataError, OptionError, OutputError
 
 
 def digests(folder):
@@ -104,7 +104,7 @@ def test_existing_folder_is_left_alone(tmp_path):
 
 def test_a_file_in_the_way(tmp_path):
     (tmp_path / "root").write_text("")
-    with pytest.raises(DataError, match="cannot be written"):
+    with pytest.raises(OutputError, match="cannot be written"):
         render(tmp_path / "root")
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from kizu.data import image
+from kizu.data import image, masks
 from kizu.data.preprocessing import Preprocessing, batches
 from kizu.errors import BadImage
 from kizu.inference.prediction import Photo
@@ -186,4 +186,4 @@ def test_masks_of_any_kind_are_read_as_regions(tmp_path):
         "ones.png": Image.fromarray(region // 255),
     }.items():
         mask.save(tmp_path / name)
-        np.testing.assert_array_equal(image.read_mask(tmp_path / name), region > 0, err_msg=name)
+        np.testing.assert_array_equal(masks.read_mask(tmp_path / name), region > 0, err_msg=name)

@@ -12,7 +12,7 @@ from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 from kizu.data import dataset
-from kizu.data.loco_masks import Region, Saturation, read_regions, read_saturations
+from kizu.data.masks import Region, Saturation, read_regions, read_saturations
 from kizu.errors import DataError, OptionError
 from kizu.evaluation import loco_metrics, metrics
 from kizu.evaluation.evaluate import evaluate

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from kizu.data import image
+from kizu.errors import OutputError
 from kizu.evaluation import report
 from kizu.evaluation.evaluate import CategoryResult, ImageScore, Outlier, PatchPair, Picture
 from kizu.evaluation.report import MAX_BYTES, RunSummary, render, write
@@ -325,7 +326,7 @@ def test_write_replaces_the_file_or_leaves_it(tmp_path: Path, monkeypatch: pytes
     page = path.read_text(encoding="utf-8")
     assert page == render(SUMMARY, [full()])
     monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(OutputError, match="disk full"):
         write(path, SUMMARY, [])
     assert path.read_text(encoding="utf-8") == page
     assert list(path.parent.iterdir()) == [path]

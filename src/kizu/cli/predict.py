@@ -80,6 +80,8 @@ def evaluate(model: str, data: str, output: str | None, save_maps: bool, **optio
         raise OptionError("--save-maps needs --output DIR, where the folder maps is written")
     start = time.time()
     dataset = find_data(data, options)
+    for note in dataset.notes:
+        click.echo(f"Note: {flagged(note)}", err=True)
     results, about = [], dict[str, Any]()
     with terminal.progress(options["quiet"] or options["as_json"]) as progress:
         for category in dataset.categories:

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kizu.data.folders import Folder, Names, walk
+from kizu.data.folders import Folder, Names, is_mask_folder, walk
 from kizu.data.layouts import EXPECTED, RECOGNISERS, Contents, sole_folder, unnamed_folder
-from kizu.data.loco_masks import Saturations, read_saturations
+from kizu.data.masks import Saturations, read_saturations
 from kizu.data.sample import Sample
 from kizu.errors import DataError, OptionError
 
@@ -17,6 +17,7 @@ __all__ = ["LAYOUTS", "Dataset", "Sample", "find"]
 
 LAYOUTS: tuple[str, ...] = tuple(EXPECTED)
 SPLITS = ("train", "validation", "test")
+OTHER_MASKS = {".npy", ".npz", ".mat", ".json", ".xml", ".txt", ".csv", ".pt"}
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def find(
         left_out=tuple(
             (path, reason) for path, reason in sorted(left_out) if dropped.isdisjoint(path.parts[len(root.parts) :])
         ),
-        notes=tuple(contents.notes),
+        notes=(*contents.notes, *_about_other_masks(folder, samples)),
         saturations=_saturations(contents, [category for category in known if category not in dropped], defects_config),
     )
 
@@ -191,6 +192,19 @@ def _saturations(contents: Contents, categories: Sequence[str], given: str | Pat
             raise OptionError(f"`defects_config` is of one category: choose one of {listed}.")
         tables = {categories[0]: Path(given)}
     return {category: read_saturations(path) for category, path in tables.items()}
+
+
+def _about_other_masks(folder: Folder, samples: Sequence[Sample]) -> list[str]:
+    """A note on ground truth that is stored as something else than images."""
+    places = [inner for inner in folder.tree() if is_mask_folder(inner)]
+    found = {path for place in places for inner in place.tree() for path, _ in inner.others}
+    found = {path for path in found if path.suffix.lower() in OTHER_MASKS}
+    if not found or not any(sample.is_anomalous and not sample.masks for sample in samples):
+        return []
+    return [
+        f"{len(found)} files of ground truth, such as {min(found).name}, are no images and were left out: a mask is an "
+        "image, 0 where the part is good and anything else where it is not."
+    ]
 
 
 def _unexplained(folder: Folder, contents: Contents) -> list[tuple[Path, str]]:

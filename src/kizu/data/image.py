@@ -19,12 +19,12 @@ from kizu.errors import BadImage
 __all__ = ["MAX_PIXELS", "MIN_SIDE", "SUFFIXES", "Float", "Source", "encode", "framed", "give_back_large", "heat"]
 __all__ += [
     "is_marked",
+    "name_of",
+    "opened",
     "outline",
     "overlay",
     "read",
     "read_at_least",
-    "read_mask",
-    "read_mask_values",
     "resize",
     "resize_map",
     "size_of",
@@ -97,17 +97,12 @@ def read_at_least(source: Source, size: tuple[int, int] | None = None) -> tuple[
         return np.ascontiguousarray(_to_rgb(image, name)), shape
 
 
-def read_mask(source: Source) -> npt.NDArray[np.bool_]:
-    """Read a ground-truth mask: every pixel that is not zero is part of a defect. Shape (H, W)."""
-    return np.asarray(_mask_channels(source).any(axis=2))
-
-
-def read_mask_values(source: Source) -> npt.NDArray[np.uint8]:
-    """Read a ground-truth mask whose values mean something, 0 to 255; of several channels the highest. Shape (H, W)."""
-    values = _mask_channels(source).max(axis=2)
-    if values.dtype != np.bool_ and (values.min() < 0 or values.max() > 255):
-        raise BadImage(name_of(source), "holds values outside 0…255")
-    return np.asarray(values * 255 if values.dtype == np.bool_ else values).astype(np.uint8)
+@contextmanager
+def opened(source: Source) -> Iterator[Image.Image]:
+    """A file or encoded bytes as a PIL image. Whatever is wrong with it, at once or while it is read, is `BadImage`."""
+    name = name_of(source)
+    with _open(source, name) as image, _decoding(name):
+        yield image
 
 
 def size_of(source: Source) -> tuple[int, int]:
@@ -250,18 +245,6 @@ def write_map(path: str | os.PathLike[str], values: Float) -> None:
     """Write a map (H, W) as a TIFF of 32-bit floats, not compressed; an interrupted write leaves no file."""
     with files.new_file(path, durable=False) as temporary:
         Image.fromarray(np.ascontiguousarray(values, dtype=np.float32)).save(temporary, format="TIFF")
-
-
-def _mask_channels(source: Source) -> npt.NDArray[Any]:
-    """A mask's values (H, W, C) without alpha."""
-    name = name_of(source)
-    if isinstance(source, np.ndarray):
-        return source.reshape((*source.shape[:2], -1))
-    with _open(source, name) as image, _decoding(name):
-        values = np.asarray(image.convert("RGB") if image.mode == "P" else image)
-    if values.ndim == 3 and values.shape[2] in (2, 4):
-        values = values[:, :, :-1]
-    return values.reshape((*values.shape[:2], -1))
 
 
 def _open(source: Source, name: str) -> Image.Image:

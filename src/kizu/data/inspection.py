@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,12 +11,13 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from kizu.data.dataset import Dataset
-from kizu.data.image import MIN_SIDE, read_mask, size_of
+from kizu.data.image import MIN_SIDE, size_of
 from kizu.data.layouts import NO_IMAGE_FOR_MASK
+from kizu.data.masks import doubt, read_mask
 from kizu.data.sample import CIFAR_SIDE, Sample
 from kizu.errors import BadImage
 
-__all__ = ["Inspection", "inspect"]
+__all__ = ["Inspection", "about_doubts", "inspect"]
 
 MIN_TRAIN_IMAGES = 10  # fewer good images rarely show how much good parts vary
 MODES = {"1": "grey", "L": "grey", "LA": "grey", "F": "grey float", "P": "palette", "PA": "palette"}
@@ -73,6 +74,7 @@ class _Header(NamedTuple):
     height: int
     channels: str
     empty: bool = False  # of a mask: no pixel is set
+    doubt: str = ""  # what makes a mask look as if it were read wrongly
 
 
 Headers = dict[Path, _Header | BadImage]
@@ -98,9 +100,9 @@ def _header(path: Path) -> _Header | BadImage:
 def _mask_header(path: Path) -> _Header | BadImage:
     try:
         mask = read_mask(path)
+        return _Header(mask.shape[1], mask.shape[0], "mask", empty=not mask.any(), doubt=doubt(path))
     except BadImage as error:
         return error
-    return _Header(mask.shape[1], mask.shape[0], "mask", empty=not mask.any())
 
 
 def _usable(samples: Iterable[Sample], headers: Headers) -> list[_Header]:
@@ -149,9 +151,28 @@ def _about_masks(samples: list[Sample], headers: Headers, masks: Headers, root: 
         )
     if empty:
         sentences.append(f"{_count(empty, 'mask')} of defects without a single pixel set: {_listed(empty, root)}.")
+    doubts = {path: mask.doubt for path, mask in masks.items() if isinstance(mask, _Header) and mask.doubt}
+    sentences += about_doubts({path: doubts[path] for s in anomalous for path in s.masks if path in doubts}, root)
     if misfits:
         sentences.append(f"{_count(misfits, 'mask')} of another size than the image: {_listed(misfits, root)}.")
     return sentences
+
+
+def about_doubts(doubts: Mapping[Path, str], root: Path | None = None) -> list[str]:
+    """A sentence for each way in which masks look as if they were read wrongly."""
+    sentences = []
+    for reason in sorted(set(doubts.values())):
+        paths = [path for path in doubts if doubts[path] == reason]
+        one = len(paths) == 1
+        sentences.append(
+            f"{_count(paths, 'mask')} of defects {reason if one else _plural(reason)}: {_listed(paths, root)}. A mask "
+            "is 0 where the part is good and anything else where it is not; otherwise pixel metrics are wrong."
+        )
+    return sentences
+
+
+def _plural(reason: str) -> str:
+    return {"is": "are", "has": "have"}[reason.split()[0]] + reason[reason.index(" ") :].replace("if it", "if they")
 
 
 def _about_duplicates(samples: list[Sample], root: Path) -> list[str]:

@@ -23,8 +23,8 @@ from pathlib import Path
 import numpy as np
 
 from kizu.data.folders import Folder, Names, is_mask_folder
-from kizu.data.image import read_mask
-from kizu.data.loco_masks import CONFIG_NAME
+from kizu.data.image import SUFFIXES
+from kizu.data.masks import CONFIG_NAME, read_mask
 from kizu.data.sample import CIFAR_RECORD, Sample
 from kizu.errors import BadImage, DataError
 
@@ -42,7 +42,8 @@ EXPECTED = {
 }
 NO_IMAGE_FOR_MASK = "is a mask, but no image has its name"
 TEST_SHARE = 0.2  # of the good images of a plain folder
-_MASK_ENDING = re.compile(r"[_-](mask|gt|label)$", re.IGNORECASE)
+_MASK_ENDING = re.compile(r"[_-](mask|gt|label|seg|segmentation)$", re.IGNORECASE)
+_MASK_BEGINNING = re.compile(r"^(mask|gt|label|seg|segmentation)[_-]", re.IGNORECASE)
 
 
 @dataclass
@@ -78,7 +79,7 @@ class _Masks:
         for folder in folders:
             for mask in folder.all_images():
                 mirrored = folder.path.parent / mask.parent.relative_to(folder.path)
-                for stem in {mask.stem, _MASK_ENDING.sub("", mask.stem)}:
+                for stem in _stems(mask):
                     self._named[mirrored, stem].append(mask)
                 self._regions[mirrored].append(mask)
                 self.files.add(mask)
@@ -130,6 +131,13 @@ class _Masks:
                 )
             elif not owners[mask] and mask not in unneeded:
                 contents.left_out.append((mask, NO_IMAGE_FOR_MASK))
+
+
+def _stems(mask: Path) -> set[str]:
+    """What the image of a mask may be called, by the mask's name: 000_mask.png, mask_000.png, 000.jpg.png, 000.png."""
+    stem = mask.stem
+    plain = stem.removesuffix(Path(stem).suffix) if Path(stem).suffix.lower() in SUFFIXES else stem
+    return {stem, plain, _MASK_ENDING.sub("", plain), _MASK_BEGINNING.sub("", plain)}
 
 
 def _splits(folder: Folder, category: str, names: Names) -> Contents | None:

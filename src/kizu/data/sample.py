@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from kizu.data.image import read_at_least, read_mask
+from kizu.data.image import read_at_least
+from kizu.data.masks import read_mask
 from kizu.errors import BadImage, DataError
 
 __all__ = ["CIFAR_RECORD", "CIFAR_SIDE", "Sample"]

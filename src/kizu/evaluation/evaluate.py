@@ -12,7 +12,8 @@ import numpy.typing as npt
 
 from kizu.data import files, image
 from kizu.data.dataset import Sample
-from kizu.data.loco_masks import Region, Saturations, read_regions
+from kizu.data.inspection import about_doubts
+from kizu.data.masks import Region, Saturations, doubt, read_regions
 from kizu.data.progress import Progress, silent
 from kizu.errors import BadImage, DataError
 from kizu.evaluation import loco_metrics, metrics
@@ -227,6 +228,8 @@ def _usable(
             notes.append(f"Left out of the pixel metrics: {error}")
     if len(notes) > MAX_NOTES:
         notes[MAX_NOTES:] = [f"Left out of the pixel metrics: {len(notes) - MAX_NOTES} more, for such reasons."]
+    if saturations is None:
+        notes += about_doubts({path: why for sample, _ in usable for path in sample.masks if (why := doubt(path))})
     missing = len(predictions) - len(usable)
     if missing and any(sample.masks for sample, _ in usable):
         notes.append(f"{missing} test images have no usable mask; pixel metrics leave them out.")

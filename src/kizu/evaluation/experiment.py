@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any
 from kizu.config import Config, build
 from kizu.data import files
 from kizu.data.dataset import Dataset, Sample
-from kizu.data.loco_masks import Saturations
+from kizu.data.masks import Saturations
 from kizu.data.progress import Progress, silent
 from kizu.errors import DataError, KizuError, OptionError
 from kizu.evaluation import tracking

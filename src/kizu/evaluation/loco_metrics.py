@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kizu.data.loco_masks import Region
+from kizu.data.masks import Region
 from kizu.evaluation.metrics import Reasons, Values, au_spro, image_metrics
 
 __all__ = ["BY_TYPE", "LIMITS", "NO_CONFIG", "TYPES", "applies", "detection", "localisation", "spro_key"]

@@ -14,7 +14,7 @@ from scipy import ndimage
 from sklearn import metrics as sklearn_metrics
 
 from kizu.config.plugins import load, plugins
-from kizu.data.loco_masks import Region
+from kizu.data.masks import Region
 from kizu.errors import KizuError, OptionError
 
 __all__ = ["IMAGE", "PIXEL", "Reasons", "Values", "au_pro", "au_spro", "image_metrics", "metric_plugins"]

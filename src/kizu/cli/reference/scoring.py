@@ -13,6 +13,7 @@ from scipy import ndimage
 
 from kizu.data import files, image
 from kizu.data.dataset import Sample
+from kizu.data.masks import read_mask_values
 from kizu.data.progress import Progress, silent
 from kizu.detectors.base import Detector
 from kizu.detectors.patchcore.graph import EnsembleGraph
@@ -165,7 +166,7 @@ def _mask(sample: Sample, detector: Inspector) -> Bools | None:
         return np.zeros(side, bool)
     if not sample.masks:
         return None
-    union = np.maximum.reduce([image.read_mask_values(path) for path in sample.masks])
+    union = np.maximum.reduce([read_mask_values(path) for path in sample.masks])
     scaled = detector.preprocessing(np.repeat(union[..., None], 3, axis=2))[..., 0]
     return np.asarray(scaled == MASK)
 

@@ -1,4 +1,4 @@
-"""How much of a defect has to be found for it to count as found: MVTec LOCO's defects_config.json."""
+"""Ground truth: masks of defects however they are stored, and how much of a defect has to be found (MVTec LOCO)."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -8,12 +8,16 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from kizu.data.image import read_mask_values
-from kizu.errors import DataError
+from kizu.data.image import Source, name_of, opened
+from kizu.errors import BadImage, DataError
 
-__all__ = ["CONFIG_NAME", "Region", "Saturation", "Saturations", "read_regions", "read_saturations"]
+__all__ = ["CONFIG_NAME", "Region", "Saturation", "Saturations", "doubt", "read_mask", "read_mask_values"]
+__all__ += ["read_regions", "read_saturations"]
 
 CONFIG_NAME = "defects_config.json"
+FAINT = 16  # grey levels below which a compressed mask says nothing
+MAX_OTHER = 0.2  # share of pixels that may have other values than the two most frequent ones
+Values = npt.NDArray[Any]
 
 
 class Saturation(NamedTuple):
@@ -36,6 +40,64 @@ class Region(NamedTuple):
 
     pixels: npt.NDArray[np.bool_]  # (H, W)
     saturation: int  # of its pixels, as many count as all
+
+
+def read_mask(source: Source) -> npt.NDArray[np.bool_]:
+    """Read a ground-truth mask. Shape (H, W).
+
+    A pixel is part of a defect where it is not zero; in JPEG, which blurs edges, above half of the brightest. Where no
+    pixel is zero, it is the rarer of two values, or what transparency says.
+    """
+    return _understood(source)[0]
+
+
+def doubt(source: Source) -> str:
+    """What makes a mask look as if it were stored in another way than it is read; empty where nothing does."""
+    mask, levels = _understood(source)
+    counts = np.sort(np.unique(levels, return_counts=True)[1])[::-1]
+    if mask.all():
+        return "is set at every pixel"
+    if counts[2:].sum() > MAX_OTHER * levels.size:
+        return "has many grey levels, as photographs have"
+    return "is set at more pixels than not, as if it were inverted" if mask.mean() > 0.5 else ""
+
+
+def read_mask_values(source: Source) -> npt.NDArray[np.uint8]:
+    """Read a ground-truth mask whose values mean something, 0 to 255; of several channels the highest. Shape (H, W)."""
+    values = _channels(source)[0].max(axis=2)
+    if values.dtype != np.bool_ and (values.min() < 0 or values.max() > 255):
+        raise BadImage(name_of(source), "holds values outside 0…255")
+    return np.asarray(values * 255 if values.dtype == np.bool_ else values).astype(np.uint8)
+
+
+def _understood(source: Source) -> tuple[npt.NDArray[np.bool_], Values]:
+    """The mask (H, W), and a number for each value of its pixels (H, W)."""
+    colours, alpha, compressed = _channels(source)
+    if alpha is not None and np.ptp(alpha) and not np.ptp(colours.reshape(-1, colours.shape[2]), axis=0).any():
+        colours = alpha[:, :, None]
+    brightness = colours.max(axis=2)
+    if compressed:
+        half = max(int(brightness.max()), 2 * FAINT) / 2
+        return np.asarray(brightness > half), np.asarray(brightness > half)
+    mask = np.asarray(colours.any(axis=2))
+    values = np.unique(colours.reshape(-1, colours.shape[2]), axis=0) if mask.all() else colours[:1, 0]
+    if len(values) == 2:
+        first = np.asarray((colours == values[0]).all(axis=2))
+        mask = first if first.mean() < 0.5 else ~first
+    return mask, np.asarray(mask if len(values) == 2 else brightness)
+
+
+def _channels(source: Source) -> tuple[Values, Values | None, bool]:
+    """A mask's values (H, W, C) without alpha, its alpha (H, W), and whether compression has changed them."""
+    if isinstance(source, np.ndarray):
+        return source.reshape((*source.shape[:2], -1)), None, False
+    with opened(source) as image:
+        compressed = image.format in ("JPEG", "MPO")
+        values = np.asarray(image.convert("RGBA" if image.mode == "PA" else "RGB") if image.mode[0] == "P" else image)
+    values = values.reshape((*values.shape[:2], -1))
+    if values.shape[2] in (2, 4) and not compressed:
+        return values[:, :, :-1], values[:, :, -1], False
+    return values, None, compressed
 
 
 def read_saturations(path: Path) -> dict[int, Saturation]:
