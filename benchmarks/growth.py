@@ -124,7 +124,7 @@ def measure_fit(path: str) -> dict[str, float]:
     job = json.loads(Path(path).read_text())
     detector = kizu.PatchCore(**job["settings"])
     start = time.perf_counter()
-    detector.fit(job["files"], **job["limit"])
+    detector.fit(job["files"], keep_copies=True, **job["limit"])
     seconds = detector.seconds | {"fit": time.perf_counter() - start}
     peak = memory("VmHWM") - bare
     detector.save(job["model"])

@@ -260,3 +260,23 @@ def test_behind_a_proxy_below_a_path(takes_the_path_away, folder, tmp_path):
         finally:
             proxy.terminate()
             proxy.wait()
+
+
+def test_on_a_full_disk_the_verdict_is_answered_and_says_that_it_was_not_kept(folder, tmp_path):
+    full = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))"
+    (tmp_path / "log").mkdir()
+    log = tmp_path / "log" / "server.log"
+    with serving(folder, "--store", tmp_path / "store", "--keep", "50", log=log, before=full) as (_, address):
+        answers = [
+            httpx.post(f"{address}v1/predict", content=encoded(part(seed)), headers=RAW).json() for seed in range(20)
+        ]
+        results = [answer["results"][0] for answer in answers]
+        assert all(result["verdict"] in ("pass", "stop") for result in results)
+        assert results[0]["id"] == 1 and results[0]["not_kept"] == ""
+        assert results[-1]["id"] is None and "cannot be written" in results[-1]["not_kept"]
+        assert httpx.get(f"{address}v1/verdicts").status_code == 200
+        assert "kizu_verdicts_not_kept_total" in httpx.get(f"{address}metrics").text
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert any(line["event"] == "not kept" for line in lines if "event" in line) or any(
+        "not kept" in json.dumps(line) for line in lines
+    )

@@ -3,6 +3,8 @@
 import os
 from typing import TYPE_CHECKING, Any
 
+from kizu.processor import share
+
 if TYPE_CHECKING:
     from kizu.detectors.base import Detector
     from kizu.detectors.efficientad.detector import EfficientAD
@@ -27,6 +29,7 @@ _QUIET = {  # packages that report how they are used, some as soon as they are i
 }
 for _switch, _value in _QUIET.items():
     os.environ.setdefault(_switch, _value)
+share()
 
 _HOMES = {
     "kizu.detectors.base": ("Detector",),

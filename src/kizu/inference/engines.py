@@ -1,6 +1,5 @@
 """What runs an exported graph: onnxruntime or OpenVINO, without torch and without telling anybody."""
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kizu.errors import ModelError, require
+from kizu.processor import cores
 
 __all__ = ["ENGINES", "Run", "open_graph"]
 
@@ -29,7 +29,8 @@ def _onnxruntime(folder: Path) -> Run:
     onnxruntime = require("onnxruntime")
     onnxruntime.disable_telemetry_events()
     settings = onnxruntime.SessionOptions()
-    settings.intra_op_num_threads = _cores()
+    settings.intra_op_num_threads = cores()
+    settings.add_session_config_entry("session.intra_op.allow_spinning", "0")  # others may need the core meanwhile
     settings.log_severity_level = 3
     try:
         file = str(folder / "model.onnx")
@@ -50,7 +51,7 @@ def _onnxruntime(folder: Path) -> Run:
 def _openvino(folder: Path) -> Run:
     core = require("openvino").Core()
     # single precision even where the processor has faster ones, and threads for one image at a time
-    settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": _cores(), "PERFORMANCE_HINT": "LATENCY"}
+    settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": cores(), "PERFORMANCE_HINT": "LATENCY"}
     compiled = core.compile_model(core.read_model(str(folder / "model.xml")), "CPU", settings)
 
     def run(pixels: npt.NDArray[np.uint8], names: Sequence[str]) -> list[npt.NDArray[Any]]:
@@ -62,8 +63,3 @@ def _openvino(folder: Path) -> Run:
 
 
 ENGINES: Mapping[str, Callable[[Path], Run]] = {"onnx": _onnxruntime, "openvino": _openvino}
-
-
-def _cores() -> int:
-    """How many processor cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

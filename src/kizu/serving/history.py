@@ -2,7 +2,8 @@
 
 import sqlite3
 import threading
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,11 +43,12 @@ class Entry:
 
 
 class History:
-    """Keeps the last verdicts; threads may share it."""
+    """Keeps the last verdicts; threads may share it. Whatever it writes may raise `OutputError`."""
 
     def __init__(self, path: Path, keep: int) -> None:
         """Open a file, or begin one. Raises `DataError` for a file of another kind."""
         self.keep = keep
+        self._path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         self._lock = threading.Lock()
         self._database = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
@@ -66,7 +68,7 @@ class History:
     def add(self, time: float, model: str, version: str, verdict: Verdict, photograph: bytes, thumbnail: bytes) -> int:
         """Keep a verdict, drop the oldest, and return the new one's number."""
         row = (time, model, version, verdict.model_dump_json(), photograph, thumbnail)
-        with self._lock, self._database:
+        with self._lock, _writing(self._path), self._database:
             self._database.execute("BEGIN")
             number = self._database.execute(
                 "INSERT INTO verdicts (time, model, version, verdict, photograph, thumbnail) VALUES (?, ?, ?, ?, ?, ?)",
@@ -103,12 +105,21 @@ class History:
 
     def close(self) -> None:
         with self._lock:
-            self._database.execute("PRAGMA incremental_vacuum")
+            with suppress(sqlite3.Error):  # of a disk that is full
+                self._database.execute("PRAGMA incremental_vacuum")
             self._database.close()
 
     def _rows(self, statement: str, *values: Any) -> list[Any]:
-        with self._lock, closing(self._database.execute(statement, values)) as cursor:
+        with self._lock, _writing(self._path), closing(self._database.execute(statement, values)) as cursor:
             return cursor.fetchall()
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        raise OutputError(str(path), str(error)) from None
 
 
 def _entry(row: tuple[Any, ...]) -> Entry:

@@ -142,7 +142,9 @@ def _verdicts(service: Service) -> APIRouter:
         request.state.facts["verdicts"] = [[r.image, r.verdict, r.score] for r in predictions.results]
         return predictions
 
-    @routes.post("/feedback", responses=_refusals(*READING, "conflict"), openapi_extra={"requestBody": BODY})
+    @routes.post(
+        "/feedback", responses=_refusals(*READING, "conflict", "unwritable"), openapi_extra={"requestBody": BODY}
+    )
     async def feedback(
         request: Request,
         label: Annotated[Label, Query(description="What a person says of the photographs.")],

@@ -26,7 +26,7 @@ BINARY = ("application/octet-stream", "application/x-www-form-urlencoded")  # th
 DRAINED = 4  # times the limit of bytes: so much is read and thrown away, so that a refusal reaches its client
 
 Reason = Literal["malformed", "unauthorized", "forbidden", "unknown", "slow", "conflict", "invalid", "busy"]
-RefusalKind = ImageKind | Reason | Literal["fault", "late", "full"]
+RefusalKind = ImageKind | Reason | Literal["fault", "late", "full", "unwritable"]
 STATUSES: Mapping[RefusalKind, int] = {
     "malformed": 400,
     "unauthorized": 401,
@@ -42,6 +42,7 @@ STATUSES: Mapping[RefusalKind, int] = {
     "fault": 500,
     "late": 503,
     "full": 503,
+    "unwritable": 507,
 }
 MEANINGS = {  # as the OpenAPI document gives them
     400: "a header that cannot be read",
@@ -55,6 +56,7 @@ MEANINGS = {  # as the OpenAPI document gives them
     422: "a damaged photograph, or an option that cannot be",
     429: "too many photographs or requests are waiting",
     503: "it took too long, or photographs and answers take too much memory",
+    507: "the disk is full, or may not be written to",
 }
 HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}, 503: {"Retry-After": "1"}}
 

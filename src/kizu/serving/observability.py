@@ -24,6 +24,7 @@ METRICS: dict[str, tuple[str, str, tuple[float, ...]]] = {
     "kizu_request_seconds": ("histogram", "Time from a request to its answer.", SECONDS),
     "kizu_verdicts_total": ("counter", "Photographs judged.", ()),
     "kizu_feedback_total": ("counter", "Photographs that people marked good or bad.", ()),
+    "kizu_verdicts_not_kept_total": ("counter", "Verdicts that the history could not take.", ()),
     "kizu_reloads_total": ("counter", "Models read again.", ()),
     "kizu_batch_size": ("histogram", "Photographs that went through a model at once.", SIZES),
     "kizu_queue_length": ("gauge", "Photographs that wait.", ()),

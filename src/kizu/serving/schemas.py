@@ -75,6 +75,7 @@ class Result(Verdict):
     """A verdict, and what the request asked for with it."""
 
     id: int | None = Field(None, description="number of the verdict in the history, if it is kept")
+    not_kept: str = Field("", description="why it is not in the history, where it was to be kept")
     width: int | None = None
     height: int | None = None
     map: Map | None = None

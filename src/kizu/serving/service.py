@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from kizu.data import image
-from kizu.errors import BadImage, KizuError
+from kizu.errors import BadImage, KizuError, OutputError
 from kizu.inference.prediction import Prediction
 from kizu.inference.verdict import Verdict
 from kizu.serving.batcher import Answer, Batcher, LoadedModel, PixelGate, QueueFull, Upload
@@ -146,8 +146,13 @@ class Service:
                 files.append(str(collect(folder, upload, label)))
             except BadImage as error:
                 raise refusal_of(upload, error) from None
+            except OutputError as error:
+                raise Refusal("unwritable", str(error)) from None
         if number is not None and self.history is not None:
-            self.history.mark(number, label)
+            try:
+                self.history.mark(number, label)
+            except OutputError as error:
+                raise Refusal("unwritable", str(error)) from None
         self.counters.add("kizu_feedback_total", model=hosted.name, label=label)
         good, bad = count(folder)
         return Collected(files=files, good=good, bad=bad)
@@ -217,8 +222,13 @@ class Service:
             del outcome
         if keep and self.history is not None:
             verdict = Verdict(**{name: getattr(result, name) for name in Verdict.model_fields})
-            version = answer.loaded.version
-            result.id = self.history.add(time.time(), hosted.name, version, verdict, upload.content, thumbnail(upload))
+            version, picture = answer.loaded.version, thumbnail(upload)
+            try:
+                result.id = self.history.add(time.time(), hosted.name, version, verdict, upload.content, picture)
+            except OutputError as error:
+                result.not_kept = str(error)
+                self.counters.add("kizu_verdicts_not_kept_total", model=hosted.name)
+                log.error("not kept", extra={"facts": {"model": hosted.name, "error": str(error)}})
         return result
 
     def _batch_counter(self, name: str) -> Callable[[int], None]:
