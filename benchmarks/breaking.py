@@ -23,7 +23,7 @@ import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import BytesIO
 from pathlib import Path
 
@@ -143,13 +143,14 @@ def images(bench: Bench, count: int) -> Found:
 
 def _waited_for(process: subprocess.Popen[bytes]) -> tuple[int, int] | None:
     """Its exit code and the most bytes of memory that it had; None, and it is killed, if it takes too long."""
-    end = time.monotonic() + TIMEOUT
+    end, most = time.monotonic() + TIMEOUT, 0
     while time.monotonic() < end:
-        ended, status, usage = os.wait4(process.pid, os.WNOHANG)
-        if ended:
-            process.returncode = os.waitstatus_to_exitcode(status)
-            return process.returncode, 1024 * usage.ru_maxrss
-        time.sleep(0.05)
+        with suppress(OSError):
+            status = Path(f"/proc/{process.pid}/status").read_text()
+            most = next((1024 * int(line.split()[1]) for line in status.splitlines() if line[:6] == "VmHWM:"), most)
+        if process.poll() is not None:
+            return process.returncode, most
+        time.sleep(0.02)
     process.kill()
     process.wait()
     return None
