@@ -20,7 +20,11 @@ FLIPS = 100  # of a file
 STRANGE = [None, True, -1, 0, 10**30, 1e308, "", "abc", [], {}, [[]], {"a": {"b": []}}, "…"]
 
 
-@pytest.fixture(scope="module", params=[*DETECTORS, "exported"])
+QUICK = ("patchcore", "exported")
+KINDS = [pytest.param(kind, marks=() if kind in QUICK else pytest.mark.slow) for kind in (*DETECTORS, "exported")]
+
+
+@pytest.fixture(scope="module", params=KINDS)
 def folder(request, tmp_path_factory):
     place = tmp_path_factory.mktemp("whole") / request.param
     if request.param == "exported":

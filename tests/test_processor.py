@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from kizu import processor
+from kizu.inference import processor
 from processes import python
 
 

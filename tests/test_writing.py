@@ -9,7 +9,6 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image
 
@@ -20,7 +19,7 @@ from processes import python
 from services import encoded, small_model
 from test_detectors import GOOD, SETTINGS, part
 
-PHOTOS = [part(np.random.default_rng(seed)) for seed in range(4)]
+PHOTOS = [part(seed) for seed in range(100, 112)]
 LIMITED = """
 import resource, runpy, sys
 resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
@@ -43,7 +42,7 @@ def trained(tmp_path_factory):
 def photos(tmp_path):
     folder = tmp_path / "photos"
     folder.mkdir()
-    for number, photo in enumerate(3 * PHOTOS):
+    for number, photo in enumerate(PHOTOS):
         Image.fromarray(photo).save(folder / f"{number}.png")
     return folder
 
@@ -205,8 +204,10 @@ def test_names_that_are_no_text_or_as_long_as_can_be_work_everywhere(trained, ex
     folder = tmp_path / "odd"
     folder.mkdir()
     names = [b"pr\xfcf.jpg", b"n" * 251 + b".png", b"=1+1.png", b"-x.png", "傷 \n.png".encode()]
-    for name, photo in zip(names, [*PHOTOS, PHOTOS[0]], strict=True):
+    for name, photo in zip(names, PHOTOS[:5], strict=True):
         (folder / os.fsdecode(name)).write_bytes(encoded(photo, "JPEG" if name.endswith(b"jpg") else "PNG"))
+    (tmp_path / "more").mkdir()
+    Image.fromarray(PHOTOS[7]).save(tmp_path / "more" / "x.png")
     out = tmp_path / "out"
     done = command("predict", exported, folder, "--csv", out / "v.csv", "--overlays", out / "seen", "--json")
     assert {os.fsencode(Path(row["path"]).name) for row in json.loads(done.stdout)} == set(names)
@@ -220,7 +221,7 @@ def test_names_that_are_no_text_or_as_long_as_can_be_work_everywhere(trained, ex
     command("train", "patchcore", folder, "--size", 64, "--coreset", 0.2, "--output", out / "results", "--name", "odd")
     command("watch", folder, "--model", exported, "--output", out / "v.jsonl", "--csv", out / "w.csv", "--once")
     assert len((out / "v.jsonl").read_text(encoding="utf-8").splitlines()) == len(names)
-    command("update", out / "results/project/group/odd", folder)
+    command("update", out / "results/project/group/odd", tmp_path / "more")
     command("check", exported, folder, "--images", 2, "--output", out / "check", "-q")
     command("evaluate", out / "results/project/group/odd", folder, "--output", out / "again", "--save-maps")
 

@@ -3,7 +3,7 @@
 import os
 from typing import TYPE_CHECKING, Any
 
-from kizu.processor import share
+from kizu.inference.processor import share
 
 if TYPE_CHECKING:
     from kizu.detectors.base import Detector

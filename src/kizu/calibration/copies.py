@@ -16,7 +16,8 @@ SIDE, BLOCK = 64, 8  # pixels of the small pictures that are compared, and of th
 MAX_COPIES, STRANGERS = 24, 8  # with how many pictures each is compared that may be copies, and that are surely none
 ALIKE = 3.0  # grey levels, root mean square, that nine tenths of a copy's blocks stay below
 WORTH_A_LOOK = 6.0  # the same of the coarse pictures, by which what is surely no copy is passed over
-VERY_ALIKE = 0.7  # the same where all pictures are alike, as those of plain surfaces are
+VERY_ALIKE = 0.7  # the same where many pictures are alike, as those of plain surfaces are
+MAX_GROUP, MAX_SHARE = 10, 0.25  # copies of one part, and their share of all, from which on that is so
 MAX_SHIFT = 0.25  # pixels of the small pictures by which a camera may move between two frames
 NEARER = 0.8  # a copy is nearer than this share of the distance to the nearest picture that is none
 
@@ -25,7 +26,10 @@ Small = npt.NDArray[np.float32]
 
 def first_of_each_part(photos: Iterable[npt.NDArray[np.uint8]]) -> list[int]:
     """For each photograph (3, h, w), the index of the first that shows the same part: its own, if it is no copy."""
-    pictures = np.stack([_small(photo) for photo in photos])
+    small = [_small(photo) for photo in photos]
+    if not small:
+        return []
+    pictures = np.stack(small)
     coarse = _coarse(pictures)
     first = list(range(len(pictures)))
     for number in range(len(pictures)):
@@ -72,7 +76,8 @@ def _copies(pictures: npt.NDArray[np.uint8], number: int, others: npt.NDArray[np
     distances = _block_distances(pictures[others].astype(np.float32), pictures[number].astype(np.float32))
     nine_tenths = _nine_tenths(distances)
     alike = nine_tenths < ALIKE
-    if alike.all():
+    many = np.count_nonzero(alike)
+    if alike.all() or many > MAX_GROUP or many + 1 > max(2, MAX_SHARE * len(pictures)):  # a kind of parts, not one part
         return [int(other) for other in others[nine_tenths < VERY_ALIKE]]
     nearest = distances[~alike].min(0)
     nearer = np.median(distances / (nearest + 1e-6), axis=1) < NEARER

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kizu.errors import ModelError, require
-from kizu.processor import cores
+from kizu.inference.processor import cores
 
 __all__ = ["ENGINES", "Run", "open_graph"]
 
