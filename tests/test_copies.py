@@ -134,5 +134,9 @@ def test_each_photograph_counts_once(tmp_path):
     (days / "0.png").rename(days / "moved.png")
     done = command(*words)
     assert done.stdout.startswith("1 new; 7 photographs were counted before") and "7 parts" in done.stdout
+    (days / "damaged.png").touch()
+    (days / "gone.png").symlink_to(days / "nothing.png")
+    for _ in range(2):  # what cannot be read is named each time
+        assert command(*words, code=1).stderr.count("error  ") == 2
     old = [Step(os.fspath(days / "1.png"), 1.0, 0.5, 0.0)]  # of version 0.1, without digests
     assert days / "1.png" not in [path for path, _ in new_in_order(sorted(days.iterdir()), old)]

@@ -89,6 +89,7 @@ def test_what_killed_commands_left_is_removed_and_what_is_being_written_stays(tm
     (tmp_path / ".kizu-killed" / "inside").mkdir(parents=True)
     (tmp_path / ".kizu-killed.png").touch()
     (tmp_path / ".mine").touch()
+    os.mkfifo(tmp_path / ".kizu-pipe")
     busy = tmp_path / ".kizu-busy"
     busy.mkdir()
     with files.locked(busy), files.scratch_folder() as scratch:

@@ -11,13 +11,14 @@ if TYPE_CHECKING:
     from kizu.detectors.patchcore.detector import PatchCore
     from kizu.detectors.puad.detector import PUAD
     from kizu.detectors.simplenet.detector import SimpleNet
-    from kizu.errors import BadImage, DataError, KizuError, MissingExtra, ModelError, OptionError
+    from kizu.errors import BadImage, DataError, KizuError, MissingExtra, ModelError, OptionError, OutputError
     from kizu.inference.inspector import Inspector
     from kizu.inference.model_folder import load
     from kizu.inference.prediction import Photo, Prediction
 
 __all__ = ["PUAD", "BadImage", "DataError", "Detector", "EfficientAD", "Inspector", "KizuError", "MissingExtra"]
-__all__ += ["ModelError", "OptionError", "PatchCore", "Photo", "Prediction", "SimpleNet", "__version__", "load"]
+__all__ += ["ModelError", "OptionError", "OutputError", "PatchCore", "Photo", "Prediction", "SimpleNet", "__version__"]
+__all__ += ["load"]
 
 __version__ = "0.2.0"
 

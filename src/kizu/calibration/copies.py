@@ -15,9 +15,9 @@ __all__ = ["first_of_each_part"]
 SIDE, BLOCK = 64, 8  # pixels of the small pictures that are compared, and of their blocks
 MAX_COPIES, STRANGERS = 24, 8  # with how many pictures each is compared that may be copies, and that are surely none
 ALIKE = 3.0  # grey levels, root mean square, that nine tenths of a copy's blocks stay below
-WORTH_A_LOOK = 6.0  # the same of the coarse pictures, by which what is surely no copy is passed over
-VERY_ALIKE = 0.7  # the same where many pictures are alike, as those of plain surfaces are
-MAX_GROUP, MAX_SHARE = 10, 0.25  # copies of one part, and their share of all, from which on that is so
+WORTH_A_LOOK = 6.0  # the same in a first and coarser comparison; what is above it is surely no copy
+VERY_ALIKE = 0.7  # the same for copies of a plain surface, since different ones are nearly as alike
+MAX_GROUP, MAX_SHARE = 10, 0.25  # where more pictures, or a larger share of all, look like one, it is a plain surface
 MAX_SHIFT = 0.25  # pixels of the small pictures by which a camera may move between two frames
 NEARER = 0.8  # a copy is nearer than this share of the distance to the nearest picture that is none
 
@@ -77,7 +77,7 @@ def _copies(pictures: npt.NDArray[np.uint8], number: int, others: npt.NDArray[np
     nine_tenths = _nine_tenths(distances)
     alike = nine_tenths < ALIKE
     many = np.count_nonzero(alike)
-    if alike.all() or many > MAX_GROUP or many + 1 > max(2, MAX_SHARE * len(pictures)):  # a kind of parts, not one part
+    if alike.all() or many > MAX_GROUP or many + 1 > max(2, MAX_SHARE * len(pictures)):  # plain
         return [int(other) for other in others[nine_tenths < VERY_ALIKE]]
     nearest = distances[~alike].min(0)
     nearer = np.median(distances / (nearest + 1e-6), axis=1) < NEARER

@@ -147,20 +147,21 @@ def new_in_order(paths: Sequence[Path], steps: Sequence[Step]) -> list[tuple[Pat
 
     That is the time that each says in its EXIF data, where all do; otherwise the order of their names, 2 before 10.
     """
-    known, names = {step.digest for step in steps}, {step.image for step in steps if not step.digest}
-    new: dict[str, Path] = {}
+    known = {step.digest or step.image for step in steps}  # version 0.1 noted names alone
+    new: dict[str, tuple[Path, str]] = {}
     for path in paths:
         digest = _digest(path)
-        if digest not in known and str(path) not in names:
-            new.setdefault(digest or str(path), path)
-    times = {digest: taken_at(path) for digest, path in new.items()}
-    key = _natural if None in times.values() else lambda item: (times[item[0]], *_natural(item))
-    return [(path, digest if path.is_file() else "") for digest, path in sorted(new.items(), key=key)]
+        if known.isdisjoint((digest, str(path)) if digest else ()):
+            new.setdefault(digest or str(path), (path, digest))
+    times = {path: taken_at(path) for path, _ in new.values()}
+    if None in times.values():
+        return sorted(new.values(), key=lambda item: _natural(item[0]))
+    return sorted(new.values(), key=lambda item: (times[item[0]], *_natural(item[0])))
 
 
-def _natural(item: tuple[str, Path]) -> tuple[Any, ...]:
+def _natural(path: Path) -> tuple[Any, ...]:
     """Numbers in names count as numbers."""
-    parts = re.split(r"(\d+)", str(item[1]))
+    parts = re.split(r"(\d+)", str(path))
     return tuple((0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts if part)
 
 

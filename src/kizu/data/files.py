@@ -24,19 +24,8 @@ from typing import Any
 
 from kizu.errors import KizuError, OutputError
 
-__all__ = [
-    "Taken",
-    "check_regular",
-    "csv_text",
-    "from_cell",
-    "json_text",
-    "locked",
-    "new_file",
-    "new_folder",
-    "recover",
-]
-__all__ += ["remove_folder"]
-__all__ += ["scratch_folder", "short_name", "write_csv", "write_text", "writing"]
+__all__ = ["Taken", "check_regular", "csv_text", "from_cell", "json_text", "locked", "new_file", "new_folder"]
+__all__ += ["recover", "remove_folder", "scratch_folder", "short_name", "write_csv", "write_text", "writing"]
 
 UNFINISHED = ".kizu-"
 ABANDONED = 86_400.0  # seconds after which something unfinished is removed where the system knows no locks
@@ -277,7 +266,8 @@ def _sweep(folder: Path) -> None:
     if (name := str(folder.resolve())) in _swept:
         return
     _swept.add(name)
-    with os.scandir(folder) as entries:
+    found = []
+    with suppress(OSError), os.scandir(folder) as entries:  # of a folder that may be written to, but not listed
         found = [Path(entry.path) for entry in entries if entry.name.startswith(UNFINISHED)]
     for path in found:
         with suppress(OSError):
@@ -295,7 +285,7 @@ def _lock(path: Path, on_wait: Callable[[], None] | None) -> int | None:
     """An open descriptor that locks a file or folder; None where there are no locks. Raises `BlockingIOError`."""
     if os.name != "posix":
         return None
-    lock = os.open(path, os.O_RDONLY)
+    lock = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # whatever lies there, a pipe among them
     try:
         if not _flock(lock, wait=False):
             os.close(lock)

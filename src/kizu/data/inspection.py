@@ -13,7 +13,7 @@ from PIL import Image
 from kizu.data.dataset import Dataset
 from kizu.data.image import MIN_SIDE, size_of
 from kizu.data.layouts import NO_IMAGE_FOR_MASK
-from kizu.data.masks import doubt, read_mask
+from kizu.data.masks import read_doubted
 from kizu.data.sample import CIFAR_SIDE, Sample
 from kizu.errors import BadImage
 
@@ -99,8 +99,8 @@ def _header(path: Path) -> _Header | BadImage:
 
 def _mask_header(path: Path) -> _Header | BadImage:
     try:
-        mask = read_mask(path)
-        return _Header(mask.shape[1], mask.shape[0], "mask", empty=not mask.any(), doubt=doubt(path))
+        mask, doubt = read_doubted(path)
+        return _Header(mask.shape[1], mask.shape[0], "mask", empty=not mask.any(), doubt=doubt)
     except BadImage as error:
         return error
 

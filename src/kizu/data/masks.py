@@ -11,8 +11,8 @@ import numpy.typing as npt
 from kizu.data.image import Source, name_of, opened
 from kizu.errors import BadImage, DataError
 
-__all__ = ["CONFIG_NAME", "Region", "Saturation", "Saturations", "doubt", "read_mask", "read_mask_values"]
-__all__ += ["read_regions", "read_saturations"]
+__all__ = ["CONFIG_NAME", "Region", "Saturation", "Saturations", "read_doubted", "read_mask"]
+__all__ += ["read_mask_values", "read_regions", "read_saturations"]
 
 CONFIG_NAME = "defects_config.json"
 FAINT = 16  # grey levels below which a compressed mask says nothing
@@ -51,15 +51,15 @@ def read_mask(source: Source) -> npt.NDArray[np.bool_]:
     return _understood(source)[0]
 
 
-def doubt(source: Source) -> str:
-    """What makes a mask look as if it were stored in another way than it is read; empty where nothing does."""
+def read_doubted(source: Source) -> tuple[npt.NDArray[np.bool_], str]:
+    """As `read_mask`, and what makes it look as if it were stored in another way; empty where nothing does."""
     mask, levels = _understood(source)
     counts = np.sort(np.unique(levels, return_counts=True)[1])[::-1]
     if mask.all():
-        return "is set at every pixel"
+        return mask, "is set at every pixel"
     if counts[2:].sum() > MAX_OTHER * levels.size:
-        return "has many grey levels, as photographs have"
-    return "is set at more pixels than not, as if it were inverted" if mask.mean() > 0.5 else ""
+        return mask, "has many grey levels, as photographs have"
+    return mask, "is set at more pixels than not, as if it were inverted" if mask.mean() > 0.5 else ""
 
 
 def read_mask_values(source: Source) -> npt.NDArray[np.uint8]:

@@ -15,7 +15,7 @@ OTHER |= {".zip", ".gz", ".tar", ".7z", ".npy", ".npz", ".py", ".db", ".sqlite",
 SET_ASIDE = {"@eadir", "@recycle", "@recently-snapshot", "@tmp", "#recycle", "#snapshot", "$recycle.bin", "recycler"}
 SET_ASIDE |= {"recycled", "~snapshot", "system volume information", "lost+found", "__macosx", "network trash folder"}
 SET_ASIDE |= {"temporary items"}
-BEGINNINGS = (b"\xff\xd8\xff", image.PNG_SIGNATURE, b"GIF8", b"BM", b"II*\0", b"MM\0*", b"\0\0\0\x0cjP  ", b"\xff\x0a")
+BEGINNINGS = (b"\xff\xd8\xff", image.PNG_SIGNATURE, b"GIF8", b"II*\0", b"MM\0*", b"\0\0\0\x0cjP  ", b"\xff\x0a")
 BRANDS = {b"avif", b"avis", b"heic", b"heix", b"heif", b"mif1", b"msf1", b"hevc", b"crx ", b"jxl "}
 MAX_BYTES = 10**12
 
@@ -56,8 +56,8 @@ def is_set_aside(name: str) -> bool:
 def _begins_like_one(start: bytes) -> bool:
     container = start[4:8] == b"ftyp" and start[8:12] in BRANDS
     webp = start[:4] == b"RIFF" and start[8:12] == b"WEBP"
-    bitmap = start[:2] == b"BM" and start[6:10] != b"\0\0\0\0"
-    return container or webp or (start.startswith(BEGINNINGS) and not bitmap)
+    bitmap = start[:2] == b"BM" and start[6:10] == b"\0\0\0\0"
+    return container or webp or bitmap or start.startswith(BEGINNINGS)
 
 
 def _scan(folder: Path, seen: set[tuple[int, int]]) -> Iterator[Path]:

@@ -60,7 +60,6 @@ class Detector(Inspector):
         self.graph: nn.Module | None = None
         # with `workers`, where and how fast it works; prediction needs them as well as a fit, which has its own context
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.copies: list[str] = []  # digests of photographs that were left out for those that they show again
         self.batch_size: int | None = None  # photographs at a time, instead of what suits the device
 
     @abstractmethod
@@ -96,7 +95,7 @@ class Detector(Inspector):
         `OptionError` for a rate of false alarms that was asked for and that so few images cannot carry.
         """
         progress = progress or silent
-        self.remarks, self.seconds, self.copies = [], {}, []
+        self.remarks, self.seconds = [], {}
         memory_bytes = budget(memory)
         if self.device.type == "cuda":
             memory_bytes = min(memory_bytes, torch.cuda.mem_get_info(self.device)[0])
@@ -106,8 +105,10 @@ class Detector(Inspector):
                 open_files.enter_context(photos)
                 others, other_items = self.read(held_out, memory_bytes // 8, skip_bad, progress)
                 open_files.enter_context(others)
+                read = photos.digests
                 if not keep_copies:
                     items = self.leave_out_copies(photos, items, others, other_items)
+                copies = sorted({*read} - {*photos.digests})
             if len(photos) == 0:
                 raise DataError("There is no image to learn from.")
             self.check_promise(len(photos), len(others))
@@ -121,7 +122,7 @@ class Detector(Inspector):
                 seconds=self.seconds,
             )
             result = self.learn(context)
-        self.training = {"images": 0, "names": [], "digests": [], "suspects": [], "copies": self.copies}
+        self.training = {"images": 0, "names": [], "digests": [], "suspects": [], "copies": copies}
         self.good_items, self.thumbnails = [], []
         self.remember(photos, items, result.loo_scores)
         self.training["hash"] = photos.hash
@@ -178,7 +179,6 @@ class Detector(Inspector):
             "were left out, because the promise follows from different parts (`keep_copies=True` keeps them)."
         )
         before = len(photos)
-        self.copies += [digest for number, digest in enumerate(photos.digests) if number != first[number]]
         photos.keep([number for number in kept if number < before])
         if others is not None:
             others.keep([number - before for number in kept if number >= before])

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from kizu.data import files, image
 from kizu.data.dataset import Sample
 from kizu.data.inspection import about_doubts
-from kizu.data.masks import Region, Saturations, doubt, read_regions
+from kizu.data.masks import Region, Saturations, read_doubted, read_regions
 from kizu.data.progress import Progress, silent
 from kizu.errors import BadImage, DataError
 from kizu.evaluation import loco_metrics, metrics
@@ -229,7 +229,8 @@ def _usable(
     if len(notes) > MAX_NOTES:
         notes[MAX_NOTES:] = [f"Left out of the pixel metrics: {len(notes) - MAX_NOTES} more, for such reasons."]
     if saturations is None:
-        notes += about_doubts({path: why for sample, _ in usable for path in sample.masks if (why := doubt(path))})
+        masks = [path for sample, _ in usable for path in sample.masks]
+        notes += about_doubts({path: why for path in masks if (why := read_doubted(path)[1])})
     missing = len(predictions) - len(usable)
     if missing and any(sample.masks for sample, _ in usable):
         notes.append(f"{missing} test images have no usable mask; pixel metrics leave them out.")

@@ -129,10 +129,10 @@ def load(folder: str | os.PathLike[str], *, check: int | None = CASES_AT_LOAD) -
     about = model_folder.description(folder)
     if "export" not in about:
         raise ModelError(f"{folder} is a trained model: open it with kizu.load, or export it")
-    with model_json.checking(folder, about):
-        pass  # before anything of it is run
-    model = Exported(folder, about, open_graph(folder, about["export"]["format"]), _tables(folder))
-    model.thumbnails = model_folder.thumbnails(folder)
+    with model_json.checking(folder, about):  # ends before anything of it is run
+        tables, pictures = _tables(folder), model_folder.thumbnails(folder)
+    model = Exported(folder, about, open_graph(folder, about["export"]["format"]), tables)
+    model.thumbnails = pictures
     if check != 0:
         model.verify(check)
     return model

@@ -195,7 +195,7 @@ class PatchCore(Detector):
         graph = self._single("updated")
         progress = progress or silent
         photos, items = self.read(good, budget(memory) // 8, skip_bad, progress)
-        self.remarks, self.copies = [], self.training.get("copies", [])
+        self.remarks, read = [], photos.digests
         items = self._leave_out_known(photos, items)
         if len(photos) == 0:
             raise DataError("There is no image to learn from that the model does not know already.")
@@ -219,7 +219,7 @@ class PatchCore(Detector):
             added = range(len(photos))
             result = _result(graph, [graph], [scored], scored[0], self.facts, added, added)
             self.remember(photos, items, result.loo_scores)
-        self.training["copies"] = self.copies
+        self.training["copies"] = sorted({*self.training.get("copies", []), *read} - {*self.training["digests"]})
         hashes = (self.training["hash"] + photos.hash).encode()
         self.training["hash"] = hashlib.blake2b(hashes, digest_size=16).hexdigest()
         result.scores = self.calibration_scores + result.scores

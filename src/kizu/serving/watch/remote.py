@@ -18,6 +18,7 @@ __all__ = ["MqttSink", "WebhookSink"]
 
 PATIENCE = 10.0  # seconds for an answer
 MAX_TOPIC = 65535  # bytes
+EXAMPLES = {"webhook": "http://host:8080/path", "mqtt": "mqtt://host:1883/topic"}
 
 
 class _RemoteSink:
@@ -145,9 +146,7 @@ def _split(setting: str, url: str, schemes: tuple[str, str]) -> SplitResult:
     except ValueError:
         complete = False
     if not complete or not re.fullmatch(r"[!-~]+", url):
-        example = (
-            f"{schemes[0]}://host:{1883 if setting == 'mqtt' else 8080}/{'topic' if setting == 'mqtt' else 'path'}"
-        )
+        example = EXAMPLES[setting]
         raise OptionError(f"`{setting}`: this is no address; one is like {example}")
     return parts
 
