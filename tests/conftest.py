@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import kizu
 from teachers import TEACHER, tiny
 
 DATA = Path(os.environ.get("KIZU_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
@@ -17,6 +18,23 @@ def a_teacher():
     TEACHER.parent.mkdir()
     yield tiny(TEACHER)
     shutil.rmtree(TEACHER.parent)
+
+
+@pytest.fixture(scope="session")
+def patchcore():
+    """A small fitted PatchCore."""
+    from test_detectors import GOOD, SETTINGS
+
+    return kizu.PatchCore(**SETTINGS["patchcore"]).fit(GOOD)
+
+
+@pytest.fixture(scope="session")
+def exported_folder(patchcore, tmp_path_factory):
+    """The same, exported: tests that change it copy it first."""
+    pytest.importorskip("onnxscript")
+    from kizu.export import export
+
+    return export(patchcore, tmp_path_factory.mktemp("shared") / "exported").folder
 
 
 @pytest.fixture(scope="session")

@@ -104,6 +104,7 @@ def test_the_command_makes_a_teacher_of_either_size_and_measures_the_channels_on
     assert (folder / "efficientad-s.safetensors").stat().st_size < 8e6
 
 
+@pytest.mark.slow
 def test_distilling_brings_the_teacher_nearer_to_the_backbone(photographs, tmp_path, monkeypatch):
     monkeypatch.setattr("kizu.detectors.efficientad.distillation.LEARNING_RATE", 1e-3)
     config = DistillationConfig(**{**QUICK, "steps": 40})

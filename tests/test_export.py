@@ -44,21 +44,12 @@ print(json.dumps(told))
 @pytest.fixture(scope="module", params=DETECTORS)
 def pair(request, tmp_path_factory):
     """A detector and the folder that it is exported to."""
+    if request.param == "patchcore":
+        return request.getfixturevalue("patchcore"), request.getfixturevalue("exported_folder")
     folder = tmp_path_factory.mktemp(request.param) / "exported"
     detector = detector_class(request.param)(**SETTINGS[request.param]).fit(GOOD)
     export(detector, folder)
     return detector, folder
-
-
-@pytest.fixture(scope="module")
-def patchcore():
-    return kizu.PatchCore(**SETTINGS["patchcore"]).fit(GOOD)
-
-
-@pytest.fixture(scope="module")
-def plain(patchcore, tmp_path_factory):
-    """A PatchCore, exported."""
-    return export(patchcore, tmp_path_factory.mktemp("plain") / "exported").folder
 
 
 @pytest.fixture(scope="module")
@@ -147,11 +138,11 @@ def test_whatever_was_changed_is_refused_with_a_sentence(pair, tmp_path, fault):
         kizu.load(model)
 
 
-def test_a_graph_that_does_not_reproduce_the_model_is_refused(plain, other, tmp_path):
+def test_a_graph_that_does_not_reproduce_the_model_is_refused(exported_folder, other, tmp_path):
     graph = (other / "model.onnx").read_bytes()
 
     model = tmp_path / "model"
-    shutil.copytree(plain, model)
+    shutil.copytree(exported_folder, model)
     about = json.loads((model / "model.json").read_text())
     (model / "model.json").unlink()
     (model / "model.onnx").write_bytes(graph)
@@ -173,6 +164,7 @@ def test_a_graph_that_says_something_else_is_not_written(patchcore, tmp_path, mo
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_openvino_says_the_same(patchcore, tmp_path):
     pytest.importorskip("openvino")
     exported = export(patchcore, tmp_path / "exported", "openvino")
@@ -209,9 +201,10 @@ def test_search_in_parts_finds_the_nearest(count, monkeypatch):
     np.testing.assert_array_equal(indices, every.argsort()[:, :count])
 
 
-def test_half_precision_is_smaller_measured_and_stated(patchcore, plain, tmp_path):
+@pytest.mark.slow
+def test_half_precision_is_smaller_measured_and_stated(patchcore, exported_folder, tmp_path):
     exported = export(patchcore, tmp_path / "half", precision="float16", photographs=GOOD)
-    sizes = [(folder / "model.onnx").stat().st_size for folder in (plain, exported.folder)]
+    sizes = [(folder / "model.onnx").stat().st_size for folder in (exported_folder, exported.folder)]
     assert sizes[1] < 0.6 * sizes[0]
     measured = exported.export["measured"]
     assert measured["images"] == 2 * len(GOOD) and measured["verdicts changed"] <= 0.02 * measured["images"]
@@ -266,9 +259,9 @@ def test_how_far_off_is_told_by_an_independent_count():
     assert not nan.within(Tolerance())
 
 
-def test_the_command_line_treats_both_kinds_alike(patchcore, plain, tmp_path):
+def test_the_command_line_treats_both_kinds_alike(patchcore, exported_folder, tmp_path):
     trained = patchcore.save(tmp_path / "trained")
-    shutil.copytree(plain, tmp_path / "exported")
+    shutil.copytree(exported_folder, tmp_path / "exported")
     for number, picture in enumerate(PICTURES):
         Image.fromarray(picture).save(tmp_path / f"{number}.png")
     done = [

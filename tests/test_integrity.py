@@ -10,7 +10,6 @@ import pytest
 import kizu
 from kizu.data import files
 from kizu.detectors import DETECTORS
-from kizu.export.onnx import export
 from kizu.inference import model_json
 from processes import kizu as command
 from test_detectors import GOOD, SETTINGS
@@ -28,8 +27,7 @@ KINDS = [pytest.param(kind, marks=() if kind in QUICK else pytest.mark.slow) for
 def folder(request, tmp_path_factory):
     place = tmp_path_factory.mktemp("whole") / request.param
     if request.param == "exported":
-        pytest.importorskip("onnxscript")
-        return export(kizu.PatchCore(**SETTINGS["patchcore"]).fit(GOOD), place).folder
+        return request.getfixturevalue("exported_folder")
     kind = {cls.method: cls for cls in (kizu.PatchCore, kizu.SimpleNet, kizu.EfficientAD, kizu.PUAD)}[request.param]
     return kind(**SETTINGS[request.param]).fit(GOOD).save(place)
 

@@ -143,20 +143,16 @@ def test_one_odd_photograph_takes_no_others_with_it(answer, folder, tmp_path, mo
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("exported", [False, True])
-def test_a_model_with_values_that_are_no_numbers_is_refused(value, exported, folder, tmp_path):
+def test_a_model_with_values_that_are_no_numbers_is_refused(value, exported, request, tmp_path):
     from safetensors.numpy import load_file, save_file
 
-    source = folder
-    if exported:
-        from kizu.export import export
-
-        source = export(kizu.load(folder), tmp_path / "source").folder
+    source = request.getfixturevalue("exported_folder" if exported else "folder")
     for name in ("model.safetensors", "keepsakes.safetensors"):
         if not (source / name).exists():
             continue
         tensors = load_file(source / name)
         numbers = [key for key, tensor in tensors.items() if tensor.dtype.kind == "f" and tensor.size > 1]
-        for key in {*numbers[::10], *(key for key in numbers if "bank" in key)}:
+        for key in {*numbers[::30], *(key for key in numbers if "bank" in key)}:
             tensor = tensors[key]
             spoilt = tensor.copy()
             spoilt.flat[spoilt.size // 2] = value

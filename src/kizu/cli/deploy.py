@@ -118,9 +118,13 @@ def _checked_key(given: str | None) -> str | None:
     "--output", default="verdicts.jsonl", show_default=True, metavar="FILE", help="JSON lines; also the memory."
 )
 @click.option("--csv", "csv_file", metavar="FILE", help="The verdicts as a table too.")
-@click.option("--webhook", metavar="URL", envvar="KIZU_WEBHOOK", help="POST each verdict there.")
+@click.option("--webhook", metavar="URL", envvar="KIZU_WEBHOOK", show_envvar=True, help="POST each verdict there.")
 @click.option(
-    "--mqtt", metavar="URL", envvar="KIZU_MQTT", help="Publish each verdict: mqtt://user:password@host:1883/topic."
+    "--mqtt",
+    metavar="URL",
+    envvar="KIZU_MQTT",
+    show_envvar=True,
+    help="Publish each verdict: mqtt://user:password@host:1883/topic.",
 )
 @click.option("--notify", type=click.Choice(["all", "stop"]), default="all", show_default=True, help="What goes there.")
 @click.option("--move-bad", metavar="DIR", help="Put what is stopped there.")

@@ -108,6 +108,7 @@ class Detector(Inspector):
                 read = photos.digests
                 if not keep_copies:
                     items = self.leave_out_copies(photos, items, others, other_items)
+                    self.remarks = [f"{remark} With `keep_copies=True` they are kept." for remark in self.remarks]
                 copies = sorted({*read} - {*photos.digests})
             if len(photos) == 0:
                 raise DataError("There is no image to learn from.")
@@ -153,8 +154,7 @@ class Detector(Inspector):
             raise ModelError(UNFITTED)
         photos, items = self.read(good, CALIBRATION_BYTES, progress=progress)
         with photos:
-            if len(photos):
-                self.leave_out_copies(photos, items)
+            self.leave_out_copies(photos, items)
             if len(photos) == 0:
                 raise DataError("There is no photograph of a good part to set the threshold with.")
             return self.adopt(self.score_held_out(self.graph, photos, progress))
@@ -175,8 +175,8 @@ class Detector(Inspector):
         kept = [number for number, original in enumerate(first) if number == original]
         examples = f"{name_of(every[copies[0]])} as {name_of(every[first[copies[0]]])}"
         self.remarks.append(
-            f"{len(copies)} of {len(every)} photographs show the same part as another one, such as {examples}: they "
-            "were left out, because the promise follows from different parts (`keep_copies=True` keeps them)."
+            f"{len(copies)} of {len(every)} photographs show the same part as another one, such as {examples}. They "
+            "were left out, because the promise follows from different parts."
         )
         before = len(photos)
         photos.keep([number for number in kept if number < before])

@@ -235,7 +235,7 @@ class PatchCore(Detector):
             self.remarks.append(f"{len(photos) - len(new)} of {len(photos)} photographs were learned before.")
             photos.keep(new)
             items = [items[number] for number in new]
-        return self.leave_out_copies(photos, items) if len(photos) else items
+        return self.leave_out_copies(photos, items)
 
     @classmethod
     def merge(cls, parts: Sequence[Self]) -> Self:
