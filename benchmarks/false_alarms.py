@@ -4,11 +4,15 @@ python benchmarks/false_alarms.py                                     PatchCore,
 python benchmarks/false_alarms.py --size 320                          with its default input size, slowly
 python benchmarks/false_alarms.py --method simplenet --fits 8         200 splits over 8 trainings
 python benchmarks/false_alarms.py DATA… --seconds 40                  a while for each; the same command goes on
+python benchmarks/false_alarms.py --learn 12 --copies 5               five photographs of each part, as `fit` takes them
 python benchmarks/false_alarms.py --quick                             a rendered category, a few splits
 
 All good images of a category, training and test, are one pool. A split learns from some of them and judges the rest,
 and the defects. What a backbone makes of an image is computed once and remembered. With fewer fits than splits, the
 images judged are split again and again into those that set the level and those that are counted.
+
+With copies, each photograph to learn from is there several times, saved again as JPEG: a row for `fit` as it is, which
+learns from one of them, and a row for `keep_copies=True`.
 
 Rules: `kizu` is what `fit` promises, of the score and of any marked pixel; `quantile` the 1 − α quantile of the scores
 of the training images themselves; `drift` the share of sequences of good parts that raise an alarm, and of those that
@@ -19,6 +23,7 @@ rule without defects).
 
 import argparse
 import hashlib
+import itertools
 import json
 import statistics
 import sys
@@ -38,7 +43,7 @@ from kizu.calibration.drift import DriftTest
 from kizu.calibration.threshold import calibrate
 from kizu.cli.terminal import print_table
 from kizu.config import CONFIGS, build
-from kizu.data import dataset, demo
+from kizu.data import dataset, demo, image
 from kizu.data.files import write_csv
 from kizu.data.preprocessing import Preprocessing, batches
 from kizu.detectors import detector_class
@@ -82,6 +87,7 @@ def main() -> None:
     parser.add_argument("--splits", type=int, default=200)
     parser.add_argument("--fits", type=int, help="as many trainings. Default: one a split")
     parser.add_argument("--learn", type=int, default=100, metavar="N", help="good images that each split learns from")
+    parser.add_argument("--copies", type=int, default=1, help="of each photograph that is learned from")
     parser.add_argument("--size", type=int, default=160, help="of the photographs as the network sees them")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="of each category; the next call goes on")
     parser.add_argument("--quick", action="store_true")
@@ -94,9 +100,8 @@ def main() -> None:
     create = backbone.create
     backbone.create = lambda *arguments: Remembering(create(*arguments))  # type: ignore[assignment, arg-type]
     start = time.perf_counter()
-    kept = (
-        RESULTS / f".false_alarms_{options.method}_{options.size}.jsonl"
-    )  # every score of every training, to go on from
+    name = f"false_alarms_{options.method}" + (f"_copies_{options.copies}" if options.copies > 1 else "")
+    kept = RESULTS / f".{name}_{options.size}.jsonl"  # every score of every training, to go on from
     resumable = not (options.quick or settings)
     before = kept.read_text().splitlines() if kept.exists() and resumable else []
     rows: list[dict[str, Any]] = [json.loads(line) for line in before if line.endswith("}")]
@@ -104,11 +109,13 @@ def main() -> None:
         folders = options.data or ([demo.render(scratch)] if options.quick else present())
         for folder in folders:
             data = dataset.find(Path(folder))
-            for category in data.categories:
-                done = {row["fit"] for row in rows if row["category"] == category}
+            cases = [False, True] if options.copies > 1 else [False]
+            for category, keep_copies in itertools.product(data.categories, cases):
+                case = category + (f" × {options.copies}" if options.copies > 1 else "") + ", kept" * keep_copies
+                done = {row["fit"] for row in rows if row["category"] == case}
                 began = time.perf_counter()
-                for row in fits(data, category, chosen, options, done):
-                    rows.append({"category": category, "size": options.size, **row})
+                for row in fits(data, category, chosen, options, done, keep_copies):
+                    rows.append({"category": case, "size": options.size, **row})
                     if resumable:
                         with kept.open("a") as file:
                             file.write(json.dumps(rows[-1]) + "\n")
@@ -118,11 +125,16 @@ def main() -> None:
     print_table(table)
     print(f"\n{machine()['summary']}; {time.perf_counter() - start:.0f} s")
     if not options.quick:
-        write_csv(RESULTS / f"false_alarms_{options.method}.csv", table[0], map(dict.values, table))
+        write_csv(RESULTS / f"{name}.csv", table[0], map(dict.values, table))
 
 
 def fits(
-    data: dataset.Dataset, category: str, settings: dict[str, Any], options: argparse.Namespace, done: set[int]
+    data: dataset.Dataset,
+    category: str,
+    settings: dict[str, Any],
+    options: argparse.Namespace,
+    done: set[int],
+    keep_copies: bool,
 ) -> Iterator[dict[str, Any]]:
     """What each training says: the scores behind its level, of its own images, of the other good ones, of defects."""
     config = build(CONFIGS[options.method], settings)
@@ -136,7 +148,8 @@ def fits(
         order = np.random.default_rng(fit).permutation(len(good))
         learned, others = order[: options.learn], order[options.learn :]
         detector = detector_class(options.method)(config)
-        detector.fit([photo.transpose(1, 2, 0) for photo in good[learned]])
+        photos = [photo.transpose(1, 2, 0) for photo in good[learned]]
+        detector.fit([*photos, *saved_again(photos, options.copies - 1)], keep_copies=keep_copies)
         good_scores, good_peaks = judged(detector, good[others])
         bad_scores, bad_peaks = judged(detector, bad)
         found = {
@@ -149,6 +162,11 @@ def fits(
             "bad_peaks": bad_peaks,
         }
         yield {"fit": fit, **{key: [float(f"{value:.6g}") for value in values] for key, values in found.items()}}
+
+
+def saved_again(photos: Sequence[npt.NDArray[np.uint8]], times: int) -> list[npt.NDArray[np.uint8]]:
+    """Further copies of photographs, each saved as JPEG with another quality."""
+    return [image.read(image.encode(photo, "JPEG", quality=95 - 8 * time)) for time in range(times) for photo in photos]
 
 
 def pixels(samples: Sequence[Any], config: Any) -> npt.NDArray[np.uint8]:

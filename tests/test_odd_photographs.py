@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import random
 import struct
 from pathlib import Path
 
@@ -139,6 +140,29 @@ def test_one_odd_photograph_takes_no_others_with_it(answer, folder, tmp_path, mo
         assert [row["verdict"] for row in answers] == ["pass", "error", "pass"]
         alone = web.post("/v1/predict", content=buffers[1].getvalue(), headers=RAW)
         assert alone.status_code in (422, 500) and "verdict" not in alone.text
+
+
+def test_what_decoders_print_of_damage_is_the_rows_reason(folder, tmp_path):
+    """Also of an image that libtiff goes on with, all grey from the damage on."""
+    rng, spoilt = random.Random(0), tmp_path / "spoilt"
+    spoilt.mkdir()
+    for compression in ("group4", "tiff_lzw", "tiff_adobe_deflate", "jpeg"):
+        picture = Image.fromarray(part(0)).convert("1" if compression == "group4" else "RGB")
+        buffer = io.BytesIO()
+        picture.save(buffer, "TIFF", compression=compression)
+        (spoilt / f"{compression}.tif").write_bytes(buffer.getvalue())
+        for number in range(20):
+            content = bytearray(buffer.getvalue())
+            for _ in range(3):
+                content[rng.randrange(len(content))] = rng.randrange(256)
+            (spoilt / f"{compression}-{number}.tif").write_bytes(content)
+    done = command("predict", folder, spoilt, "--json", code=1)
+    rows = {Path(row["path"]).name: row for row in json.loads(done.stdout)}
+    assert len(rows) == 84 and not [line for line in done.stderr.splitlines() if "spoilt" not in line], done.stderr
+    reasons = [row["error"] for row in rows.values() if row["verdict"] == "error"]
+    for said in ("Fax4Decode: ", "ZIPDecode: ", "not yet in table", "cannot be decoded whole"):
+        assert any(said in reason for reason in reasons)
+    assert all(rows[name]["verdict"] != "error" for name in rows if "-" not in name)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

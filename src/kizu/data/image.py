@@ -1,7 +1,10 @@
 """Read, resize, colour and write images. The one place where a file becomes RGB uint8."""
 
+import ctypes
 import io
+import logging
 import os
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -65,7 +68,10 @@ MAX_FILE_BYTES = 2 * 10**9  # more than the largest image takes that is not comp
 MAPPED_BLOCK = 2**26  # bytes; the C library takes so much from the system each time, and gives it back
 
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")  # remarks on metadata that nobody needs
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # what it logs of damage it raises too
 warnings.simplefilter("error", Image.DecompressionBombWarning)
+
+_heard = threading.local()  # `lines`: what libtiff said of the image that this thread decodes
 
 
 def read(source: Source) -> RGB:
@@ -288,13 +294,42 @@ def _about_folder(source: Source) -> str:
 
 @contextmanager
 def _decoding(name: str) -> Iterator[None]:
-    """Whatever a decoder raises says that the image is damaged."""
+    """Whatever a decoder raises, or libtiff prints of an image that it made up in part, says that it is damaged."""
+    _listen_to_libtiff()
+    _heard.lines = []
     try:
         yield
     except BadImage:
         raise
     except Exception as error:
-        raise BadImage(name, f"is damaged and cannot be decoded ({_reason(error)})") from None
+        reason = _heard.lines[0] if _heard.lines else _reason(error)
+        raise BadImage(name, f"is damaged and cannot be decoded ({reason})") from None
+    if _heard.lines:
+        raise BadImage(name, f"is damaged and cannot be decoded whole ({_heard.lines[0]})")
+
+
+@cache
+def _listen_to_libtiff() -> Any:
+    """Have libtiff, which Pillow brings along, tell its errors here. Where it cannot be found it goes on printing them.
+
+    What is returned must stay: libtiff calls it.
+    """
+    try:
+        set_handler = ctypes.CDLL(Image.core.__file__).TIFFSetErrorHandler  # type: ignore[attr-defined]
+        fill_in = ctypes.CDLL(None).vsnprintf
+    except (AttributeError, OSError, TypeError):
+        return None
+
+    def hear(place: bytes | None, template: bytes, values: int) -> None:
+        line = ctypes.create_string_buffer(200)
+        fill_in(line, ctypes.c_size_t(len(line)), template, ctypes.c_void_p(values))
+        heard = _heard.__dict__.setdefault("lines", [])
+        if len(heard) < 10:
+            heard.append(f"{(place or b'libtiff').decode('ascii', 'replace')}: {line.value.decode('ascii', 'replace')}")
+
+    handler = ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_void_p)(hear)
+    set_handler(handler)
+    return handler
 
 
 def _reason(error: Exception) -> str:
