@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import re
 import shutil
 import socket
@@ -27,7 +28,6 @@ from test_detectors import part
 from test_serve import RAW, client
 
 GOOD = encoded(part(98))
-NGINX = shutil.which("nginx")
 
 
 EXPORTED = Path(__file__).with_name("models_of_0_1") / "patchcore-exported"  # quick to load: torch is not imported
@@ -218,7 +218,7 @@ def test_huge_photographs_take_bounded_memory(folder, tmp_path):
         assert resident_mb(process) - before < 1000
 
 
-PROXY = """
+NGINX = """
 daemon off; master_process off; error_log stderr; pid nginx.pid;
 events {{ }}
 http {{
@@ -238,15 +238,42 @@ http {{
 """
 
 
-@pytest.mark.skipif(NGINX is None, reason="nginx is not on PATH")
+CADDY = """
+{{
+  admin off
+}}
+:{port} {{
+  bind 127.0.0.1
+  {handle} /inspection/* {{
+    reverse_proxy {address}
+  }}
+}}
+"""
+
+
+def nginx(port, address, takes_the_path_away):
+    """A configuration as docs/serving.md has it, and the command that runs it."""
+    text = NGINX.format(port=port, address=address + ("/" if takes_the_path_away else ""))
+    return text, ["-p", ".", "-c", "proxy.conf"]
+
+
+def caddy(port, address, takes_the_path_away):
+    text = CADDY.format(port=port, address=address, handle="handle_path" if takes_the_path_away else "handle")
+    return text, ["run", "--config", "proxy.conf", "--adapter", "caddyfile"]
+
+
+@pytest.mark.parametrize("proxy", [nginx, caddy])
 @pytest.mark.parametrize("takes_the_path_away", [True, False])
-def test_behind_a_proxy_below_a_path(takes_the_path_away, folder, tmp_path):
+def test_behind_a_proxy_below_a_path(proxy, takes_the_path_away, folder, tmp_path):
+    if (program := shutil.which(proxy.__name__)) is None:
+        pytest.skip(f"{proxy.__name__} is not on PATH")
     with serving(folder, "--root-path", "/inspection", "--allow-host", "line4", log=tmp_path / "log") as (_, address):
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
-        target = address.replace("/inspection/", "/" if takes_the_path_away else "")
-        (tmp_path / "nginx.conf").write_text(PROXY.format(port=port, address=target))
-        proxy = subprocess.Popen([NGINX, "-p", tmp_path, "-c", "nginx.conf"], stderr=subprocess.DEVNULL)
+        text, arguments = proxy(port, address.removesuffix("/inspection/"), takes_the_path_away)
+        (tmp_path / "proxy.conf").write_text(text)
+        own = {"HOME": str(tmp_path), "PATH": os.environ["PATH"]}
+        process = subprocess.Popen([program, *arguments], cwd=tmp_path, env=own, stderr=subprocess.DEVNULL)
         try:
             with httpx.Client(base_url=f"http://127.0.0.1:{port}", headers={"host": "line4"}) as web:
                 wait_for(lambda: answers(port))
@@ -258,8 +285,8 @@ def test_behind_a_proxy_below_a_path(takes_the_path_away, folder, tmp_path):
                 assert web.get("/inspection/healthz", headers={"host": "elsewhere"}).status_code == 403
                 assert web.get("/inspection/openapi.json").json()["servers"] == [{"url": "/inspection"}]
         finally:
-            proxy.terminate()
-            proxy.wait()
+            process.terminate()
+            process.wait()
 
 
 def test_on_a_full_disk_the_verdict_is_answered_and_says_that_it_was_not_kept(folder, tmp_path):

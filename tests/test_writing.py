@@ -4,7 +4,9 @@ import csv
 import io
 import json
 import os
+import re
 import shutil
+import subprocess
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,7 +18,7 @@ import kizu
 from kizu.data import files
 from processes import kizu as command
 from processes import python
-from services import encoded, small_model
+from services import KIZU, encoded, small_model
 from test_detectors import GOOD, SETTINGS, part
 
 PHOTOS = [part(seed) for seed in range(100, 112)]
@@ -255,3 +257,42 @@ def test_json_is_json_also_without_a_threshold(photos, tmp_path):
 
     for words in (["predict", model, photos], ["info", model], ["tune", model, photos, photos], ["verify", model]):
         json.loads(command(*words, "--json").stdout, parse_constant=refuse)
+
+
+def test_what_cannot_be_written_is_named_by_its_own_name(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
+    (tmp_path / "loop").symlink_to("loop")
+    reasons = {
+        "file": "is no folder",
+        "nowhere": "is a link that leads nowhere",
+        "loop": "is a link that leads nowhere",
+    }
+    for name, reason in reasons.items():
+        with pytest.raises(kizu.OutputError, match=re.escape(f"{tmp_path / name} {reason}")):
+            files.write_text(tmp_path / name / "deeper" / "a.txt", "text")
+        with (
+            pytest.raises(kizu.OutputError) as caught,
+            files.scratch_folder() as scratch,
+            files.new_folder(tmp_path / name / "model"),
+        ):
+            (scratch / "x").touch()
+        assert caught.value.name == str(tmp_path / name / "model")
+    with pytest.raises(kizu.OutputError) as caught, files.new_folder(tmp_path / "model") as folder:
+        files.write_text(folder / "file", "text")
+        files.write_text(folder / "file" / "a", "text")
+    assert caught.value.name == str(tmp_path / "model")
+    with pytest.raises(FileNotFoundError, match=r"photograph\.png"), files.new_folder(tmp_path / "model"):
+        (tmp_path / "photograph.png").read_bytes()
+
+
+def test_output_that_nobody_reads_and_a_folder_that_is_gone(trained, tmp_path):
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run([KIZU, "info", trained], stdout=writing, stderr=subprocess.PIPE)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, b"")
+    here = tmp_path / "here"
+    here.mkdir()
+    done = subprocess.run([KIZU, "info", trained], cwd=here, preexec_fn=here.rmdir, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("kizu: the current folder does not exist")

@@ -75,12 +75,13 @@ class ModelError(KizuError):
 
 
 class OutputError(KizuError):
-    """Something cannot be written: a disk is full, may not be written to, or is gone. `reason` is what it says."""
+    """Something cannot be written: a disk is full, read-only or gone. `name` says what, `reason` why."""
 
     kind = "output"
 
     def __init__(self, name: str, reason: str) -> None:
         super().__init__(f"{name} cannot be written: {reason}")
+        self.name = name
         self.reason = reason
 
 

@@ -20,7 +20,7 @@ from kizu.errors import KizuError, missing_extra
 
 __all__ = ["exit_with"]
 
-DONE, NOT_DONE, UNFORESEEN, INTERRUPTED = 0, 2, 70, 130
+DONE, NOT_DONE, UNFORESEEN, INTERRUPTED, UNREAD = 0, 2, 70, 130, 141
 SECRET = ("--api-key", "--webhook", "--mqtt", "--camera")  # options whose values are keys, or hold passwords
 
 
@@ -43,6 +43,10 @@ def exit_with(command: Callable[[], Any]) -> NoReturn:
 def _outcome(command: Callable[[], Any]) -> tuple[int, str]:
     """The exit code, and what to say."""
     try:
+        os.getcwd()  # noqa: PTH109 - cheaper than pathlib
+    except OSError:  # neither relative paths nor torch's libraries would be found
+        return NOT_DONE, "the current folder does not exist any more: change to another one"
+    try:
         code = command()
         sys.stdout.flush()
         return code if isinstance(code, int) else DONE, ""
@@ -55,7 +59,11 @@ def _outcome(command: Callable[[], Any]) -> tuple[int, str]:
     except (KeyboardInterrupt, click.Abort):
         return INTERRUPTED, "interrupted"
     except BrokenPipeError:
-        return DONE, ""
+        return UNREAD, ""
+    except SystemExit as error:  # click's answer to the same
+        if isinstance(error.__context__, BrokenPipeError):
+            return UNREAD, ""
+        raise
     except MemoryError:
         return NOT_DONE, "there is not enough memory for this"
     except OSError as error:

@@ -1,7 +1,7 @@
 """The command line's entry: groups, exit codes, errors as sentences. Nothing heavy is imported before it is needed.
 
 Exit codes: 0 done; 1 done, but some images could not be judged; 2 not done, a sentence says why; 70 something that
-nobody foresaw, a report is written; 130 interrupted.
+nobody foresaw, a report is written; 130 interrupted; 141 nobody reads the output.
 """
 
 import logging

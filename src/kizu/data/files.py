@@ -214,19 +214,43 @@ def _plain(value: Any) -> Any:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Whatever the system says against writing to `path` is said in a sentence. Raises `OutputError`."""
+    """Whatever the system says against writing to `path`, finished or not, is said in a sentence.
+
+    Raises `OutputError`; of files elsewhere that are read or written meanwhile, what they raise themselves.
+    """
     try:
         yield
-    except OutputError as error:  # of a part of it
+    except OutputError as error:
+        if not _is_unfinished(error.name):
+            raise
         raise OutputError(str(path), error.reason) from None
     except KizuError:
         raise
     except OSError as error:
-        raise OutputError(str(path), error.strerror or str(error)) from error
+        if isinstance(error.filename, str) and _is_elsewhere(Path(error.filename), path):
+            raise
+        raise OutputError(str(path), _no_folder(path) or error.strerror or str(error)) from error
     except Exception as error:  # of libraries in Rust, which quote the system
         if found := re.search(r"\(os error (\d+)\)", str(error)):
             raise OutputError(str(path), os.strerror(int(found[1]))) from error
         raise
+
+
+def _is_unfinished(name: str | Path) -> bool:
+    return any(part.startswith(UNFINISHED) for part in Path(name).parts)
+
+
+def _is_elsewhere(file: Path, path: Path) -> bool:
+    file, path = file.absolute(), path.absolute()
+    return not (_is_unfinished(file) or file.is_relative_to(path) or path.is_relative_to(file))
+
+
+def _no_folder(path: Path) -> str:
+    """Why `path` cannot be in its folder: there is something else in the place of one. Empty where there is nothing."""
+    for parent in reversed(path.parents):
+        if os.path.lexists(parent) and not os.path.isdir(parent):  # noqa: PTH112 - Path's raises where it may not look
+            return f"{parent} is a link that leads nowhere" if parent.is_symlink() else f"{parent} is no folder"
+    return ""
 
 
 def _target(path: str | os.PathLike[str]) -> Path:
