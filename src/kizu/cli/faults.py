@@ -58,12 +58,8 @@ def _outcome(command: Callable[[], Any]) -> tuple[int, str]:
         return NOT_DONE, flagged(str(error))
     except (KeyboardInterrupt, click.Abort):
         return INTERRUPTED, "interrupted"
-    except BrokenPipeError:
+    except (BrokenPipeError, SystemExit):  # click's answer to a broken pipe, and nobody else's, is to end the process
         return UNREAD, ""
-    except SystemExit as error:  # click's answer to the same
-        if isinstance(error.__context__, BrokenPipeError):
-            return UNREAD, ""
-        raise
     except MemoryError:
         return NOT_DONE, "there is not enough memory for this"
     except OSError as error:
