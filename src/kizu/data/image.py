@@ -75,7 +75,7 @@ _heard = threading.local()  # `lines`: what libtiff said of the image that this 
 
 
 def read(source: Source) -> RGB:
-    """Turn a file, encoded bytes, array or PIL image into RGB uint8 of shape (H, W, 3).
+    """Turn a file, encoded bytes, array, tensor (C, H, W) or PIL image into RGB uint8 of shape (H, W, 3).
 
     EXIF orientation is applied, alpha dropped, grey repeated over the channels, CMYK and palettes converted.
     16-bit values are divided by 257 and floats in [0, 1] multiplied by 255, the same for every image.
@@ -91,6 +91,7 @@ def read_at_least(source: Source, size: tuple[int, int] | None = None) -> tuple[
     A JPEG much larger than `size` is decoded at a half, a quarter or an eighth of its size, never below `size`.
     """
     name = name_of(source)
+    source = _known(source, name)
     if isinstance(source, np.ndarray):
         rgb = _from_array(source, name)
         return rgb, (rgb.shape[0], rgb.shape[1])
@@ -251,6 +252,19 @@ def write_map(path: str | os.PathLike[str], values: Float) -> None:
     """Write a map (H, W) as a TIFF of 32-bit floats, not compressed; an interrupted write leaves no file."""
     with files.new_file(path, durable=False) as temporary:
         Image.fromarray(np.ascontiguousarray(values, dtype=np.float32)).save(temporary, format="TIFF")
+
+
+def _known(source: Any, name: str) -> Source:
+    """A source as it is, a tensor as an array, views of bytes as bytes. Anything else is `BadImage`."""
+    if isinstance(source, str | os.PathLike | bytes | np.ndarray | Image.Image):
+        return source
+    if isinstance(source, bytearray | memoryview):
+        return bytes(source)
+    if hasattr(source, "detach"):  # torch's, which is not imported for it
+        array = np.asarray(source.detach().cpu().numpy())
+        return array.transpose(1, 2, 0) if array.ndim == 3 and array.shape[0] in (1, 3, 4) else array
+    kind = type(source).__name__
+    raise BadImage(name, f"is a {kind}, not a path, encoded bytes, an array, a tensor or a PIL image", "unsupported")
 
 
 def _open(source: Source, name: str) -> Image.Image:

@@ -50,6 +50,13 @@ class Exported(Inspector):
         self._run, self._tables = run, tables
         self.restore_thresholds(about)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled: everything but the graph, which is read from the folder again."""
+        return self.__dict__ | {"_run": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state | {"_run": open_graph(state["folder"], state["export"]["format"])}
+
     @cached_property
     def config(self) -> Any:
         """The method's hyper-parameters, as of the trained model."""

@@ -3,6 +3,7 @@
 import math
 import os
 from abc import ABC, abstractmethod
+from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -48,6 +49,12 @@ class Inspector(ABC):
         self.seconds: dict[str, float] = {}  # of training, by stage
         self.workers = 2  # threads that read photographs
 
+    def __repr__(self) -> str:
+        height, width = self.preprocessing.size
+        learned = self.training.get("images", 0)
+        state = f"of {learned} photographs, stops above {self.threshold.value:.4g}" if learned else "not fitted"
+        return f"<{type(self).__name__} {state}, {width}×{height}>"
+
     @abstractmethod
     def __call__(self, pixels: npt.NDArray[np.uint8]) -> tuple[Float, Float]:
         """The graph on a batch: (B, 3, h, w) uint8 → scores (B,), maps (B, 1, h, w)."""
@@ -63,6 +70,27 @@ class Inspector(ABC):
                 raise outcome
             return outcome
         raise AssertionError("one image gives one outcome")
+
+    def predict_many(
+        self, images: Iterable[Source | Sample | Photo], *, batch_size: int = BATCH, workers: int | None = None
+    ) -> Iterator[Prediction | BadImage]:
+        """Judge many photographs, in their order, read in threads ahead of the network.
+
+        One that cannot be read gives its `BadImage` instead of a prediction and stops no other.
+        """
+        waiting: deque[Sample | Photo] = deque()
+        outcomes: dict[int, list[Prediction | BadImage]] = defaultdict(list)
+
+        def remembered() -> Iterator[Sample | Photo]:
+            for image in images:
+                waiting.append(readable(image))
+                yield waiting[-1]
+
+        for item, outcome in self.judge(remembered(), batch_size=batch_size, workers=workers):
+            outcomes[id(item)].append(outcome)
+            while waiting and (ready := outcomes.get(id(waiting[0]))):
+                yield ready.pop(0)
+                waiting.popleft()
 
     def judge(
         self, items: Iterable[Item], *, batch_size: int = BATCH, workers: int | None = None

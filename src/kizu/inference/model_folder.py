@@ -21,9 +21,11 @@ TRIES = 5  # to read a folder that is being replaced
 def load(folder: str | os.PathLike[str]) -> "Inspector":
     """Read a model, trained or exported; a trained one needs torch. Nothing in the folder is executed.
 
-    Raises `ModelError` where there is no model, where it is damaged, and where an exported one does not reproduce
-    itself.
+    The folder of a run stands for its model. Raises `OptionError` where it has several, and `ModelError` where there is
+    no model, where it is damaged, and where an exported one does not reproduce itself.
     """
+    if not Path(folder, "model.json").exists() and any(Path(folder).glob("models/*/model.json")):
+        folder = model_folder(folder)
     for tries_left in reversed(range(TRIES)):
         before = _state(folder)
         try:
@@ -72,7 +74,7 @@ def write_thumbnails(folder: Path, pictures: Sequence[bytes]) -> None:
     save_file(encoded, folder / THUMBNAILS)
 
 
-def model_folder(path: str, category: str | None = None) -> Path:
+def model_folder(path: str | os.PathLike[str], category: str | None = None) -> Path:
     """A model's folder, from itself, a run's folder or a run's models folder; `category` picks one of several."""
     folder = Path(path)
     files.recover(folder)

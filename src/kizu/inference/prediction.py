@@ -13,6 +13,7 @@ from kizu.data import image
 from kizu.data.image import Float, Source
 from kizu.data.preprocessing import Readable
 from kizu.data.sample import Sample
+from kizu.errors import BadImage
 from kizu.inference.regions import MarkedRegion, find_regions
 
 if TYPE_CHECKING:
@@ -28,6 +29,19 @@ class Photo:
     """A photograph from anywhere: a file's path, encoded bytes, an array or a PIL image."""
 
     source: Source
+
+    def __repr__(self) -> str:
+        return f"Photo({self.name!r})"
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Photo):
+            return NotImplemented
+        if isinstance(self.source, np.ndarray) or isinstance(other.source, np.ndarray):
+            return np.array_equal(self.source, other.source)  # type: ignore[arg-type]
+        return self.source == other.source
+
+    def __hash__(self) -> int:
+        return hash(self.name)
 
     def read(self, at_least: tuple[int, int] | None = None) -> tuple[RGB, tuple[int, int]]:
         return image.read_at_least(self.source, at_least)
@@ -57,9 +71,12 @@ class Evidence:
     match_crop: RGB | None  # what it saw around the nearest good patch, where a picture of that image is at hand
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Prediction:
-    """What a model says of one photograph. Unpacks to (score, anomaly map)."""
+    """What a model says of one photograph. Unpacks to (score, anomaly map).
+
+    Predictions are equal where score, threshold and every value of the map are. A notebook shows the overlay.
+    """
 
     score: float
     threshold: float
@@ -71,6 +88,31 @@ class Prediction:
 
     def __iter__(self) -> Iterator[Any]:
         return iter((self.score, self.anomaly_map))
+
+    def __repr__(self) -> str:
+        verdict = "stop" if self.is_anomalous else "pass"
+        return f"Prediction({name_of(self.item)!r}, {verdict}: score {self.score:.4g}, threshold {self.threshold:.4g})"
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Prediction):
+            return NotImplemented
+        same = (self.score, self.threshold, self.shape) == (other.score, other.threshold, other.shape)
+        return same and np.array_equal(self.input_map, other.input_map)
+
+    def __hash__(self) -> int:
+        return hash((self.score, self.threshold, self.shape))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The verdict as plain values, as the server gives it."""
+        from kizu.inference.verdict import Verdict
+
+        return Verdict.of(name_of(self.item), self, self.detector).model_dump()
+
+    def _repr_png_(self) -> bytes | None:
+        try:
+            return image.encode(self.overlay())
+        except BadImage:  # it was moved meanwhile: the text is shown
+            return None
 
     @property
     def is_anomalous(self) -> bool:
