@@ -362,6 +362,7 @@ def test_a_killed_run_goes_on_inside_a_category(taught, tmp_path, monkeypatch):
     assert "efficientad-s.safetensors" in (finished.folder / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_training_brings_the_student_nearer_to_the_teacher(taught, monkeypatch):
     monkeypatch.setattr("kizu.detectors.efficientad.training.LEARNING_RATE", 3e-3)  # so few channels need it
     losses = kizu.EfficientAD(teacher=str(taught), steps=60).fit(GOOD).facts["loss"]

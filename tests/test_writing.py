@@ -187,7 +187,7 @@ def test_output_that_nobody_can_take_is_a_sentence(words, exported, photos):
     full = "import os; os.dup2(os.open('/dev/full', os.O_WRONLY), 1)\n"
     words = [{"MODEL": str(exported), "PHOTOS": str(photos)}.get(word, word) for word in words]
     done = python("-c", full + LIMITED.format(limit=-1, words=words))
-    assert (done.returncode, done.stderr) == (2, "kizu: No space left on device\n")
+    assert (done.returncode, done.stderr) == (2, "kizu: the output cannot be written: No space left on device\n")
 
 
 def test_what_nobody_foresaw_is_written_down(exported, photos):
