@@ -28,6 +28,7 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -95,10 +96,11 @@ class Bench:
     def environment(self) -> dict[str, str]:
         return {**os.environ, "TMPDIR": str(self.scratch), "OMP_NUM_THREADS": "1"}
 
-    def run(self, *words: object) -> subprocess.CompletedProcess[str]:
-        """A command to its end."""
+    def run(self, *words: object, **options: Any) -> subprocess.CompletedProcess[str]:
+        """A command to its end, with other `options` for `subprocess.run` where they are given."""
+        usual = {"env": self.environment(), "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "timeout": TIMEOUT}
         command = [*KIZU, *map(str, words)]
-        return subprocess.run(command, env=self.environment(), capture_output=True, text=True, timeout=TIMEOUT)
+        return subprocess.run(command, text=True, errors="replace", **(usual | options))
 
     def leftovers(self) -> list[Path]:
         return [

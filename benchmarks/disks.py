@@ -43,14 +43,14 @@ def disks(bench: "Bench", count: int) -> "Found":
             _clear(out)
             try:
                 with disk(out, bench) as options:
-                    done = _run(bench, words, options)
+                    done = bench.run(*words, **options)
             except NotHere as error:
                 print(f"{kind}: not on this machine ({error})", file=sys.stderr)
                 break
             finally:
                 _clear(out)
             found["tried"] += 1
-            found[f"{kind}, {words[0]}: traceback"] += "Traceback" in done.stderr
+            found[f"{kind}, {words[0]}: traceback"] += "Traceback" in (done.stderr or "")
             found[f"{kind}, {words[0]}: exit code {done.returncode}"] += done.returncode not in ENDS
     model_json.check(bench.trained)
     found["leftovers"] += len(bench.leftovers())
@@ -76,13 +76,6 @@ def _commands(bench: "Bench", out: Path) -> list[list[object]]:
         ["evaluate", bench.trained, good, "--output", out / "again", "--save-maps"],
         ["demo", "--output", out / "demo"],
     ]
-
-
-def _run(bench: "Bench", words: list[object], options: Options) -> "subprocess.CompletedProcess[str]":
-    usual: Options = {"env": bench.environment(), "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    command = [sys.executable, "-m", "kizu", *map(str, words)]
-    done = subprocess.run(command, text=True, errors="replace", timeout=600, **usual | options)
-    return subprocess.CompletedProcess(done.args, done.returncode, done.stdout or "", done.stderr or "")
 
 
 def _clear(out: Path) -> None:

@@ -72,9 +72,8 @@ def test_help_is_quick_and_light():
 
         return min(once() for _ in range(5))
 
-    slow = max(1, seconds(sys.executable, "-c", "import json, inspect, logging") / 0.08)  # as machines are at times
-    assert seconds(KIZU, "--help") < 0.3 * slow
-    assert seconds(KIZU, "train", "patchcore", "--help") < 0.8 * slow
+    assert seconds(KIZU, "--help") < 0.3
+    assert seconds(KIZU, "train", "patchcore", "--help") < 0.45
     loaded = (
         "import sys, kizu, kizu.cli.main; heavy = ('torch', 'timm', 'numpy', 'pydantic')\n"
         "print([name for name in heavy if name in sys.modules])"

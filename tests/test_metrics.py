@@ -53,7 +53,7 @@ def test_au_pro_equals_the_definition(images, limit):
     assert metrics.au_pro(maps, masks, limit) == pytest.approx(brute_force_au_pro(maps, masks, limit), abs=1e-9)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.integers(2, 60), st.sampled_from([2, 5, 10_000]))
 def test_ranking_equals_the_library_and_every_threshold(seed, count, levels):
     rng = np.random.default_rng(seed)

@@ -22,7 +22,7 @@ from kizu.errors import KizuError, missing_extra
 __all__ = ["exit_with"]
 
 DONE, NOT_DONE, UNFORESEEN, INTERRUPTED, UNREAD = 0, 2, 70, 130, 141
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 SECRET = ("--api-key", "--webhook", "--mqtt", "--camera")  # options whose values are keys, or hold passwords
 
 
@@ -65,8 +65,8 @@ def _outcome(command: Callable[[], Any]) -> tuple[int, str]:
     except MemoryError:
         return NOT_DONE, "there is not enough memory for this"
     except OSError as error:
-        full = "the output cannot be written: " if error.errno in FULL else ""
-        place = f"{error.filename}: " if error.filename is not None else full
+        unnamed = "the output cannot be written: " if error.errno in FULL else ""
+        place = f"{error.filename}: " if error.filename is not None else unnamed
         return NOT_DONE, f"{place}{error.strerror or error or type(error).__name__}"
     except UnicodeError as error:
         return NOT_DONE, f"a text or a name cannot be written or read here ({error})"

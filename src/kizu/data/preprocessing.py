@@ -89,6 +89,7 @@ class Batch(Generic[Item]):
     items: list[Item]  # B of them, in order
     shapes: list[tuple[int, int]]  # of the photographs as read
     failures: list[tuple[Item, BadImage]] = field(default_factory=list)
+    was_read: list[bool] = field(default_factory=list)  # of each photograph, in order
 
 
 class Stack:
@@ -208,7 +209,9 @@ def _gather(
             rgb, shape = read()
         except BadImage as error:
             batch.failures.append((item, error))
+            batch.was_read.append(False)
             continue
+        batch.was_read.append(True)
         pixels.append(rgb)
         batch.items.append(item)
         batch.shapes.append(shape)

@@ -3,7 +3,6 @@
 import math
 import os
 from abc import ABC, abstractmethod
-from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,7 +12,7 @@ import numpy.typing as npt
 
 from kizu.calibration.threshold import Threshold, from_finite
 from kizu.data.image import Float, Source, read, resize
-from kizu.data.preprocessing import Preprocessing, Readable, batches, digests
+from kizu.data.preprocessing import Batch, Preprocessing, Readable, batches, digests
 from kizu.data.sample import Sample
 from kizu.errors import BadImage
 from kizu.inference.evidence import MAX_REGIONS, crop, places
@@ -74,38 +73,30 @@ class Inspector(ABC):
     def predict_many(
         self, images: Iterable[Source | Sample | Photo], *, batch_size: int = BATCH, workers: int | None = None
     ) -> Iterator[Prediction | BadImage]:
-        """Judge many photographs, in their order, read in threads ahead of the network.
-
-        One that cannot be read gives its `BadImage` instead of a prediction and stops no other.
-        """
-        waiting: deque[Sample | Photo] = deque()
-        outcomes: dict[int, list[Prediction | BadImage]] = defaultdict(list)
-
-        def remembered() -> Iterator[Sample | Photo]:
-            for image in images:
-                waiting.append(readable(image))
-                yield waiting[-1]
-
-        for item, outcome in self.judge(remembered(), batch_size=batch_size, workers=workers):
-            outcomes[id(item)].append(outcome)
-            while waiting and (ready := outcomes.get(id(waiting[0]))):
-                yield ready.pop(0)
-                waiting.popleft()
+        """Judge many photographs, in their order: a prediction, or the `BadImage` of one that cannot be read."""
+        judged = self.judge(map(readable, images), batch_size=batch_size, workers=workers)
+        return (outcome for _, outcome in judged)
 
     def judge(
         self, items: Iterable[Item], *, batch_size: int = BATCH, workers: int | None = None
     ) -> Iterator[tuple[Item, Prediction | BadImage]]:
-        """Judge many photographs, read in threads ahead of the network; an unreadable one comes with its error."""
+        """Judge many photographs, in their order, read in threads ahead of the network.
+
+        One that cannot be read comes with its error and stops no other.
+        """
         for batch in batches(items, self.preprocessing, batch_size=batch_size, workers=workers or self.workers):
-            yield from batch.failures
-            if not batch.items:
+            outcomes, failures = self._judged(batch), iter(batch.failures)
+            for was_read in batch.was_read:
+                yield next(outcomes) if was_read else next(failures)
+
+    def _judged(self, batch: Batch[Item]) -> Iterator[tuple[Item, Prediction | BadImage]]:
+        scored = self._scored(batch.pixels) if batch.items else []
+        for item, shape, outcome in zip(batch.items, batch.shapes, scored, strict=True):
+            if isinstance(outcome, str):
+                yield item, BadImage(name_of(item), outcome)
                 continue
-            for item, shape, outcome in zip(batch.items, batch.shapes, self._scored(batch.pixels), strict=True):
-                if isinstance(outcome, str):
-                    yield item, BadImage(name_of(item), outcome)
-                    continue
-                score, anomaly_map, parts = outcome
-                yield item, Prediction(score, self.threshold.value, anomaly_map, shape, item, self, parts)
+            score, anomaly_map, parts = outcome
+            yield item, Prediction(score, self.threshold.value, anomaly_map, shape, item, self, parts)
 
     def _scored(self, pixels: npt.NDArray[np.uint8]) -> list[tuple[float, Float, dict[str, Any]] | str]:
         """For each image its score, map and parts, or why it has none.
