@@ -3,7 +3,6 @@
 import importlib.util
 import os
 import platform
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import click
@@ -52,6 +51,8 @@ def examine() -> dict[str, Any]:
 
 
 def _version(package: str) -> str | None:
+    from importlib.metadata import PackageNotFoundError, version  # a tenth of the time of `kizu --help`
+
     try:
         return version(package)
     except PackageNotFoundError:

@@ -41,7 +41,7 @@ Numbers = Annotated[tuple[int, ...], BeforeValidator(_names)]
 class Augmented(BaseModel):
     """How training images are varied. A strength of 0 leaves them as they are."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     augment: bool = Field(False, description="Vary the training images a little, if no strength below is given.")
     rotate_degrees: float = Field(0.0, ge=0, le=180, description="Rotate by up to this angle, either way.")

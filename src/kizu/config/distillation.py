@@ -12,7 +12,7 @@ __all__ = ["DistillationConfig"]
 class DistillationConfig(BaseModel):
     """How a teacher is trained."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     teacher_for: Literal["efficientad"] = Field("efficientad", description="Method that the teacher is for.")
     size: Literal["s", "m"] = Field("s", description="Small or medium network.")
