@@ -5,6 +5,7 @@ python benchmarks/false_alarms.py --size 320                          with its d
 python benchmarks/false_alarms.py --method simplenet --fits 8         200 splits over 8 trainings
 python benchmarks/false_alarms.py DATA… --seconds 40                  a while for each; the same command goes on
 python benchmarks/false_alarms.py --learn 12 --copies 5               five photographs of each part, as `fit` takes them
+python benchmarks/false_alarms.py --learn 40 --quarters               four photographs of each part, in splits by part
 python benchmarks/false_alarms.py --quick                             a rendered category, a few splits
 
 All good images of a category, training and test, are one pool. A split learns from some of them and judges the rest,
@@ -13,6 +14,9 @@ images judged are split again and again into those that set the level and those 
 
 With copies, each photograph to learn from is there several times, saved again as JPEG: a row for `fit` as it is, which
 learns from one of them, and a row for `keep_copies=True`.
+
+With quarters, each photograph is cut into four, which are four photographs of one part: a row for `fit` as it counts
+parts (`group_by`), where a part is stopped if any of its photographs is, and one where each photograph is alone.
 
 Rules: `kizu` is what `fit` promises, of the score and of any marked pixel; `quantile` the 1 − α quantile of the scores
 of the training images themselves; `drift` the share of sequences of good parts that raise an alarm, and of those that
@@ -88,6 +92,7 @@ def main() -> None:
     parser.add_argument("--fits", type=int, help="as many trainings. Default: one a split")
     parser.add_argument("--learn", type=int, default=100, metavar="N", help="good images that each split learns from")
     parser.add_argument("--copies", type=int, default=1, help="of each photograph that is learned from")
+    parser.add_argument("--quarters", action="store_true", help="cut each photograph into four of one part")
     parser.add_argument("--size", type=int, default=160, help="of the photographs as the network sees them")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="of each category; the next call goes on")
     parser.add_argument("--quick", action="store_true")
@@ -101,6 +106,7 @@ def main() -> None:
     backbone.create = lambda *arguments: Remembering(create(*arguments))  # type: ignore[assignment, arg-type]
     start = time.perf_counter()
     name = f"false_alarms_{options.method}" + (f"_copies_{options.copies}" if options.copies > 1 else "")
+    name += "_quarters" if options.quarters else ""
     kept = RESULTS / f".{name}_{options.size}.jsonl"  # every score of every training, to go on from
     resumable = not (options.quick or settings)
     before = kept.read_text().splitlines() if kept.exists() and resumable else []
@@ -109,12 +115,16 @@ def main() -> None:
         folders = options.data or ([demo.render(scratch)] if options.quick else present())
         for folder in folders:
             data = dataset.find(Path(folder))
-            cases = [False, True] if options.copies > 1 else [False]
-            for category, keep_copies in itertools.product(data.categories, cases):
-                case = category + (f" × {options.copies}" if options.copies > 1 else "") + ", kept" * keep_copies
+            cases = [""]
+            if options.quarters:
+                cases = [", by part", ", each alone"]
+            elif options.copies > 1:
+                cases = [f" × {options.copies}", f" × {options.copies}, kept"]
+            for category, kind in itertools.product(data.categories, cases):
+                case = category + kind
                 done = {row["fit"] for row in rows if row["category"] == case}
                 began = time.perf_counter()
-                for row in fits(data, category, chosen, options, done, keep_copies):
+                for row in fits(data, category, chosen, options, done, kind):
                     rows.append({"category": case, "size": options.size, **row})
                     if resumable:
                         with kept.open("a") as file:
@@ -134,24 +144,33 @@ def fits(
     settings: dict[str, Any],
     options: argparse.Namespace,
     done: set[int],
-    keep_copies: bool,
+    kind: str,
 ) -> Iterator[dict[str, Any]]:
     """What each training says: the scores behind its level, of its own images, of the other good ones, of defects."""
     config = build(CONFIGS[options.method], settings)
     samples = data.select(category)
-    good = pixels([sample for sample in samples if not sample.is_anomalous], config)
-    bad = pixels([sample for sample in samples if sample.is_anomalous], config)
+    parts = 4 if options.quarters else 1  # photographs of each part
+    good, bad = (
+        pixels([sample for sample in samples if sample.is_anomalous is defective], config, options.quarters)
+        for defective in (False, True)
+    )
     Remembering.maps.clear()
     for fit in range(options.fits or options.splits):
         if fit in done:
             continue
-        order = np.random.default_rng(fit).permutation(len(good))
-        learned, others = order[: options.learn], order[options.learn :]
+        order = np.random.default_rng(fit).permutation(len(good) // parts)
+        numbers = (order[:, None] * parts + np.arange(parts)).ravel()
+        learned, others = numbers[: options.learn * parts], numbers[options.learn * parts :]
         detector = detector_class(options.method)(config)
         photos = [photo.transpose(1, 2, 0) for photo in good[learned]]
-        detector.fit([*photos, *saved_again(photos, options.copies - 1)], keep_copies=keep_copies)
-        good_scores, good_peaks = judged(detector, good[others])
-        bad_scores, bad_peaks = judged(detector, bad)
+        detector.fit(
+            [*photos, *saved_again(photos, options.copies - 1)],
+            keep_copies="kept" in kind or options.quarters,
+            group_by=(learned // parts).tolist() if "by part" in kind else "none",
+        )
+        each = parts if "by part" in kind else 1
+        good_scores, good_peaks = judged(detector, good[others], each)
+        bad_scores, bad_peaks = judged(detector, bad, each)
         found = {
             "level_from": detector.calibration_scores,
             "map_level_from": detector.map_peaks,
@@ -169,20 +188,27 @@ def saved_again(photos: Sequence[npt.NDArray[np.uint8]], times: int) -> list[npt
     return [image.read(image.encode(photo, "JPEG", quality=95 - 8 * time)) for time in range(times) for photo in photos]
 
 
-def pixels(samples: Sequence[Any], config: Any) -> npt.NDArray[np.uint8]:
-    """(N, 3, h, w) as the network sees them."""
-    return np.concatenate([batch.pixels for batch in batches(samples, Preprocessing(config.size, config.resize))])
+def pixels(samples: Sequence[Any], config: Any, quarters: bool = False) -> npt.NDArray[np.uint8]:
+    """(N, 3, h, w) as the network sees them; or each cut into four, which follow one another."""
+    height, width = config.size
+    scaling = Preprocessing((2 * height, 2 * width)) if quarters else Preprocessing(config.size, config.resize)
+    whole = np.concatenate([batch.pixels for batch in batches(samples, scaling)])
+    if not quarters:
+        return whole
+    cut = whole.reshape(len(whole), 3, 2, height, 2, width).transpose(0, 2, 4, 1, 3, 5)
+    return np.ascontiguousarray(cut.reshape(-1, 3, height, width))
 
 
-def judged(detector: Detector, photos: npt.NDArray[np.uint8]) -> tuple[list[float], list[float]]:
-    """Scores and the largest values of the maps."""
+def judged(detector: Detector, photos: npt.NDArray[np.uint8], each: int = 1) -> tuple[list[float], list[float]]:
+    """Scores and the largest values of the maps; the highest of so many photographs of each part."""
     scores: list[float] = []
     peaks: list[float] = []
     for start in range(0, len(photos), 16):
         some, maps = detector(photos[start : start + 16])
         scores += some.tolist()
         peaks += maps.max((1, 2, 3)).tolist()
-    return scores, peaks
+    by_part = (np.reshape(values, (-1, each)).max(1).tolist() for values in (scores, peaks))
+    return next(by_part), next(by_part)
 
 
 def summarised(rows: Sequence[dict[str, Any]], splits: int, trainings: int) -> list[dict[str, Any]]:

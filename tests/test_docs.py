@@ -39,7 +39,15 @@ def workshop(tmp_path):
     return tmp_path
 
 
-LONG = {"verdicts.md", "metrics.md", "efficientad.md", "runtime.md", "serving.md", "watching.md"}  # for `make test-all`
+LONG = {
+    "missed-defects.md",
+    "verdicts.md",
+    "metrics.md",
+    "efficientad.md",
+    "runtime.md",
+    "serving.md",
+    "watching.md",
+}  # for `make test-all`
 SERVED = "127.0.0.1:8000"
 
 

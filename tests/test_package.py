@@ -35,6 +35,9 @@ def judge(detector: kizu.Detector, image: str | Path) -> tuple[float, bool, npt.
 def learn(folder: str) -> kizu.Inspector:
     methods: list[kizu.Detector] = [kizu.PatchCore(size=128), kizu.SimpleNet(), kizu.EfficientAD(), kizu.PUAD()]
     fitted: kizu.PatchCore = kizu.PatchCore(coreset=0.1).fit(folder, skip_bad=True)
+    choice: kizu.Choice = kizu.choose(folder, minutes=2)
+    kizu.PatchCore(choice.config).fit(folder)
+    print(choice.sentence, [trial.found for trial in choice.trials])
     judge(fitted, Path(folder) / "0.png")
     methods[0].save("model")
     exported: kizu.Inspector = export(fitted, "line", "onnx")

@@ -12,13 +12,24 @@ if TYPE_CHECKING:
     from kizu.detectors.puad.detector import PUAD
     from kizu.detectors.simplenet.detector import SimpleNet
     from kizu.errors import BadImage, DataError, KizuError, MissingExtra, ModelError, OptionError, OutputError
+    from kizu.evaluation.choice.choose import Choice, choose
     from kizu.inference.inspector import Inspector
     from kizu.inference.model_folder import load
     from kizu.inference.prediction import Photo, Prediction
 
-__all__ = ["PUAD", "BadImage", "DataError", "Detector", "EfficientAD", "Inspector", "KizuError", "MissingExtra"]
+__all__ = [
+    "PUAD",
+    "BadImage",
+    "Choice",
+    "DataError",
+    "Detector",
+    "EfficientAD",
+    "Inspector",
+    "KizuError",
+    "MissingExtra",
+]
 __all__ += ["ModelError", "OptionError", "OutputError", "PatchCore", "Photo", "Prediction", "SimpleNet", "__version__"]
-__all__ += ["load"]
+__all__ += ["choose", "load"]
 
 __version__ = "0.2.0"
 
@@ -39,6 +50,7 @@ _HOMES = {
     "kizu.detectors.puad.detector": ("PUAD",),
     "kizu.detectors.simplenet.detector": ("SimpleNet",),
     "kizu.errors": ("BadImage", "DataError", "KizuError", "MissingExtra", "ModelError", "OptionError", "OutputError"),
+    "kizu.evaluation.choice.choose": ("Choice", "choose"),
     "kizu.inference.inspector": ("Inspector",),
     "kizu.inference.model_folder": ("load",),
     "kizu.inference.prediction": ("Photo", "Prediction"),

@@ -26,6 +26,7 @@ class Threshold:
     rate: float  # the share of good parts that may be stopped, as asked for
     count: int  # good images behind it
     tuned: str = ""  # the sentence that says on which labelled images it was set instead
+    grouped: bool = False  # whether each of these is a part with several photographs
 
     @property
     def supported(self) -> float:
@@ -54,16 +55,17 @@ class Threshold:
         if self.count == 0:
             return "No good image was left over to set a threshold from, so nothing is stopped: train on more images."
         bound, rate = _at_most(self.bound), one_in(self.rate).replace("%", "% of")
+        images = "good parts of several photographs each" if self.grouped else "good images"
         if self.rate >= self.supported - 1e-12:
             return (
                 f"At most {rate} good parts will be stopped on average, with 95 % confidence at most "
-                f"{bound}, as long as they come about and are photographed like the {self.count} good images behind "
+                f"{bound}, as long as they come about and are photographed like the {self.count} {images} behind "
                 f"the threshold, which carry at best {one_in(self.supported)}."
             )
         return (
-            f"{one_in(self.rate)} was asked for, but {self.count} good images carry at best {one_in(self.supported)} "
+            f"{one_in(self.rate)} was asked for, but {self.count} {images} carry at best {one_in(self.supported)} "
             f"on average (with 95 % confidence at most {bound}), and that is where the threshold lies; "
-            f"{images_needed(self.rate)} good images are needed."
+            f"{images_needed(self.rate)} good {'parts' if self.grouped else 'images'} are needed."
         )
 
 

@@ -62,8 +62,22 @@ def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "--num-workers", type=click.IntRange(1, 64), default=2, show_default=True, help="Reading threads."
         ),
         click.option("--gpu", type=click.IntRange(-1), help="Number of the GPU; -1: CPU. Default: the first, if any."),
+        click.option(
+            "--ms",
+            "milliseconds",
+            type=click.FloatRange(1),
+            help="With --auto: milliseconds that a photograph may take on this machine.",
+        ),
+        click.option("--minutes", type=click.FloatRange(0.1), help="With --auto: how long the choice may take."),
+        click.option("--auto", is_flag=True, help="Choose the settings from the good images, by made-up defects."),
         click.option("--profile", is_flag=True, help="Say where the time went."),
         click.option("--skip-bad", is_flag=True, help="Leave out training images that cannot be read."),
+        click.option(
+            "--group-by",
+            metavar="PATTERN",
+            help="How to know photographs of one part, which counts once: a regular expression finds the same in their "
+            "names; or folder; or none. Default: names and likeness.",
+        ),
         click.option("--keep-copies", is_flag=True, help="Learn from each of several photographs of one part."),
         click.option("--overwrite", is_flag=True, help="Replace a run of the same name."),
         click.option("--resume", is_flag=True, help="Go on with a run that was interrupted."),

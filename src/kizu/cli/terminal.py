@@ -103,6 +103,7 @@ def print_results(results: "Sequence[CategoryResult]", folder: Path | None, opti
                 "misses": result.count(defective=True, stopped=False),
                 "promise": result.statement,
                 "unlike_the_others": [outlier.image for outlier in result.outliers],
+                **({"choice": result.choice} if result.choice else {}),
             }
             for result in results
         ]
@@ -112,6 +113,9 @@ def print_results(results: "Sequence[CategoryResult]", folder: Path | None, opti
     print_table([_result_row(result, COLUMNS | LOCO_COLUMNS if loco else COLUMNS) for result in results])
     for result in results:
         click.echo(f"\n{result.category}: {result.statement}" if result.statement else "")
+        if result.choice:
+            click.echo(f"  {result.choice['sentence']}")
+            print_table(result.choice["rows"])
         for reason in sorted(set(result.reasons.values())):
             names = ", ".join(name for name in result.reasons if result.reasons[name] == reason)
             click.echo(f"  n/a: {names}: {flagged(reason)}")

@@ -102,7 +102,7 @@ def _train_command(method: str) -> click.Command:
             terminal.print_table(rows)
 
     command.headings = {
-        "Data": ("categories", "layout", "good", "bad", "defects_config", "skip_bad", "keep_copies"),
+        "Data": ("categories", "layout", "good", "bad", "defects_config", "skip_bad", "keep_copies", "group_by"),
         "Method": [name for name in kind.model_fields if name not in Config.model_fields],
         "Every method": [name for name in Config.model_fields if name not in Augmented.model_fields],
         "Augmentation": list(Augmented.model_fields),

@@ -7,7 +7,7 @@ import statistics
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -19,8 +19,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from kizu.calibration.copies import first_of_each_part
+from kizu.calibration.groups import named, recognised
 from kizu.calibration.outliers import find_outliers
-from kizu.calibration.threshold import calibrate, refuse
+from kizu.calibration.threshold import calibrate, images_needed, refuse
 from kizu.config import BackboneConfig, Config, build
 from kizu.data import dataset, files, image
 from kizu.data.image import Float
@@ -33,12 +34,13 @@ from kizu.errors import BadImage, DataError, ModelError, OptionError
 from kizu.features.backbone import weights_hash
 from kizu.inference import model_folder, model_json
 from kizu.inference.inspector import BATCH, Inspector
-from kizu.inference.prediction import Photo, name_of, readable
+from kizu.inference.prediction import Photo, name_of, path_of, readable
 
-__all__ = ["UNFITTED", "Detector", "gpu_device", "refuse_not_finite"]
+__all__ = ["UNFITTED", "Detector", "gpu_device", "items_of", "refuse_not_finite"]
 
 BATCH_SIZE = {"cpu": 4, "cuda": 32}  # while learning: on a CPU more images are no faster and take more memory
 CALIBRATION_BYTES = 1 << 30  # of photographs kept in memory to set a threshold by
+HINT = " With `keep_copies=True` they are kept."
 UNFITTED = "This detector has learned nothing yet: call fit first, or kizu.load a saved model."
 
 
@@ -50,6 +52,7 @@ class Detector(Inspector):
     """
 
     config_class: ClassVar[type[Config]]
+    leaves_groups_out: ClassVar[bool] = False  # scores photos of `context.groups` as if a whole group were new
     learns_in_rounds: ClassVar[bool] = False  # trains, tells `after_round` how far it is, and fills `curves`
 
     def __init__(self, config: Config | None = None, **settings: Any) -> None:
@@ -60,6 +63,7 @@ class Detector(Inspector):
         self.graph: nn.Module | None = None
         # with `workers`, where and how fast it works; prediction needs them as well as a fit, which has its own context
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.grouped = False  # whether several photographs of a part count once
         self.batch_size: int | None = None  # photographs at a time, instead of what suits the device
 
     @abstractmethod
@@ -79,6 +83,7 @@ class Detector(Inspector):
         memory: str | int | None = None,
         skip_bad: bool = False,
         keep_copies: bool = False,
+        group_by: str | Sequence[int] | None = None,
         checkpoint: str | os.PathLike[str] | None = None,
         progress: Progress | None = None,
         after_round: AfterRound | None = None,
@@ -87,47 +92,109 @@ class Detector(Inspector):
 
         Images in `held_out`, if there are any, are not learned from but set the threshold; otherwise each method
         holds out its own. Of several photographs of one part, saved again or taken in the same moment, the first alone
-        is learned from, unless `keep_copies`: the threshold's promise counts parts.
-        `memory` ("2GB") bounds the working data; without it, half of what is free may be used.
-        A method that trains for long writes its state to the file `checkpoint`, and goes on from there if it exists.
-        One that learns in rounds calls `after_round` with the graph and the number of the round.
+        is learned from, unless `keep_copies`: the threshold's promise counts parts. Photographs that belong together
+        count once, with the highest of their scores: those in whose names the regular expression `group_by` finds the
+        same, or of one "folder", or with equal numbers if it is a list of such; without it those that names and
+        likeness show to be of one part, unless `keep_copies`; with "none" each is alone.
+        `memory` ("2GB") bounds the working data; without it, half of what is free may be used. A method that trains for
+        long goes on from the file `checkpoint`, if it exists, and keeps its state there. One that learns in rounds calls
+        `after_round` with the graph and the number of the round.
         Raises `DataError` with the list of all images that cannot be read, before any work, unless `skip_bad`, and
         `OptionError` for a rate of false alarms that was asked for and that so few images cannot carry.
         """
         progress = progress or silent
         self.remarks, self.seconds = [], {}
-        memory_bytes = budget(memory)
-        if self.device.type == "cuda":
-            memory_bytes = min(memory_bytes, torch.cuda.mem_get_info(self.device)[0])
+        memory_bytes = self._memory_bytes(memory)
         with ExitStack() as open_files:
             with timed("decode", self.seconds):
                 photos, items = self.read(good, memory_bytes // 8, skip_bad, progress)
                 open_files.enter_context(photos)
                 others, other_items = self.read(held_out, memory_bytes // 8, skip_bad, progress)
                 open_files.enter_context(others)
-                read = photos.digests
-                if not keep_copies:
-                    items = self.leave_out_copies(photos, items, others, other_items)
-                    self.remarks = [f"{remark} With `keep_copies=True` they are kept." for remark in self.remarks]
+                read, every = photos.digests, [*items, *other_items]
+                kept = range(len(every)) if keep_copies else self.leave_out_copies(photos, others, every, HINT)
                 copies = sorted({*read} - {*photos.digests})
             if len(photos) == 0:
                 raise DataError("There is no image to learn from.")
-            self.check_promise(len(photos), len(others))
+            numbers = self._grouped(
+                "none" if group_by is None and keep_copies else group_by, every, kept, [photos, others]
+            )
+            items, groups = [every[n] for n in kept[: len(photos)]], [numbers[: len(photos)], numbers[len(photos) :]]
+            if self.grouped and not len(others) and not self.leaves_groups_out:
+                others, items, groups = self._hold_groups_out(photos, items, groups[0])
+                open_files.enter_context(others)
+            self.check_promise(len({*groups[0]}), len({*groups[1]}))
             context = FitContext(
                 photos=photos,
                 held_out=others,
+                groups=groups[0] if self.grouped else None,
                 memory_bytes=memory_bytes,
                 progress=progress,
                 checkpoint=None if checkpoint is None else Path(checkpoint),
                 after_round=after_round or ignore_round,
                 seconds=self.seconds,
             )
-            result = self.learn(context)
+            return self._learn_from(context, items, groups, copies)
+
+    def _memory_bytes(self, memory: str | int | None) -> int:
+        """What may be used of the machine's, and of the GPU's."""
+        free = [torch.cuda.mem_get_info(self.device)[0]] if self.device.type == "cuda" else []
+        return min([budget(memory), *free])
+
+    def _learn_from(
+        self, context: FitContext, items: list[Readable], groups: Sequence[Sequence[int]], copies: list[str]
+    ) -> Self:
+        """Learn, remember from what, and set the thresholds; `groups` of the photos, and of those held out."""
+        result = self.learn(context).of_groups(groups[1] if len(context.held_out) else groups[0])
         self.training = {"images": 0, "names": [], "digests": [], "suspects": [], "copies": copies}
         self.good_items, self.thumbnails = [], []
-        self.remember(photos, items, result.loo_scores)
-        self.training["hash"] = photos.hash
+        self.remember(context.photos, items, result.loo_scores)
+        self.training["hash"] = context.photos.hash
         return self.adopt(result)
+
+    def _grouped(
+        self,
+        group_by: str | Sequence[int] | None,
+        items: Sequence[Readable],
+        kept: Sequence[int],
+        stacks: Sequence[Stack],
+    ) -> Sequence[int]:
+        """A number for each photo of the stacks, the `kept` of the items, equal for those that belong together."""
+        paths = [path_of(items[number]) for number in kept]
+        if isinstance(group_by, str):
+            numbers = named(paths, group_by)
+        elif group_by is not None:
+            if len(group_by) != len(items):
+                raise OptionError(f"`group_by` has {len(group_by)} numbers for {len(items)} photographs")
+            numbers = [group_by[number] for number in kept]
+        else:
+            photos = (stack.batch(n, n + 1)[0].transpose(1, 2, 0) for stack in stacks for n in range(len(stack)))
+            numbers = recognised(paths, photos) or list(range(len(kept)))
+        parts = len({*numbers})
+        self.grouped = parts < len(numbers)
+        if self.grouped:
+            self.remarks.append(
+                f"{len(numbers)} photographs show {parts} parts: each part counts once, with the highest score of its "
+                "photographs, and the promise is of parts."
+            )
+        return numbers
+
+    def _hold_groups_out(
+        self, photos: Stack, items: list[Readable], groups: Sequence[int]
+    ) -> tuple[Stack, list[Readable], list[Sequence[int]]]:
+        """Take whole groups from the photos, to set the threshold by.
+
+        Returns these photos, the items that stay, and the groups of those that stay and of those taken.
+        """
+        every = sorted({*groups})
+        most = max(1, min(images_needed(self.config.false_alarms), len(every) // 4))
+        aside = {*np.random.default_rng(self.config.seed).permutation(every)[:most].tolist()}
+        chosen, rest = ([n for n, group in enumerate(groups) if (group in aside) is kind] for kind in (True, False))
+        held_out = Stack(len(chosen), self.preprocessing.size, sum(photos.take([n]).nbytes for n in chosen))
+        for number in chosen:
+            held_out.append(photos.batch(number, number + 1))
+        photos.keep(rest)
+        return held_out, [items[n] for n in rest], [[groups[n] for n in rest], [groups[n] for n in chosen]]
 
     def update(
         self,
@@ -154,35 +221,35 @@ class Detector(Inspector):
             raise ModelError(UNFITTED)
         photos, items = self.read(good, CALIBRATION_BYTES, progress=progress)
         with photos:
-            self.leave_out_copies(photos, items)
+            kept = self.leave_out_copies(photos, None, items)
             if len(photos) == 0:
                 raise DataError("There is no photograph of a good part to set the threshold with.")
-            return self.adopt(self.score_held_out(self.graph, photos, progress))
+            groups = self._grouped(None, items, kept, [photos])
+            return self.adopt(self.score_held_out(self.graph, photos, progress).of_groups(groups))
 
     def leave_out_copies(
-        self, photos: Stack, items: list[Readable], others: Stack | None = None, other_items: Sequence[Readable] = ()
-    ) -> list[Readable]:
+        self, photos: Stack, others: Stack | None, items: Sequence[Readable], hint: str = ""
+    ) -> Sequence[int]:
         """Keep one photograph of each part: of `photos` the first, of `others` those that none of these shows.
 
-        Returns the items of the photos that stay.
+        `items` are what all are read from; returns the numbers of those that stay.
         """
         stacks = [photos] if others is None else [photos, others]
-        every = [*items, *other_items]
         first = first_of_each_part(stack.batch(n, n + 1)[0] for stack in stacks for n in range(len(stack)))
         copies = [number for number, original in enumerate(first) if number != original]
         if not copies:
-            return items
+            return range(len(items))
         kept = [number for number, original in enumerate(first) if number == original]
-        examples = f"{name_of(every[copies[0]])} as {name_of(every[first[copies[0]]])}"
+        examples = f"{name_of(items[copies[0]])} as {name_of(items[first[copies[0]]])}"
         self.remarks.append(
-            f"{len(copies)} of {len(every)} photographs show the same part as another one, such as {examples}. They "
-            "were left out, because the promise follows from different parts."
+            f"{len(copies)} of {len(items)} photographs show the same part as another one, such as {examples}. They "
+            f"were left out, because the promise follows from different parts.{hint}"
         )
         before = len(photos)
         photos.keep([number for number in kept if number < before])
         if others is not None:
             others.keep([number - before for number in kept if number >= before])
-        return [items[number] for number in kept if number < before]
+        return kept
 
     def remember(self, photos: Stack, items: Sequence[Readable], loo_scores: Mapping[int, float]) -> None:
         """What the images just learned from are called and look like, and which of them look unlike the others."""
@@ -218,7 +285,7 @@ class Detector(Inspector):
         self.graph = result.graph.eval()
         self.facts = result.facts
         self.calibration_scores, self.map_peaks = result.scores, result.map_peaks
-        self.threshold = calibrate(result.scores, rate)
+        self.threshold = replace(calibrate(result.scores, rate), grouped=self.grouped)
         self.pixel_threshold = calibrate(result.map_peaks, rate).value
         top = self.pixel_threshold if math.isfinite(self.pixel_threshold) else result.map_median + 1
         self.heat_map_range = (result.map_median, 2 * top - result.map_median)  # the pixel threshold lies in the middle
@@ -278,6 +345,7 @@ class Detector(Inspector):
                 "rate": self.threshold.rate,
                 "count": self.threshold.count,
                 "tuned": self.threshold.tuned,
+                **({"grouped": True} if self.threshold.grouped else {}),
             },
             "calibration_scores": self.calibration_scores,
             "map": {
@@ -363,7 +431,7 @@ class Detector(Inspector):
         progress: Progress = silent,
     ) -> tuple[Stack, list[Readable]]:
         """All photographs, scaled, and what they are from. Raises `DataError` with a list of the unreadable ones."""
-        items = _items(good)
+        items = items_of(good)
         photos = Stack(len(items), self.preprocessing.size, memory_bytes)
         items_read: list[Readable] = []
         errors: list[BadImage] = []
@@ -390,7 +458,7 @@ def gpu_device(number: int) -> torch.device:
     return torch.device("cpu" if number < 0 else f"cuda:{number}")
 
 
-def _items(good: str | os.PathLike[str] | Iterable[Any]) -> list[Readable]:
+def items_of(good: str | os.PathLike[str] | Iterable[Any]) -> list[Readable]:
     """Whatever `fit` takes, as a list of things to read."""
     if isinstance(good, str | os.PathLike):
         data = dataset.find(Path(good))

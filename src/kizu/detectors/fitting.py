@@ -3,12 +3,13 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from kizu.calibration.groups import highest
 from kizu.data.preprocessing import Stack
 from kizu.data.progress import Progress, silent
 from kizu.detectors.ram import release
@@ -44,6 +45,7 @@ class FitContext:
     checkpoint: Path | None = None  # the file that a long training writes its state to and goes on from
     after_round: AfterRound = ignore_round
     seconds: dict[str, float] = field(default_factory=dict)  # spent so far, by stage
+    groups: Sequence[int] | None = None  # a number for each photo, equal for those that belong together
 
     def timed(self, stage: str) -> AbstractContextManager[None]:
         """Add the time spent inside to `seconds[stage]`; leave no freed memory behind."""
@@ -61,6 +63,11 @@ class FitResult:
     facts: dict[str, Any] = field(default_factory=dict)  # worth knowing, e.g. the size of a memory bank
     loo_scores: dict[int, float] = field(default_factory=dict)  # leave one out: each training image as if it were new
     scored_indices: list[int] = field(default_factory=list)  # which held-out images, or else photos, were scored
+
+    def of_groups(self, groups: Sequence[int]) -> "FitResult":
+        """The same with one score and one peak for each group: the highest of its images. `groups` numbers each."""
+        scored = [groups[index] for index in self.scored_indices]
+        return replace(self, scores=highest(self.scores, scored), map_peaks=highest(self.map_peaks, scored))
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,7 @@ def _restored(folder: Path, about: dict[str, Any]) -> Detector:
         graph.load_state_dict(tensors, assign=True)
         detector.graph = graph.eval().requires_grad_(False).to(detector.device)
         detector.restore_thresholds(about)
+        detector.grouped = detector.threshold.grouped
         if "files" not in about:  # saved before models had hashes: whether all fits together is tried out
             detector(np.zeros((1, 3, *detector.preprocessing.size), np.uint8))
     except Exception as error:  # of whatever settings and tensors that do not fit lead to

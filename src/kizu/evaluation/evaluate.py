@@ -95,6 +95,7 @@ class CategoryResult:
     curves: dict[str, list[float]] = field(default_factory=dict)  # of training, a value a round
     oracle: dict[str, float | None] = field(default_factory=dict)  # metrics of the round best on the test images
     outliers: list[Outlier] = field(default_factory=list)  # training images for a second look
+    choice: dict[str, Any] = field(default_factory=dict)  # how the settings were chosen, `Choice.to_json`
 
     def count(self, defective: bool, stopped: bool | None = None) -> int:
         """Test images of a kind that could be read, all or those (not) stopped."""

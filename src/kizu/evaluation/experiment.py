@@ -66,6 +66,7 @@ class RunOptions:
     overwrite: bool = False  # replace a run of the same name
     skip_bad: bool = False  # leave out training images that cannot be read
     keep_copies: bool = False  # learn from several photographs of one part
+    group_by: str | None = None  # what photographs that belong together have in common in their paths
     memory: str | None = None  # bound of the working data; by default half of what is free
     save_maps: bool = False  # write the test images' anomaly maps
     gpu: int | None = None  # number of the GPU; -1: the CPU; by default the first, if there is one
@@ -73,6 +74,9 @@ class RunOptions:
     oracle: bool = False  # also report, marked as such, the round of training that is best on the test images
     save_segmentation_images: bool = False  # write the test photographs with their maps
     track: Sequence[tracking.Service] = ()  # services that log the finished run too
+    auto: bool = False  # choose settings from the good photographs, for each category its own
+    minutes: float | None = None  # that the choice may take for a category; by default a few trainings' time
+    milliseconds: float | None = None  # that a photograph may take with the chosen settings
 
 
 def train(
@@ -94,7 +98,7 @@ def train(
     device = None if options.gpu is None else gpu_device(options.gpu)
     start = time.time()
     categories = _learnable(kind, config, data, options.oracle)
-    about = _about(method, config, data, categories, options.oracle)
+    about = _about(method, config, data, categories, options)
     results: list[CategoryResult] = []
     with open_run(parent, options.name, about, resume=options.resume, overwrite=options.overwrite) as run:
         try:
@@ -103,10 +107,11 @@ def train(
                 for category in categories:
                     result = run.finished(category)
                     if result is None:
-                        detector = kind(config)
+                        choice = _chosen(method, config, data, category, run, options, progress(category))
+                        detector = kind(build(kind.config_class, choice["config"]) if choice else config)
                         detector.workers = options.num_workers
                         detector.device = device or detector.device
-                        result = _fit_and_evaluate(detector, data, category, run, options, progress(category))
+                        result = _fit_and_evaluate(detector, data, category, run, options, progress(category), choice)
                     results.append(result)
                     log.info("%s: %s", category, _one_line(result))
                 _finish(run, about, results, time.time() - start)
@@ -119,11 +124,18 @@ def train(
     return run, results
 
 
-def _about(method: str, config: Config, data: Dataset, categories: list[str], oracle: bool) -> dict[str, Any]:
+def _about(method: str, config: Config, data: Dataset, categories: list[str], options: RunOptions) -> dict[str, Any]:
     """What a run that is resumed must have in common with the one that was started."""
-    settings = {"method": method, "config": config.model_dump(mode="json"), "data": str(data.root.resolve())}
-    about = {**settings, "categories": categories, "data_hash": fingerprint(data.samples), "oracle": oracle}
-    return about | ({"saturations": _plain(data.saturations)} if data.saturations else {})
+    return {
+        "method": method,
+        "config": config.model_dump(mode="json"),
+        "data": str(data.root.resolve()),
+        "categories": categories,
+        "data_hash": fingerprint(data.samples),
+        "oracle": options.oracle,
+        **({"auto": True} if options.auto else {}),
+        **({"saturations": _plain(data.saturations)} if data.saturations else {}),
+    }
 
 
 def _learnable(kind: "type[Detector]", config: Config, data: Dataset, oracle: bool) -> list[str]:
@@ -140,8 +152,46 @@ def _learnable(kind: "type[Detector]", config: Config, data: Dataset, oracle: bo
     return categories
 
 
+def _chosen(
+    method: str,
+    config: Config,
+    data: Dataset,
+    category: str,
+    run: Run,
+    options: RunOptions,
+    progress: Progress,
+) -> dict[str, Any]:
+    """How the settings of a category were chosen, `Choice.to_json`; nothing if they were not to be."""
+    if not options.auto:
+        return {}
+    from kizu.evaluation.choice.choose import choose
+
+    path = run.unfinished / f"{category}.choice.json"
+    if not path.exists():
+        good = data.select(category, "train")
+        choice = choose(
+            good,
+            config,
+            minutes=options.minutes,
+            milliseconds=options.milliseconds,
+            group_by=options.group_by,
+            workers=options.num_workers,
+            progress=progress,
+        )
+        files.write_text(path, json.dumps(choice.to_json()))
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    log.info("%s: %s", category, found["sentence"])
+    return found
+
+
 def _fit_and_evaluate(
-    detector: "Detector", data: Dataset, category: str, run: Run, options: RunOptions, progress: Progress
+    detector: "Detector",
+    data: Dataset,
+    category: str,
+    run: Run,
+    options: RunOptions,
+    progress: Progress,
+    choice: dict[str, Any],
 ) -> CategoryResult:
     """One category: learn, evaluate, write the model and the result. An oracle watches from the first round."""
     from kizu.evaluation.oracle import Oracle
@@ -153,6 +203,7 @@ def _fit_and_evaluate(
         held_out=data.select(category, "validation"),
         skip_bad=options.skip_bad,
         keep_copies=options.keep_copies,
+        group_by=options.group_by,
         memory=options.memory,
         checkpoint=run.checkpoint(category) if oracle is None else None,
         after_round=None if oracle is None else oracle.measure_round,
@@ -168,12 +219,27 @@ def _fit_and_evaluate(
         overlays=run.folder / "segmentation_images" / category if options.save_segmentation_images else None,
         progress=progress,
     )
+    result.choice = choice
+    result.notes += _about_misses(result)
     if oracle is not None:
         oracle.report(result)
     detector.save(run.model(category))
     files.write_text(run.unfinished / f"{category}.json", json.dumps(result.to_json()))
     run.checkpoint(category).unlink(missing_ok=True)
     return result
+
+
+def _about_misses(result: CategoryResult) -> list[str]:
+    """What to do where most of the known defects are missed."""
+    defective, stopped = result.count(defective=True), result.count(defective=True, stopped=True)
+    if defective == 0 or 2 * stopped >= defective:
+        return []
+    wayout = (
+        'The page "It misses defects" of the documentation says what else helps'
+        if result.choice
+        else "With `auto=True` settings are chosen for these parts"
+    )
+    return [f"{stopped} of {defective} known defects are stopped. {wayout}."]
 
 
 def _finish(run: Run, about: dict[str, Any], results: Sequence[CategoryResult], seconds: float) -> None:
@@ -185,6 +251,7 @@ def _finish(run: Run, about: dict[str, Any], results: Sequence[CategoryResult], 
         "versions": versions(),
         "machine": machine(),
         "thresholds": {result.category: result.statement for result in results},
+        **({"choices": {result.category: result.choice for result in results}} if about.get("auto") else {}),
         "seconds": round(seconds, 2),
         "ended": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }

@@ -40,6 +40,7 @@ class _Threshold(_Saved):
     rate: float = Field(gt=0, lt=1)
     count: int = Field(ge=0)
     tuned: str
+    grouped: bool = False
 
     @model_validator(mode="after")
     def _is_one(self) -> Self:

@@ -1,8 +1,10 @@
 """A photograph, what a model says of it, and why."""
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,7 +21,7 @@ from kizu.inference.regions import MarkedRegion, find_regions
 if TYPE_CHECKING:
     from kizu.inference.inspector import Inspector
 
-__all__ = ["Evidence", "NearestPatch", "Photo", "Prediction", "name_of", "readable"]
+__all__ = ["Evidence", "NearestPatch", "Photo", "Prediction", "name_of", "path_of", "readable"]
 
 RGB = npt.NDArray[np.uint8]  # (H, W, 3)
 
@@ -160,6 +162,12 @@ class Prediction:
 def readable(source: Source | Sample | Photo) -> Sample | Photo:
     """Samples and photos as they are; paths, arrays, bytes and PIL images as photos."""
     return source if isinstance(source, Sample | Photo) else Photo(source)
+
+
+def path_of(item: Readable) -> Path | None:
+    """The file that a photograph is read from, if it is from one."""
+    source = item.path if isinstance(item, Sample) else getattr(item, "source", None)
+    return Path(source) if isinstance(source, str | os.PathLike) else None
 
 
 def name_of(item: Readable) -> str:

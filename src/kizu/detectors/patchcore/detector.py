@@ -53,6 +53,7 @@ class PatchCore(Detector):
 
     method = "patchcore"
     config_class = PatchCoreConfig
+    leaves_groups_out = True
 
     def learn(self, context: FitContext) -> FitResult:
         with torch.inference_mode():
@@ -125,7 +126,7 @@ class PatchCore(Detector):
                 return [coreset.rows.span(first * p, last * p) for coreset, p in zip(coresets, patches, strict=True)]
             return [as_rows(layer) for layer in graph.embed(self.pixels(context.photos, numbers))]
 
-        leave_one_out = LeaveOneOut(graph, image_ids, features)
+        leave_one_out = LeaveOneOut(graph, image_ids, features, context.groups)
         return leave_one_out.scores(lambda done, total: context.progress("Threshold", done, total))
 
     def _score_held_out(self, graph: PatchCoreGraph, context: FitContext) -> tuple[Tensor, Tensor]:
@@ -214,10 +215,14 @@ class PatchCore(Detector):
                 pixels = self.pixels(photos, [number - before for number in numbers])
                 return [as_rows(layer) for layer in graph.embed(pixels)]
 
-            leave_one_out = LeaveOneOut(graph, range(before, before + len(photos)), features)
+            grouped = self.grouped
+            groups = self._grouped(None, items, range(len(items)), [photos])
+            self.grouped |= grouped
+            all_groups = [*range(before), *(before + group for group in groups)] if self.grouped else None
+            leave_one_out = LeaveOneOut(graph, range(before, before + len(photos)), features, all_groups)
             scored = leave_one_out.scores(lambda done, total: progress("Threshold", done, total))
             added = range(len(photos))
-            result = _result(graph, [graph], [scored], scored[0], self.facts, added, added)
+            result = _result(graph, [graph], [scored], scored[0], self.facts, added, added).of_groups(groups)
             self.remember(photos, items, result.loo_scores)
         self.training["copies"] = sorted({*self.training.get("copies", []), *read} - {*self.training["digests"]})
         hashes = (self.training["hash"] + photos.hash).encode()
@@ -235,7 +240,7 @@ class PatchCore(Detector):
             self.remarks.append(f"{len(photos) - len(new)} of {len(photos)} photographs were learned before.")
             photos.keep(new)
             items = [items[number] for number in new]
-        return self.leave_out_copies(photos, items)
+        return [items[number] for number in self.leave_out_copies(photos, None, items)]
 
     @classmethod
     def merge(cls, parts: Sequence[Self]) -> Self:
@@ -270,6 +275,7 @@ class PatchCore(Detector):
             merged.thumbnails = [picture for part in parts for picture in part.thumbnails]
         scores = [score for part in parts for score in part.calibration_scores]
         peaks = [peak for part in parts for peak in part.map_peaks]
+        merged.grouped = any(part.grouped for part in parts)
         facts = {**first.facts, "bank": [len(bank.entries) for bank in banks]}
         return merged.adopt(FitResult(graph, scores, peaks, first.heat_map_range[0], facts))
 

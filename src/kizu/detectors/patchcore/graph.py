@@ -112,21 +112,25 @@ class PatchCoreGraph(nn.Module):
         return self.score_from_neighbours(self.search(embeddings), [layer.shape for layer in embeddings])
 
     def loo_scores(
-        self, neighbours: Sequence[Neighbours], loo_neighbours: Sequence[Neighbours]
+        self,
+        neighbours: Sequence[Neighbours],
+        loo_neighbours: Sequence[Neighbours],
+        exclude: Sequence[Neighbours],
     ) -> tuple[Tensor, Tensor]:
         """The score and patch scores of one training image as if it had not been learned from.
 
-        `loo_neighbours` are its neighbours among other images' entries: what they added to the typical distances is
-        taken out again, and Eq. 7 looks around them.
+        `loo_neighbours` are its neighbours among other images' entries, which Eq. 7 looks around. What the neighbours
+        to `exclude` added to the typical distances, its own and those of the images that it belongs to, is taken out.
         """
         shapes = [(1, 0, *grid) for grid in self.grids]
-        return self.score_from_neighbours(neighbours, shapes, exclude=loo_neighbours)
+        return self.score_from_neighbours(neighbours, shapes, exclude=exclude, loo_neighbours=loo_neighbours)
 
     def score_from_neighbours(
         self,
         neighbours: Sequence[Neighbours],
         shapes: Sequence[Sequence[int]],
         exclude: Sequence[Neighbours] | None = None,
+        loo_neighbours: Sequence[Neighbours] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Scores and patch scores of images from their neighbours in each bank, for embeddings of `shapes`.
 
@@ -148,7 +152,7 @@ class PatchCoreGraph(nn.Module):
         if self.config.reweight > 1:
             positions = torch.arange(flat.shape[0], device=flat.device)  # len() would fix their number in an export
             worst = flat.argmax(1) + positions * flat.shape[1]
-            scores = scores * self.score_weights((neighbours if exclude is None else exclude)[0], worst)
+            scores = scores * self.score_weights((neighbours if loo_neighbours is None else loo_neighbours)[0], worst)
         return scores, grid[:, 0]
 
     def patch_scores(self, bank: Bank, neighbours: Neighbours, exclude: Neighbours | None) -> Tensor:

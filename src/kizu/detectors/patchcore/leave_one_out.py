@@ -1,4 +1,4 @@
-"""Scores of training images as if each had not been learned from (leave one out).
+"""Scores of training images as if each had not been learned from (leave one out), nor those that belong to it.
 
 A bank without an image's own entries has holes: of patches that are alike k-centre took only one, and where it took
 this image's, a bank made without the image would hold another's. So each entry has a stand-in: of the other images'
@@ -7,6 +7,7 @@ images' entries and the stand-ins of its own.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor
@@ -21,17 +22,34 @@ BATCH = 4  # images searched for at a time
 
 
 class LeaveOneOut:
-    """Scores training images of these ids, whose patch features (B · P, D) for each bank `features` gives."""
+    """Scores training images of these ids, whose patch features (B · P, D) for each bank `features` gives.
+
+    `groups` has a number for each training image, equal for those that are left out together; without it each is alone.
+    """
 
     def __init__(
-        self, graph: PatchCoreGraph, image_ids: Sequence[int], features: Callable[[Sequence[int]], list[Tensor]]
+        self,
+        graph: PatchCoreGraph,
+        image_ids: Sequence[int],
+        features: Callable[[Sequence[int]], list[Tensor]],
+        groups: Sequence[int] | None = None,
     ) -> None:
         self.graph, self.image_ids, self.features = graph, image_ids, features
+        self.groups = None if groups is None else torch.tensor(groups, device=graph.banks[0].entries.device)
         self.stand_ins = [_StandIns(bank) for bank in graph.banks]
         self.kept: list[tuple[Tensor, Tensor]] = []  # distances and entries (M, P, n) of all images, for each bank
 
     def scores(self, progress: Callable[[int, int], None]) -> tuple[Tensor, Tensor]:
         """Scores (M,) and patch scores (M, h, w); the banks learn their typical distances on the way."""
+        with ExitStack() as banks:
+            for bank in self.graph.banks:
+                banks.enter_context(bank.of_groups(self.groups))
+            return self._scores(progress)
+
+    def _group(self, image_id: int) -> int:
+        return image_id if self.groups is None else int(self.groups[image_id])
+
+    def _scores(self, progress: Callable[[int, int], None]) -> tuple[Tensor, Tensor]:
         total = 2 * len(self.image_ids)
         loo_neighbours = []
         for start in range(0, len(self.image_ids), BATCH):
@@ -43,7 +61,7 @@ class LeaveOneOut:
         for start in range(0, len(self.image_ids), BATCH):
             batch = loo_neighbours[start : start + BATCH]
             for number, (neighbours, others) in enumerate(self._with_stand_ins(start, batch), start):
-                score, grid = self.graph.loo_scores(neighbours, others)
+                score, grid = self.graph.loo_scores(neighbours, others, self._of_group(number, others))
                 scores[number : number + 1], grids[number : number + 1] = score, grid
             progress(len(loo_neighbours) + start + len(batch), total)
         return scores, grids
@@ -54,7 +72,8 @@ class LeaveOneOut:
         image_ids = self.image_ids[start : start + BATCH]
         for number, (bank, rows) in enumerate(zip(self.graph.banks, self.features(image_ids), strict=True)):
             patches = len(rows) // len(image_ids)
-            query_image_ids = torch.tensor(image_ids, device=rows.device).repeat_interleave(patches)
+            query_groups = [self._group(image_id) for image_id in image_ids]
+            query_image_ids = torch.tensor(query_groups, device=rows.device).repeat_interleave(patches)
             neighbours = self.graph.neighbours(bank, rows, query_image_ids)
             bank.learn_scale(neighbours.distances[:, 0], neighbours.entries[:, 0])
             self.stand_ins[number].learn(rows, neighbours.distances[:, 0], neighbours.entries[:, 0])
@@ -75,7 +94,18 @@ class LeaveOneOut:
             parts = [rows.view(len(image_ids), -1, rows.shape[1])[position] for rows in layers]
             others = [near._replace(queries=rows) for rows, near in zip(parts, image, strict=True)]
             pairs = zip(self.stand_ins, others, strict=True)
-            yield [stand_ins.improve(image_id, near) for stand_ins, near in pairs], others
+            yield [stand_ins.improve(self._group(image_id), near) for stand_ins, near in pairs], others
+
+    def _of_group(self, position: int, others: list[Neighbours]) -> list[Neighbours]:
+        """In each bank the neighbours of all images of one's group, `others` being its own."""
+        if self.groups is None:
+            return others
+        group = self._group(self.image_ids[position])
+        members = [place for place, image_id in enumerate(self.image_ids) if self._group(image_id) == group]
+        return [
+            near._replace(distances=distances[members].flatten(0, 1), entries=entries[members].flatten(0, 1))
+            for near, (distances, entries) in zip(others, self.kept, strict=True)
+        ]
 
 
 class _StandIns:

@@ -1,6 +1,7 @@
 """A memory bank: good patches, what is nearest to a query, and the distance typical of good patches at each entry."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -110,6 +111,19 @@ class Bank(nn.Module):
     def _compare_all(self, queries: Tensor, count: int, query_image_ids: Tensor | None) -> tuple[Tensor, Tensor]:
         image_ids = None if query_image_ids is None else (query_image_ids, self.images)
         return nearest(queries, self.entries, count, half_norms=self.half_norms, image_ids=image_ids)
+
+    @contextmanager
+    def of_groups(self, groups: Tensor | None) -> Iterator[None]:
+        """For a while, take the number of its group for the training image (N,) that each entry is from."""
+        if groups is None:
+            yield
+            return
+        images, self._index = self.images, None
+        self.images = groups[images]
+        try:
+            yield
+        finally:
+            self.images, self._index = images, None
 
     def index(self) -> CellIndex | QuantisedIndex:
         """The index of the present entries, made when first needed."""

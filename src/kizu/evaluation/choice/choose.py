@@ -1,0 +1,217 @@
+"""Settings chosen for parts that nobody tuned for, from photographs of good ones alone.
+
+From the given settings on, one thing is changed at a time, and kept where it finds clearly more of the made-up defects.
+What may be chance, among so few photographs, is left as it was.
+"""
+
+import os
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from kizu.calibration.threshold import percent
+from kizu.config import Augmented, BackboneConfig, Config, PatchCoreConfig, build
+from kizu.data.progress import Progress, silent
+from kizu.detectors.base import items_of
+from kizu.detectors.patchcore.detector import PatchCore
+from kizu.errors import OptionError
+from kizu.evaluation.choice.candidates import in_proportion, other_size, variations
+from kizu.evaluation.choice.trials import Material, Trial, gain, run_trial
+
+__all__ = ["Choice", "choose"]
+
+Settings = dict[str, Any]
+LARGER, SMALLER = 1.4, 0.8  # factors of both sides
+SURE = 2.0  # standard errors by which a change must be better
+WORTH = 0.03  # of what there is to be found, that a change must find besides
+MAX_AREA = 2.6  # times the default's pixels, for an input that nobody bounded by its time
+UNIT = 320 * 320  # pixels of a photograph, for counting the work
+WORK_EACH, MIN_WORK = 10, 600  # photographs' worth of work for each good one, and at least
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The chosen settings, and all that were tried for them."""
+
+    config: Any
+    trials: list[Trial]
+    chosen: int  # index of the trial that won
+    reasons: list[str]  # a sentence for each change that was considered
+    photos: int
+    defects: int
+
+    @property
+    def rows(self) -> list[dict[str, str]]:
+        """The table of what was tried."""
+        return [
+            {
+                "settings": _words(trial.settings) or "as given",
+                "made-up defects found": percent(trial.found),
+                "stopped": percent(trial.stopped),
+                "AUROC": f"{trial.image_auroc:.3f}",
+                "ms an image": f"{trial.milliseconds:.0f}",
+                "": "chosen" if number == self.chosen else "",
+            }
+            for number, trial in enumerate(self.trials)
+        ]
+
+    @property
+    def sentence(self) -> str:
+        """What was chosen, and by what."""
+        best, first = self.trials[self.chosen], self.trials[0]
+        by = f"by {self.defects} made-up defects on photographs of {self.photos} good parts"
+        if best is first:
+            return f"The settings stay as they were: {by}, no change was clearly better."
+        return (
+            f"Chosen {by}: {_words(best.settings)}; it finds {percent(best.found)} of them, where "
+            f"{percent(first.found)} were found before."
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, as run.json and the report keep it."""
+        config = self.config.model_dump(mode="json", exclude_unset=True)
+        return {"sentence": self.sentence, "reasons": self.reasons, "rows": self.rows, "config": config}
+
+
+def choose(
+    good: str | os.PathLike[str] | Iterable[Any],
+    config: Config | None = None,
+    *,
+    minutes: float | None = None,
+    milliseconds: float | None = None,
+    group_by: str | None = None,
+    workers: int = 2,
+    progress: Progress | None = None,
+) -> Choice:
+    """Settings for a method, chosen from photographs of good parts: a folder, or any that `fit` takes.
+
+    What `config` sets stays as it is. Photographs that belong together (`group_by`, as in `fit`) are not divided. The
+    work is bounded by what a few trainings take, and by `minutes` if they are given. With `milliseconds` nothing is
+    chosen that needs more for a photograph on this machine; without them the input has at most 2.6 times the default's
+    pixels. Without either bound equal photographs lead to equal choices. SimpleNet is chosen for by PatchCore, which
+    looks through the same network and learns in seconds. Raises `DataError` for fewer than 10 photographs of different
+    parts, and `OptionError` for a method without a pretrained network.
+    """
+    config = config or PatchCoreConfig()
+    if not isinstance(config, BackboneConfig):
+        raise OptionError("`auto`: settings are chosen for patchcore and simplenet, whose network is pretrained")
+    progress = progress or silent
+    given = {name: getattr(config, name) for name in config.model_fields_set if name in PatchCoreConfig.model_fields}
+    material = Material.of(items_of(good), config.seed, group_by, progress)
+    limits = _Limits(milliseconds, None if minutes is None else time.monotonic() + 60 * minutes)
+    course = _Course(build(PatchCoreConfig, given), material, limits, workers, progress)
+    course.run()
+    best = course.trials[course.best].settings
+    chosen = {name: value for name, value in best.items() if name in type(config).model_fields}
+    return Choice(
+        build(type(config), {**config.model_dump(exclude_unset=True), **chosen}),
+        course.trials,
+        course.best,
+        course.reasons,
+        material.parts,
+        len(material.defects),
+    )
+
+
+@dataclass
+class _Limits:
+    milliseconds: float | None  # for a photograph
+    end: float | None  # of the time, on the monotonic clock
+
+
+class _Course:
+    """Trials one after the other, each of the best settings so far with one thing changed."""
+
+    def __init__(
+        self, config: PatchCoreConfig, material: Material, limits: _Limits, workers: int, progress: Progress
+    ) -> None:
+        self.config, self.material, self.limits = config, material, limits
+        self.workers, self.progress = workers, progress
+        self.trials: list[Trial] = []
+        self.best = 0
+        self.reasons: list[str] = []
+        self.work_left = float(max(MIN_WORK, WORK_EACH * material.parts))  # in photographs of `UNIT` pixels
+        self.work_done, self.seconds = 0.0, 0.0
+
+    def run(self) -> None:
+        """Sizes first, since most hangs on them; then what else may be better for the best of them."""
+        free = "size" not in self.config.model_fields_set and self.config.resize is None
+        size = in_proportion(self.config.size, self.material.shape) if free else self.config.size
+        self.trials.append(self._tried({"size": size} if size != self.config.size else {}))
+        if free:
+            while (larger := self._larger()) and self._consider({"size": larger}):
+                pass
+            if self.best == 0 and (smaller := other_size(self._size, SMALLER)):
+                self._consider({"size": smaller})
+        for change in variations(self.config):
+            self._consider(change)
+
+    def _larger(self) -> tuple[int, int] | None:
+        size = other_size(self._size, LARGER)
+        bounded = self.limits.milliseconds is not None
+        return size if size and (bounded or size[0] * size[1] <= MAX_AREA * UNIT) else None
+
+    @property
+    def _size(self) -> tuple[int, int]:
+        size: tuple[int, int] = self.trials[self.best].settings.get("size", self.config.size)
+        return size
+
+    def _consider(self, change: Settings) -> bool:
+        """Try a change of the best settings, if there is time; whether it is kept."""
+        best = self.trials[self.best]
+        settings = {**best.settings, **change}
+        if refusal := self._out_of_reach(settings):
+            self.reasons.append(f"{_words(change)}: not tried, {refusal}.")
+            return False
+        trial = self._tried(settings)
+        self.trials.append(trial)
+        more, error = gain(trial, best)
+        if self.limits.milliseconds is not None and trial.milliseconds > self.limits.milliseconds:
+            verdict = f"left: {trial.milliseconds:.0f} ms for a photograph are too long"
+        elif more < SURE * error:
+            verdict = "left: it may be chance"
+        elif more < WORTH:
+            verdict = "left: too little"
+        else:
+            verdict, self.best = "kept", len(self.trials) - 1
+        self.reasons.append(f"{_words(change)}: {100 * more:+.1f} ± {100 * error:.1f} %, {verdict}.")
+        return verdict == "kept"
+
+    def _tried(self, settings: Settings) -> Trial:
+        config = build(PatchCoreConfig, {**self.config.model_dump(exclude_unset=True), **settings})
+        name = f"Trying {_words(settings) or 'the settings'}"
+        detector = PatchCore(config)
+        detector.workers = self.workers
+        trial = run_trial(detector, settings, self.material, lambda _, done, total: self.progress(name, done, total))
+        work = self._work(settings)
+        self.work_left -= work
+        self.work_done += work
+        self.seconds += trial.seconds
+        return trial
+
+    def _work(self, settings: Settings) -> float:
+        """What a trial takes, in photographs of `UNIT` pixels that go through the network."""
+        height, width = settings.get("size", self.config.size)
+        varied = {**self.config.model_dump(), **settings}
+        copies = self.config.augmented_copies if any(varied[name] for name in Augmented.model_fields) else 0
+        photos = len(self.material.learn) * (1 + copies) + len(self.material.held_out) + len(self.material.defects)
+        return float(photos * height * width / UNIT)
+
+    def _out_of_reach(self, settings: Settings) -> str:
+        """Why settings cannot be tried any more; empty where they can."""
+        work = self._work(settings)
+        if work > self.work_left:
+            return "it would take too long for so few photographs"
+        seconds = work * self.seconds / self.work_done
+        if self.limits.end is not None and time.monotonic() + seconds > self.limits.end:
+            return f"it would take {seconds:.0f} s more than there are"
+        return ""
+
+
+def _words(settings: Settings) -> str:
+    """size 448x448, rotate degrees 180."""
+    return ", ".join(
+        f"{name.replace('_', ' ')} {'x'.join(map(str, value)) if isinstance(value, tuple) else f'{value:g}'}"
+        for name, value in settings.items()
+    )

@@ -1,0 +1,307 @@
+"""Made-up defects: photographs of good parts, changed at one place as if the part were flawed there.
+
+Real defects are scratches, dents, stains, missing, foreign and misplaced pieces, of any size and strength. What is
+drawn here is meant to be like them in how it stands out, not in how it looks: small and large, faint and strong, soft
+and sharp, on the part rather than beside it; and parts that lie wrongly, or have something of another part.
+Cut-and-paste defects: Li et al., CutPaste, CVPR 2021; foreign textures: Zavrtanik et al., DRAEM, ICCV 2021.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageDraw, ImageFilter
+
+from kizu.data import image
+from kizu.data.streams import Texture
+
+__all__ = ["KINDS", "MadeUp", "Poses", "part_of", "with_defect"]
+
+RADII = 0.01, 0.25  # of a defect, as shares of the photograph's shorter side; small ones as often as large ones
+STRENGTHS = 0.25, 1.0  # how much of the defect covers the part
+VISIBLE = 8.0  # grey levels by which a defect must differ from the part, on average, so that a person sees it,
+ROUGHER = 1.5  # and how many times as much as the part differs there from itself, smoothed
+TRIES = 30  # until one is visible; the last is taken anyway
+WHOLE_TRIES = 8  # until the whole part lies wrongly enough; otherwise another kind is drawn
+BORDER = 0.03  # of the shorter side: the margin that shows what lies behind a part
+WHOLE = 0.3  # share of the defects that concern the part as a whole
+LARGE = 0.12, 0.4  # radii of a piece that is exchanged for that of another part at the same place
+TURN, SHIFT = 12.0, 0.08  # degrees, and share of the sides, by which a misplaced part lies wrongly at least
+STRANGER = 1.25  # times as far from all good photographs as any of these from the others: a part that lies wrongly
+POSE_SIDE = 32  # pixels of the pictures that poses are compared by
+PARTS = 0.03, 0.85  # a part covers no less and no more of its photograph; otherwise the whole photograph is the part
+
+MISPLACED = "misplaced part"
+Rgb = npt.NDArray[np.uint8]
+Values = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class MadeUp:
+    """A photograph (H, W, 3) with a made-up defect, what kind it is, and where (H, W)."""
+
+    kind: str
+    pixels: Rgb
+    mask: npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class _Scene:
+    """What a kind of defect is painted from: a square of the photograph and what else there is."""
+
+    square: Values  # (S, S, 3), where the defect will be
+    alpha: Values  # (S, S), how much of the defect covers the part, before its strength
+    photo: Values  # (H, W, 3)
+    other: Values  # (H', W', 3), another photograph of a good part
+    places: npt.NDArray[np.int64]  # (N, 2), rows and columns on the part
+    rng: np.random.Generator
+
+
+def part_of(photo: Rgb) -> npt.NDArray[np.bool_]:
+    """(H, W, 3) → (H, W): where the part is, as far as it differs from what the photograph's margin shows."""
+    values = photo.astype(np.float32)
+    width = max(2, round(BORDER * min(photo.shape[:2])))
+    margin = np.concatenate(
+        [side.reshape(-1, 3) for side in (values[:width], values[-width:], values[:, :width], values[:, -width:])]
+    )
+    background = np.median(margin, axis=0)
+    differs = np.abs(values - background).max(2)
+    level = max(VISIBLE, float(np.quantile(np.abs(margin - background).max(1), 0.9)))
+    part: npt.NDArray[np.bool_] = differs > level
+    return part if PARTS[0] <= part.mean() <= PARTS[1] else np.ones_like(part)
+
+
+class Poses:
+    """How good parts lie: small grey pictures of them."""
+
+    def __init__(self, photos: Sequence[Rgb]) -> None:
+        self.pictures = np.stack([_small(photo) for photo in photos])  # (N, pixels)
+        squares = np.square(self.pictures[:, None] - self.pictures).mean(2)
+        np.fill_diagonal(squares, np.inf)
+        self.usual = float(np.sqrt(squares.min(1).max()))
+
+    def is_strange(self, photo: Rgb) -> bool:
+        """Whether no good part lies like this one."""
+        distance = np.sqrt(np.square(self.pictures - _small(photo)).mean(1).min())
+        return bool(distance > max(STRANGER * self.usual, VISIBLE))
+
+
+def with_defect(photo: Rgb, other: Rgb, poses: Poses, seed: Sequence[int]) -> MadeUp:
+    """A good part's photograph with one defect; `other` is of another good part. Equal seeds give equal defects.
+
+    Where parts lie in any pose, or are all alike, none is misplaced or has a piece of another one.
+    """
+    made = _drawn(photo, other, poses, np.random.default_rng(seed))
+    if not np.ptp(photo, axis=2).any():  # of a camera without colours
+        made = replace(made, pixels=np.repeat(made.pixels.mean(2, keepdims=True).astype(np.uint8), 3, axis=2))
+    return made
+
+
+def _drawn(photo: Rgb, other: Rgb, poses: Poses, rng: np.random.Generator) -> MadeUp:
+    places = np.argwhere(part_of(photo))
+    if rng.random() < WHOLE:
+        for _ in range(WHOLE_TRIES):
+            made = _misplaced(photo, rng) if rng.random() < 0.5 else _exchanged_in_place(photo, other, places, rng)
+            if poses.is_strange(made.pixels) if made.kind == MISPLACED else _is_visible(photo, made):
+                return made
+    kind = list(KINDS)[rng.integers(len(KINDS))]
+    for _ in range(TRIES):
+        made = _painted(photo, other, places, kind, rng)
+        if _is_visible(photo, made):
+            break
+    return made
+
+
+def _is_visible(photo: Rgb, made: MadeUp) -> bool:
+    if not made.mask.any():
+        return False
+    rows, columns = (slice(max(0, at.min() - 8), at.max() + 9) for at in np.nonzero(made.mask))
+    mask, before = made.mask[rows, columns], photo[rows, columns].astype(np.float32)
+    changed = np.abs(made.pixels[rows, columns] - before).max(2)[mask].mean()
+    rough = np.abs(before - _smooth(before, 4)).max(2)[mask].mean()
+    return bool(changed >= max(VISIBLE, ROUGHER * rough))
+
+
+def _painted(photo: Rgb, other: Rgb, places: npt.NDArray[np.int64], kind: str, rng: np.random.Generator) -> MadeUp:
+    radius = min(photo.shape[:2]) * math.exp(rng.uniform(math.log(RADII[0]), math.log(RADII[1])))
+    row, column = places[rng.integers(len(places))]
+    half = math.ceil((3.0 if kind == "scratch" else 1.6) * radius) + 2
+    values = np.pad(photo.astype(np.float32), ((half, half), (half, half), (0, 0)), mode="edge")
+    window = np.s_[row : row + 2 * half + 1, column : column + 2 * half + 1]
+    square = values[window]
+    alpha = _line(half, radius, rng) if kind == "scratch" else _blob(half, radius, rng)
+    scene = _Scene(square, alpha, photo.astype(np.float32), other.astype(np.float32), places, rng)
+    cover = (alpha * rng.uniform(*STRENGTHS))[..., None]
+    painted = values.copy()
+    painted[window] = square + cover * (KINDS[kind](scene) - square)
+    mask = np.zeros(values.shape[:2], np.float32)
+    mask[window] = alpha
+    inner = np.s_[half:-half, half:-half]
+    return MadeUp(kind, np.clip(painted[inner].round(), 0, 255).astype(np.uint8), mask[inner] > 0.5)
+
+
+def _misplaced(photo: Rgb, rng: np.random.Generator) -> MadeUp:
+    """The whole part turned or shifted, with what lies behind it continued at the margin."""
+    height, width = photo.shape[:2]
+    turn, right, down = 0.0, 0.0, 0.0
+    if rng.random() < 0.5:
+        turn = float(rng.choice([-1, 1]) * rng.uniform(TURN, 180))
+    else:
+        angle, far = rng.uniform(0, 2 * math.pi), rng.uniform(SHIFT, 3 * SHIFT)
+        right, down = width * far * math.cos(angle), height * far * math.sin(angle)
+    around = math.ceil(0.5 * max(height, width))
+    padded = np.pad(photo, ((around, around), (around, around), (0, 0)), mode="edge")
+    moved = Image.fromarray(padded).rotate(turn, Image.Resampling.BILINEAR, translate=(round(right), round(down)))
+    pixels = np.asarray(moved)[around:-around, around:-around]
+    return MadeUp(MISPLACED, np.ascontiguousarray(pixels), np.abs(pixels.astype(np.int16) - photo).max(2) > VISIBLE)
+
+
+def _exchanged_in_place(photo: Rgb, other: Rgb, places: npt.NDArray[np.int64], rng: np.random.Generator) -> MadeUp:
+    """A large piece of another good part where this one has its own."""
+    height, width = photo.shape[:2]
+    other = image.resize(other, (height, width))
+    radius = min(height, width) * rng.uniform(*LARGE)
+    row, column = places[rng.integers(len(places))]
+    half = math.ceil(1.6 * radius) + 2
+    alpha = np.pad(_blob(half, radius, rng), ((row, height - 1 - row), (column, width - 1 - column)))
+    cover = alpha[half:-half, half:-half, None]
+    pixels = (photo + cover * (other.astype(np.float32) - photo)).round().astype(np.uint8)
+    return MadeUp("exchanged piece", pixels, cover[..., 0] > 0.5)
+
+
+def _small(photo: Rgb) -> Values:
+    picture = Image.fromarray(photo).convert("L").resize((POSE_SIDE, POSE_SIDE), Image.Resampling.BOX)
+    return np.asarray(picture, np.float32).ravel()
+
+
+# --------------------------------------------------------------------------------------------------------------- shapes
+
+
+def _blob(half: int, radius: float, rng: np.random.Generator) -> Values:
+    """(S, S), 1 inside an irregular, more or less long shape and 0 outside, with an edge from sharp to soft."""
+    y, x = np.mgrid[-half : half + 1, -half : half + 1] / radius
+    turn, aspect = rng.uniform(0, math.pi), math.exp(rng.uniform(math.log(0.3), 0))
+    u, v = x * math.cos(turn) + y * math.sin(turn), (y * math.cos(turn) - x * math.sin(turn)) / aspect
+    angle = np.arctan2(v, u)
+    edge = 1 + sum(rng.normal(0, 0.25 / k) * np.cos(k * angle + rng.uniform(0, 2 * math.pi)) for k in range(2, 6))
+    softness = max(rng.uniform(0.05, 0.5), 1 / radius)
+    return np.asarray(np.clip((0.9 * np.clip(edge, 0.4, 1.6) - np.hypot(u, v)) / softness + 0.5, 0, 1), np.float32)
+
+
+def _line(half: int, radius: float, rng: np.random.Generator) -> Values:
+    """(S, S), 1 on a bent line through the middle and 0 elsewhere."""
+    turn, bend = rng.uniform(0, 2 * math.pi), rng.normal(0, 0.5)
+    along = np.linspace(-1, 1, 40) * 2.4 * radius
+    across = bend * radius * (1 - (along / (2.4 * radius)) ** 2) + np.cumsum(rng.normal(0, 0.01 * radius, 40))
+    x = half + along * math.cos(turn) - across * math.sin(turn)
+    y = half + along * math.sin(turn) + across * math.cos(turn)
+    canvas = Image.new("L", (2 * half + 1, 2 * half + 1))
+    width = max(1, round(radius * rng.uniform(0.08, 0.3)))
+    ImageDraw.Draw(canvas).line(list(zip(x.tolist(), y.tolist(), strict=True)), fill=255, width=width)
+    drawn = np.asarray(canvas.filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 0.8))), np.float32)
+    return np.asarray(drawn / 255, np.float32)
+
+
+# ---------------------------------------------------------------------------------------------------------------- kinds
+
+
+def _colour(scene: _Scene) -> Values:
+    """One that differs from the part's there: darker or lighter, and often tinted."""
+    mean = scene.square.mean((0, 1))
+    towards = scene.rng.choice([0.0, 255.0]) if scene.rng.random() < 0.7 else scene.rng.uniform(0, 255, 3)
+    tint = scene.rng.normal(0, 20, 3) if np.ptp(mean) > VISIBLE else 0.0
+    return np.asarray(mean + scene.rng.uniform(0.3, 1) * (towards - mean) + tint, np.float32)
+
+
+def _scratch(scene: _Scene) -> Values:
+    return np.broadcast_to(_colour(scene), scene.square.shape).astype(np.float32)
+
+
+def _stain(scene: _Scene) -> Values:
+    """The part's own structure, tinted."""
+    return np.asarray(scene.square + 0.6 * (_colour(scene) - scene.square.mean((0, 1))), np.float32)
+
+
+def _dent(scene: _Scene) -> Values:
+    """Light on one side and shadow on the other."""
+    half = scene.square.shape[0] // 2
+    y, x = np.mgrid[-half : half + 1, -half : half + 1] / half
+    turn = scene.rng.uniform(0, 2 * math.pi)
+    slope = x * math.cos(turn) + y * math.sin(turn)
+    return np.asarray(scene.square + scene.rng.uniform(60, 160) * slope[..., None], np.float32)
+
+
+def _moved(scene: _Scene) -> Values:
+    """Another place of the same part, turned."""
+    return _piece(scene, scene.photo)
+
+
+def _exchanged(scene: _Scene) -> Values:
+    """A place of another good part."""
+    return _piece(scene, scene.other)
+
+
+def _foreign(scene: _Scene) -> Values:
+    """A texture of something else."""
+    texture, _ = Texture(int(scene.rng.integers(2**31))).read()
+    side = scene.square.shape[0]
+    picture = Image.fromarray(texture).resize((max(side, 64),) * 2, Image.Resampling.BILINEAR)
+    return np.asarray(picture, np.float32)[:side, :side]
+
+
+def _blurred(scene: _Scene) -> Values:
+    """Out of focus, or worn."""
+    return _smooth(scene.square, scene.square.shape[0] * scene.rng.uniform(0.08, 0.2))
+
+
+def _faded(scene: _Scene) -> Values:
+    """With less contrast or more, and lighter or darker."""
+    mean = scene.square.mean((0, 1))
+    contrast = scene.rng.choice([0.2, 0.4, 1.8, 2.5])
+    return np.asarray(mean + contrast * (scene.square - mean) + scene.rng.normal(0, 30), np.float32)
+
+
+def _missing(scene: _Scene) -> Values:
+    """Painted over with what lies around it."""
+    outside = scene.square[scene.alpha < 0.1]
+    grain = scene.rng.normal(0, 2, scene.square.shape)
+    return np.asarray(np.median(outside if len(outside) else scene.square.reshape(-1, 3), axis=0) + grain, np.float32)
+
+
+def _turned(scene: _Scene) -> Values:
+    """The same piece, turned in its place or mirrored."""
+    turns = int(scene.rng.integers(1, 4))
+    turned = np.rot90(scene.square, turns)
+    return turned[:, ::-1] if scene.rng.random() < 0.3 else turned
+
+
+def _piece(scene: _Scene, source: Values) -> Values:
+    """A square as large as the scene's, of the source, around a place on the part, turned by quarters or mirrored."""
+    side = scene.square.shape[0]
+    row, column = scene.places[scene.rng.integers(len(scene.places))]
+    height, width = source.shape[:2]
+    rows = np.clip(np.arange(side) + row - side // 2, 0, height - 1)
+    columns = np.clip(np.arange(side) + column - side // 2, 0, width - 1)
+    piece = np.rot90(source[rows[:, None], columns], int(scene.rng.integers(4)))
+    return np.asarray(piece[:, ::-1] if scene.rng.random() < 0.5 else piece, np.float32)
+
+
+def _smooth(square: Values, radius: float) -> Values:
+    picture = Image.fromarray(np.clip(square, 0, 255).astype(np.uint8))
+    return np.asarray(picture.filter(ImageFilter.GaussianBlur(radius)), np.float32)
+
+
+KINDS: dict[str, Callable[[_Scene], Values]] = {
+    "scratch": _scratch,
+    "stain": _stain,
+    "dent": _dent,
+    "moved piece": _moved,
+    "piece of another part": _exchanged,
+    "foreign texture": _foreign,
+    "blur": _blurred,
+    "faded": _faded,
+    "missing piece": _missing,
+    "turned piece": _turned,
+}

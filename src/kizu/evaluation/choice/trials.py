@@ -1,0 +1,185 @@
+"""How good settings are, measured without a defective part: good photographs, and made-up defects on them.
+
+Part of the good photographs is learned from; others, and made-up defects on these, are judged. All settings are tried
+on the same photographs and the same defects, so that small differences count.
+"""
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kizu.calibration.copies import first_of_each_part
+from kizu.calibration.groups import highest, named, recognised
+from kizu.calibration.threshold import calibrate, p_value
+from kizu.data.image import Float
+from kizu.data.preprocessing import Preprocessing, Readable, batches
+from kizu.data.progress import Progress, silent
+from kizu.detectors.base import Detector
+from kizu.errors import DataError
+from kizu.evaluation.choice.synthetic_defects import Poses, with_defect
+from kizu.evaluation.metrics import image_metrics
+from kizu.inference.prediction import Photo, path_of
+
+__all__ = ["Material", "Trial", "gain", "run_trial", "surprise"]
+
+LEARN, HELD_OUT = 64, 40  # photographs at most
+HELD_OUT_SHARE = 1 / 3
+DEFECTS_EACH = 4  # on each photograph that is held out
+MIN_PHOTOS = 10
+LOOK = (64, 64)  # pixels of a first look at the photographs
+ENOUGH = (1280, 1280)  # pixels above which a photograph may be read smaller
+TIMED = 3  # photographs, one at a time
+
+
+@dataclass(frozen=True)
+class Material:
+    """Good photographs to learn from, good ones to judge, and made-up defects on these."""
+
+    learn: list[Readable]
+    held_out: list[Readable]
+    defects: list[Photo]
+    kinds: list[str]  # of the defects
+    shape: tuple[int, int]  # height and width of the photograph whose proportions are in the middle
+    parts: int  # different ones that there are photographs of
+    groups: list[int]  # a number for each photograph to learn from, equal for those that belong together,
+    held_out_groups: list[int]  # and for each that is held out
+
+    @classmethod
+    def of(
+        cls, good: Sequence[Readable], seed: int, group_by: str | None = None, progress: Progress = silent
+    ) -> "Material":
+        """Divide good photographs evenly and make defects up. Raises `DataError` where they are too few."""
+        items, shapes, small = _each_part_once(good, progress)
+        if len(items) < MIN_PHOTOS:
+            raise DataError(
+                f"`auto`: there are photographs of {len(items)} different good parts, and the settings can be chosen "
+                f"by {MIN_PHOTOS} or more; without `auto` the defaults are taken."
+            )
+        groups = _groups(items, small, group_by)
+        every = list(dict.fromkeys(groups))
+        apart = {*_evenly(every, min(HELD_OUT, round(HELD_OUT_SHARE * len(every))))}
+        rest, held_out = ([n for n, group in enumerate(groups) if (group in apart) is kind] for kind in (False, True))
+        held_out = _evenly(held_out, min(HELD_OUT, len(held_out)))
+        poses = Poses(small)
+        defects, kinds = [], []
+        for number, photo in enumerate(held_out):
+            pixels, _ = items[photo].read(ENOUGH)
+            for turn in range(DEFECTS_EACH):
+                other, _ = items[rest[(number + turn * len(held_out)) % len(rest)]].read(ENOUGH)
+                made = with_defect(pixels, other, poses, (seed, number, turn))
+                defects.append(Photo(made.pixels))
+                kinds.append(made.kind)
+            progress("Made-up defects", number + 1, len(held_out))
+        learn = _evenly(rest, min(LEARN, len(rest)))
+        return cls(
+            learn=[items[n] for n in learn],
+            held_out=[items[n] for n in held_out],
+            defects=defects,
+            kinds=kinds,
+            shape=sorted(shapes, key=lambda shape: shape[0] / shape[1])[len(shapes) // 2],
+            parts=len(every),
+            groups=[groups[n] for n in learn],
+            held_out_groups=[groups[n] for n in held_out],
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Trial:
+    """Settings that were tried, and what they are worth."""
+
+    settings: dict[str, Any]  # that differ from those that the choice began with
+    surprises: Float  # (D,): for each made-up defect the share of the rates of false alarms at which it is stopped
+    stopped: float  # share of the made-up defects that are stopped at the rate of false alarms that was asked for
+    image_auroc: float
+    milliseconds: float  # for one photograph that has been read, on this machine
+    seconds: float  # that the trial took
+
+    @property
+    def found(self) -> float:
+        """What decides: the share of the made-up defects that are stopped, on average over the rates."""
+        return float(self.surprises.mean())
+
+
+def run_trial(detector: Detector, settings: dict[str, Any], material: Material, progress: Progress = silent) -> Trial:
+    """Learn from part of the material with a detector of these settings, and judge the rest."""
+    start = time.perf_counter()
+    detector.fit(material.learn, keep_copies=True, group_by=material.groups, progress=progress)
+    held_out = highest(_scores(detector, material.held_out), material.held_out_groups)
+    good = [*detector.calibration_scores, *held_out]
+    defects = _scores(detector, material.defects)
+    metrics, _ = image_metrics([*good, *defects], [False] * len(good) + [True] * len(defects))
+    level = calibrate(good, detector.config.false_alarms).value
+    return Trial(
+        settings,
+        surprise(good, defects),
+        sum(score > level for score in defects) / len(defects),
+        metrics["image_auroc"] or 0.0,
+        _milliseconds(detector, material.held_out),
+        time.perf_counter() - start,
+    )
+
+
+def gain(trial: Trial, other: Trial) -> tuple[float, float]:
+    """By how much more a trial finds than another one, and the standard error of that over the defects."""
+    differences = trial.surprises - other.surprises
+    return float(differences.mean()), float(differences.std(ddof=1) / np.sqrt(len(differences)))
+
+
+def surprise(good: Sequence[float], defects: Sequence[float]) -> Float:
+    """For each defect the share of all rates of false alarms, on a logarithmic scale, at which it would be stopped.
+
+    The rates run from 1 to 1 in n + 1, the lowest that n good parts carry: with the p-value p of a defect among the
+    good parts this is log p / log 1/(n + 1). A single rate would hang on one or two photographs.
+    """
+    p_values = np.array([p_value(score, good) for score in defects])
+    return np.asarray(np.log(p_values) / -np.log(len(good) + 1), np.float32)
+
+
+def _scores(detector: Detector, items: Sequence[Readable]) -> list[float]:
+    read = batches(items, detector.preprocessing, batch_size=4, workers=detector.workers)
+    return [float(score) for batch in read for score in detector(batch.pixels)[0]]
+
+
+def _milliseconds(detector: Detector, items: Sequence[Readable]) -> float:
+    """For one photograph, the median of a few."""
+    seconds = []
+    for batch in batches(items[: TIMED + 1], detector.preprocessing, batch_size=1):
+        start = time.perf_counter()
+        detector(batch.pixels)
+        seconds.append(time.perf_counter() - start)
+    return 1000 * statistics.median(seconds[1:])
+
+
+def _each_part_once(
+    good: Sequence[Readable], progress: Progress
+) -> tuple[list[Readable], list[tuple[int, int]], list[npt.NDArray[np.uint8]]]:
+    """Those that can be read, one of each part; their shapes, and small pictures (h, w, 3) of them."""
+    items: list[Readable] = []
+    shapes: list[tuple[int, int]] = []
+    small: list[npt.NDArray[np.uint8]] = []
+    for batch in batches(good, Preprocessing(LOOK)):
+        items += batch.items
+        shapes += batch.shapes
+        small += list(batch.pixels)
+        progress("Looking", len(items), len(good))
+    first = first_of_each_part(small)
+    kept = [number for number, original in enumerate(first) if number == original]
+    pictures = [small[number].transpose(1, 2, 0) for number in kept]
+    return [items[number] for number in kept], [shapes[number] for number in kept], pictures
+
+
+def _groups(items: Sequence[Readable], pictures: Sequence[npt.NDArray[np.uint8]], group_by: str | None) -> list[int]:
+    """A number for each photograph, equal for those that belong together."""
+    paths = [path_of(item) for item in items]
+    groups = recognised(paths, pictures) if group_by is None else named(paths, group_by)
+    return list(range(len(items))) if groups is None else groups
+
+
+def _evenly(numbers: Sequence[int], count: int) -> list[int]:
+    """So many of the numbers, from the first to the last."""
+    return [numbers[round(place)] for place in np.linspace(0, len(numbers) - 1, count)]

@@ -1,0 +1,156 @@
+"""Settings chosen from good photographs: the made-up defects, what decides, and the command."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+import kizu
+from kizu.config import EfficientADConfig, PatchCoreConfig, SimpleNetConfig
+from kizu.evaluation.choice import choose as choosing
+from kizu.evaluation.choice.candidates import in_proportion, other_size
+from kizu.evaluation.choice.synthetic_defects import KINDS, MISPLACED, Poses, part_of, with_defect
+from kizu.evaluation.choice.trials import Material, surprise
+from processes import kizu as command
+from test_detectors import GOOD, part
+
+ALIGNED = Poses([part(number) for number in range(12)])
+SMALL = PatchCoreConfig(size=64)
+
+
+def made(seed, photo=None, other=None, poses=ALIGNED):
+    return with_defect(part(3) if photo is None else photo, part(4) if other is None else other, poses, (seed,))
+
+
+def test_made_up_defects_are_of_all_kinds_and_change_the_photograph_where_the_mask_says():
+    kinds = set()
+    for seed in range(150):
+        defect = made(seed)
+        changed = np.abs(defect.pixels.astype(int) - part(3)).max(2)
+        kinds.add(defect.kind)
+        assert defect.pixels.dtype == np.uint8 and defect.pixels.shape == part(3).shape
+        assert changed[defect.mask].mean() > changed[~defect.mask].mean() if not defect.mask.all() else changed.any()
+    assert kinds == {*KINDS, MISPLACED} | (kinds & {"exchanged piece"})
+    assert len(kinds) >= len(KINDS) + 1
+
+
+def test_equal_seeds_give_equal_defects():
+    first, again, other = made(5), made(5), made(6)
+    assert first.kind == again.kind and np.array_equal(first.pixels, again.pixels)
+    assert not np.array_equal(first.pixels, other.pixels)
+
+
+def test_a_grey_photograph_stays_grey():
+    grey, other = (np.repeat(part(number).mean(2, keepdims=True).astype(np.uint8), 3, axis=2) for number in (3, 4))
+    for seed in range(100):
+        assert not np.ptp(made(seed, grey, other).pixels, axis=2).any()
+
+
+def test_where_parts_lie_in_any_pose_none_is_misplaced():
+    rng = np.random.default_rng(0)
+    noise = [rng.integers(0, 256, (64, 64, 3), dtype=np.uint8) for _ in range(20)]
+    assert all(made(seed, noise[0], noise[1], Poses(noise)).kind != MISPLACED for seed in range(40))
+
+
+def test_the_part_is_what_differs_from_the_margin():
+    photo = np.full((80, 100, 3), 200, np.uint8)
+    photo[20:60, 30:70] = 60
+    expected = np.zeros((80, 100), bool)
+    expected[20:60, 30:70] = True
+    assert np.array_equal(part_of(photo), expected)
+    assert part_of(np.full((80, 100, 3), 200, np.uint8)).all()  # a plain surface is the part
+
+
+@given(st.lists(st.integers(0, 50), min_size=1, max_size=30), st.lists(st.integers(0, 50), min_size=1, max_size=10))
+def test_what_is_found_is_the_share_of_the_rates_on_a_logarithmic_scale(good, defects):
+    """Against a fine grid of rates: a defect is stopped at each that is at least its p-value."""
+    rates = np.exp(np.linspace(-np.log(len(good) + 1), 0, 4001))
+    for share, score in zip(surprise(good, defects), defects, strict=True):
+        p_value = (1 + sum(other >= score for other in good)) / (len(good) + 1)
+        assert share == pytest.approx((rates >= p_value).mean(), abs=1e-3)
+
+
+@given(st.integers(200, 6000), st.integers(200, 6000), st.sampled_from([(256, 256), (320, 320), (448, 448)]))
+def test_an_input_in_proportion_has_the_photographs_shape_and_about_as_many_pixels(height, width, size):
+    result = in_proportion(size, (height, width))
+    assert all(side % 32 == 0 for side in result)
+    if max(height, width) <= 1.25 * min(height, width):
+        assert result == size
+    elif max(height, width) < 4 * min(height, width):
+        assert result[0] * result[1] == pytest.approx(size[0] * size[1], rel=0.3)
+        assert result[0] / result[1] == pytest.approx(height / width, rel=0.3)
+
+
+def test_sizes_stay_within_bounds():
+    assert other_size((320, 320), 1.4) == (448, 448)
+    assert other_size((192, 512), 0.8) is None and other_size((320, 800), 1.4) is None
+
+
+def test_the_photographs_are_divided_and_each_part_is_in_one_half():
+    photos = [part(number) for number in range(12)] + [part(3)]
+    material = Material.of([kizu.Photo(photo) for photo in photos], seed=0)
+    learned, held_out = ({photo.source.tobytes() for photo in items} for items in (material.learn, material.held_out))
+    assert material.parts == 12 and len(learned) == 8 and len(held_out) == 4 and not learned & held_out
+    assert len(material.defects) == len(material.kinds) == 16
+
+
+def test_equal_photographs_lead_to_equal_choices_and_what_was_given_stays():
+    first, again = (kizu.choose(GOOD, SMALL) for _ in range(2))
+    assert first.config == again.config and first.config.size == (64, 64)
+    assert [trial.found for trial in first.trials] == [trial.found for trial in again.trials]
+    assert len(first.trials) == 2 and "rotate degrees 180" in first.reasons[0]
+    assert not kizu.choose(GOOD, SMALL.model_copy(update={"augment": True})).reasons or first.reasons
+
+
+def test_simplenet_is_chosen_for_too():
+    choice = kizu.choose(GOOD, SimpleNetConfig(size=64, meta_epochs=1))
+    assert isinstance(choice.config, SimpleNetConfig) and choice.config.meta_epochs == 1
+
+
+def test_a_change_is_kept_where_it_is_clearly_better(monkeypatch):
+    """The course alone, with trials that are what this test says of them."""
+    found = {(): 0.5, (448, 448): 0.7, (627, 627): 0.9}
+
+    def trial(detector, settings, material, progress):
+        value = found.get(tuple(settings.get("size", ())), 0.5) - 0.2 * ("rotate_degrees" in settings)
+        surprises = np.float32(value + 0.01 * np.arange(-8, 8) / 8)
+        return choosing.Trial(settings, surprises, value, value, 10.0, 0.1)
+
+    monkeypatch.setattr(choosing, "run_trial", trial)
+    choice = kizu.choose(GOOD)
+    assert choice.config.size == (448, 448) and choice.config.rotate_degrees == 0
+    assert [row["settings"] for row in choice.rows] == ["as given", "size 448x448", "size 448x448, rotate degrees 180"]
+    assert choice.rows[1][""] == "chosen" and "kept" in choice.reasons[0] and "chance" in choice.reasons[1]
+    assert "size 448x448" in choice.sentence and "69.9 %" in choice.sentence
+    slow = kizu.choose(GOOD, milliseconds=5)
+    assert slow.config.size == (320, 320) and "too long" in slow.reasons[0]
+    hurried = kizu.choose(GOOD, minutes=1e-9)
+    assert len(hurried.trials) == 1 and all("not tried" in reason for reason in hurried.reasons)
+
+
+def test_too_few_photographs_and_a_method_without_a_pretrained_network():
+    with pytest.raises(kizu.DataError, match="9 different good parts"):
+        kizu.choose([part(number) for number in range(9)])
+    with pytest.raises(kizu.OptionError, match="pretrained"):
+        kizu.choose(GOOD, EfficientADConfig())
+
+
+def test_train_auto_chooses_says_and_keeps_it(tmp_path):
+    for folder, numbers, spot in (("good", range(14), False), ("bad", range(50, 53), True)):
+        (tmp_path / "parts" / folder).mkdir(parents=True)
+        for number in numbers:
+            Image.fromarray(part(number, spot=spot)).save(tmp_path / "parts" / folder / f"{number}.png")
+    words = ["train", "patchcore", "parts", "--auto", "--size", "64", "--name", "chosen"]
+    done = command(*words, cwd=tmp_path)
+    assert "made-up defects" in done.stdout and "as given" in done.stdout
+    run = tmp_path / "results/project/group/chosen"
+    about = json.loads((run / "run.json").read_text())
+    (choice,) = about["choices"].values()
+    assert about["auto"] and choice["rows"] and choice["sentence"] in done.stdout
+    report = (run / "report.html").read_text()
+    assert "How the settings were chosen" in report and "No defective part and no test photograph" in report
+    config = json.loads(next(run.glob("models/*/model.json")).read_text())["config"]
+    assert config["rotate_degrees"] == choice["config"].get("rotate_degrees", 0.0)
