@@ -72,7 +72,7 @@ PLAIN = {"size": 64, "sampler": "identity", "fusion": "stack", "local_scale": Fa
 
 
 def test_patchcore_scores_a_group_as_if_all_of_it_were_new():
-    """Three times each photograph, in a group, gives what once each gives: with all patches kept, nothing else differs."""
+    """Three times each photograph, in a group, gives what once each gives, where all patches are kept."""
     photos = [part(number) for number in range(8)]
     once = kizu.PatchCore(**PLAIN).fit(photos)
     groups = [number for number in range(8) for _ in range(3)]

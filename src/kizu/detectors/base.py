@@ -97,8 +97,8 @@ class Detector(Inspector):
         same, or of one "folder", or with equal numbers if it is a list of such; without it those that names and
         likeness show to be of one part, unless `keep_copies`; with "none" each is alone.
         `memory` ("2GB") bounds the working data; without it, half of what is free may be used. A method that trains for
-        long goes on from the file `checkpoint`, if it exists, and keeps its state there. One that learns in rounds calls
-        `after_round` with the graph and the number of the round.
+        long goes on from the file `checkpoint`, if it exists, and keeps its state there. One that learns in rounds
+        calls `after_round` with the graph and the number of the round.
         Raises `DataError` with the list of all images that cannot be read, before any work, unless `skip_bad`, and
         `OptionError` for a rate of false alarms that was asked for and that so few images cannot carry.
         """
