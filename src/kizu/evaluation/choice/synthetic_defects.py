@@ -53,8 +53,8 @@ class _Scene:
 
     square: Values  # (S, S, 3), where the defect will be
     alpha: Values  # (S, S), how much of the defect covers the part, before its strength
-    photo: Values  # (H, W, 3)
-    other: Values  # (H', W', 3), another photograph of a good part
+    photo: Rgb  # (H, W, 3)
+    other: Rgb  # (H', W', 3), another photograph of a good part
     places: npt.NDArray[np.int64]  # (N, 2), rows and columns on the part
     rng: np.random.Generator
 
@@ -67,7 +67,7 @@ def part_of(photo: Rgb) -> npt.NDArray[np.bool_]:
         [side.reshape(-1, 3) for side in (values[:width], values[-width:], values[:, :width], values[:, -width:])]
     )
     background = np.median(margin, axis=0)
-    differs = np.abs(values - background).max(2)
+    differs = _largest(np.abs(values - background))
     level = max(VISIBLE, float(np.quantile(np.abs(margin - background).max(1), 0.9)))
     part: npt.NDArray[np.bool_] = differs > level
     return part if PARTS[0] <= part.mean() <= PARTS[1] else np.ones_like(part)
@@ -78,9 +78,10 @@ class Poses:
 
     def __init__(self, photos: Sequence[Rgb]) -> None:
         self.pictures = np.stack([_small(photo) for photo in photos])  # (N, pixels)
-        squares = np.square(self.pictures[:, None] - self.pictures).mean(2)
+        norms = np.square(self.pictures, dtype=np.float64).sum(1)
+        squares = norms[:, None] + norms - 2 * (self.pictures @ self.pictures.T)
         np.fill_diagonal(squares, np.inf)
-        self.usual = float(np.sqrt(squares.min(1).max()))
+        self.usual = math.sqrt(max(0.0, float(squares.min(1).max())) / self.pictures.shape[1])
 
     def is_strange(self, photo: Rgb) -> bool:
         """Whether no good part lies like this one."""
@@ -94,7 +95,7 @@ def with_defect(photo: Rgb, other: Rgb, poses: Poses, seed: Sequence[int]) -> Ma
     Where parts lie in any pose, or are all alike, none is misplaced or has a piece of another one.
     """
     made = _drawn(photo, other, poses, np.random.default_rng(seed))
-    if not np.ptp(photo, axis=2).any():  # of a camera without colours
+    if (photo == photo[..., :1]).all():  # of a camera without colours
         made = replace(made, pixels=np.repeat(made.pixels.mean(2, keepdims=True).astype(np.uint8), 3, axis=2))
     return made
 
@@ -104,42 +105,48 @@ def _drawn(photo: Rgb, other: Rgb, poses: Poses, rng: np.random.Generator) -> Ma
     if rng.random() < WHOLE:
         for _ in range(WHOLE_TRIES):
             made = _misplaced(photo, rng) if rng.random() < 0.5 else _exchanged_in_place(photo, other, places, rng)
-            if poses.is_strange(made.pixels) if made.kind == MISPLACED else _is_visible(photo, made):
+            if poses.is_strange(made.pixels) if made.kind == MISPLACED else _is_visible(photo, made.pixels, made.mask):
                 return made
-    kind = list(KINDS)[rng.integers(len(KINDS))]
-    for _ in range(TRIES):
-        made = _painted(photo, other, places, kind, rng)
-        if _is_visible(photo, made):
-            break
-    return made
+    return _painted(photo, other, places, list(KINDS)[rng.integers(len(KINDS))], rng)
 
 
-def _is_visible(photo: Rgb, made: MadeUp) -> bool:
-    if not made.mask.any():
+def _is_visible(before: Rgb, after: Rgb, mask: npt.NDArray[np.bool_]) -> bool:
+    """Whether a person sees what changed inside the mask."""
+    if not mask.any():
         return False
-    rows, columns = (slice(max(0, at.min() - 8), at.max() + 9) for at in np.nonzero(made.mask))
-    mask, before = made.mask[rows, columns], photo[rows, columns].astype(np.float32)
-    changed = np.abs(made.pixels[rows, columns] - before).max(2)[mask].mean()
-    rough = np.abs(before - _smooth(before, 4)).max(2)[mask].mean()
+    values = before.astype(np.float32)
+    changed = _largest(np.abs(after - values))[mask].mean()
+    rough = _largest(np.abs(values - _smooth(values, 4)))[mask].mean()
     return bool(changed >= max(VISIBLE, ROUGHER * rough))
 
 
 def _painted(photo: Rgb, other: Rgb, places: npt.NDArray[np.int64], kind: str, rng: np.random.Generator) -> MadeUp:
-    radius = min(photo.shape[:2]) * math.exp(rng.uniform(math.log(RADII[0]), math.log(RADII[1])))
-    row, column = places[rng.integers(len(places))]
-    half = math.ceil((3.0 if kind == "scratch" else 1.6) * radius) + 2
-    values = np.pad(photo.astype(np.float32), ((half, half), (half, half), (0, 0)), mode="edge")
-    window = np.s_[row : row + 2 * half + 1, column : column + 2 * half + 1]
-    square = values[window]
-    alpha = _line(half, radius, rng) if kind == "scratch" else _blob(half, radius, rng)
-    scene = _Scene(square, alpha, photo.astype(np.float32), other.astype(np.float32), places, rng)
-    cover = (alpha * rng.uniform(*STRENGTHS))[..., None]
-    painted = values.copy()
-    painted[window] = square + cover * (KINDS[kind](scene) - square)
-    mask = np.zeros(values.shape[:2], np.float32)
-    mask[window] = alpha
-    inner = np.s_[half:-half, half:-half]
-    return MadeUp(kind, np.clip(painted[inner].round(), 0, 255).astype(np.uint8), mask[inner] > 0.5)
+    """A defect of this kind on the part, the first of some tries that a person sees, or the last."""
+    for _ in range(TRIES):
+        radius = min(photo.shape[:2]) * math.exp(rng.uniform(math.log(RADII[0]), math.log(RADII[1])))
+        row, column = places[rng.integers(len(places))]
+        half = math.ceil((3.0 if kind == "scratch" else 1.6) * radius) + 2
+        alpha = _line(half, radius, rng) if kind == "scratch" else _blob(half, radius, rng)
+        square = _square(photo, row, column, half)
+        scene = _Scene(square, alpha, photo, other, places, rng)
+        cover = (alpha * rng.uniform(*STRENGTHS))[..., None]
+        painted = np.clip((square + cover * (KINDS[kind](scene) - square)).round(), 0, 255).astype(np.uint8)
+        window = np.s_[max(0, row - half) : row + half + 1, max(0, column - half) : column + half + 1]
+        before = photo[window]
+        top, left = max(0, half - row), max(0, half - column)
+        inner = np.s_[top : top + before.shape[0], left : left + before.shape[1]]
+        if _is_visible(before, painted[inner], alpha[inner] > 0.5):
+            break
+    pixels, mask = photo.copy(), np.zeros(photo.shape[:2], np.bool_)
+    pixels[window], mask[window] = painted[inner], alpha[inner] > 0.5
+    return MadeUp(kind, pixels, mask)
+
+
+def _square(photo: Rgb, row: int, column: int, half: int) -> Values:
+    """(2 · half + 1, the same, 3) around a place; outside, the photograph's margin goes on."""
+    rows, columns = (np.arange(-half, half + 1) + at for at in (row, column))
+    rows, columns = np.clip(rows, 0, photo.shape[0] - 1), np.clip(columns, 0, photo.shape[1] - 1)
+    return photo[rows[:, None], columns].astype(np.float32)
 
 
 def _misplaced(photo: Rgb, rng: np.random.Generator) -> MadeUp:
@@ -155,7 +162,9 @@ def _misplaced(photo: Rgb, rng: np.random.Generator) -> MadeUp:
     padded = np.pad(photo, ((around, around), (around, around), (0, 0)), mode="edge")
     moved = Image.fromarray(padded).rotate(turn, Image.Resampling.BILINEAR, translate=(round(right), round(down)))
     pixels = np.asarray(moved)[around:-around, around:-around]
-    return MadeUp(MISPLACED, np.ascontiguousarray(pixels), np.abs(pixels.astype(np.int16) - photo).max(2) > VISIBLE)
+    return MadeUp(
+        MISPLACED, np.ascontiguousarray(pixels), _largest(np.abs(pixels.astype(np.float32) - photo)) > VISIBLE
+    )
 
 
 def _exchanged_in_place(photo: Rgb, other: Rgb, places: npt.NDArray[np.int64], rng: np.random.Generator) -> MadeUp:
@@ -169,6 +178,11 @@ def _exchanged_in_place(photo: Rgb, other: Rgb, places: npt.NDArray[np.int64], r
     cover = alpha[half:-half, half:-half, None]
     pixels = (photo + cover * (other.astype(np.float32) - photo)).round().astype(np.uint8)
     return MadeUp("exchanged piece", pixels, cover[..., 0] > 0.5)
+
+
+def _largest(values: Values) -> Values:
+    """(H, W, 3) → (H, W): of the three colours."""
+    return np.asarray(np.maximum(np.maximum(values[..., 0], values[..., 1]), values[..., 2]))
 
 
 def _small(photo: Rgb) -> Values:
@@ -277,14 +291,11 @@ def _turned(scene: _Scene) -> Values:
     return turned[:, ::-1] if scene.rng.random() < 0.3 else turned
 
 
-def _piece(scene: _Scene, source: Values) -> Values:
+def _piece(scene: _Scene, source: Rgb) -> Values:
     """A square as large as the scene's, of the source, around a place on the part, turned by quarters or mirrored."""
     side = scene.square.shape[0]
     row, column = scene.places[scene.rng.integers(len(scene.places))]
-    height, width = source.shape[:2]
-    rows = np.clip(np.arange(side) + row - side // 2, 0, height - 1)
-    columns = np.clip(np.arange(side) + column - side // 2, 0, width - 1)
-    piece = np.rot90(source[rows[:, None], columns], int(scene.rng.integers(4)))
+    piece = np.rot90(_square(source, row, column, side // 2), int(scene.rng.integers(4)))
     return np.asarray(piece[:, ::-1] if scene.rng.random() < 0.5 else piece, np.float32)
 
 
