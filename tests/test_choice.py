@@ -123,10 +123,10 @@ def test_a_change_is_kept_where_it_is_clearly_better(monkeypatch):
     choice = kizu.choose(GOOD)
     assert choice.config.size == (448, 448) and choice.config.rotate_degrees == 0
     assert [row["settings"] for row in choice.rows] == ["as given", "size 448x448", "size 448x448, rotate degrees 180"]
-    assert choice.rows[1][""] == "chosen" and "kept" in choice.reasons[0] and "chance" in choice.reasons[1]
+    assert choice.rows[1][""] == "chosen" and "taken." in choice.reasons[0] and "chance" in choice.reasons[1]
     assert "size 448x448" in choice.sentence and "69.9 %" in choice.sentence
     slow = kizu.choose(GOOD, milliseconds=5)
-    assert slow.config.size == (320, 320) and "too long" in slow.reasons[0]
+    assert slow.config.size == (320, 320) and "takes 10 ms" in slow.reasons[0]
     hurried = kizu.choose(GOOD, minutes=1e-9)
     assert len(hurried.trials) == 1 and all("not tried" in reason for reason in hurried.reasons)
 

@@ -116,6 +116,8 @@ def print_results(results: "Sequence[CategoryResult]", folder: Path | None, opti
         if result.choice:
             click.echo(f"  {result.choice['sentence']}")
             print_table(result.choice["rows"])
+            for reason in result.choice["reasons"]:
+                click.echo(f"  {reason}")
         for reason in sorted(set(result.reasons.values())):
             names = ", ".join(name for name in result.reasons if result.reasons[name] == reason)
             click.echo(f"  n/a: {names}: {flagged(reason)}")

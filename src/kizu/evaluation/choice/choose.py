@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from kizu.calibration.threshold import percent
+from kizu.calibration.threshold import one_in, percent
 from kizu.config import Augmented, BackboneConfig, Config, PatchCoreConfig, build
 from kizu.data.progress import Progress, silent
 from kizu.detectors.base import items_of
@@ -44,11 +44,12 @@ class Choice:
     @property
     def rows(self) -> list[dict[str, str]]:
         """The table of what was tried."""
+        rate = self.config.false_alarms
         return [
             {
                 "settings": _words(trial.settings) or "as given",
                 "made-up defects found": percent(trial.found),
-                "stopped": percent(trial.stopped),
+                f"stopped at {one_in(rate)}": percent(trial.stopped),
                 "AUROC": f"{trial.image_auroc:.3f}",
                 "ms an image": f"{trial.milliseconds:.0f}",
                 "": "chosen" if number == self.chosen else "",
@@ -168,15 +169,15 @@ class _Course:
         self.trials.append(trial)
         more, error = gain(trial, best)
         if self.limits.milliseconds is not None and trial.milliseconds > self.limits.milliseconds:
-            verdict = f"left: {trial.milliseconds:.0f} ms for a photograph are too long"
+            verdict = f"not taken, because a photograph takes {trial.milliseconds:.0f} ms"
         elif more < SURE * error:
-            verdict = "left: it may be chance"
+            verdict = "not taken, because it may be chance"
         elif more < WORTH:
-            verdict = "left: too little"
+            verdict = "not taken, because it is little"
         else:
-            verdict, self.best = "kept", len(self.trials) - 1
-        self.reasons.append(f"{_words(change)}: {100 * more:+.1f} ± {100 * error:.1f} %, {verdict}.")
-        return verdict == "kept"
+            verdict, self.best = "taken", len(self.trials) - 1
+        self.reasons.append(f"{_words(change)}: finds {100 * more:+.1f} % (± {100 * error:.1f}), {verdict}.")
+        return verdict == "taken"
 
     def _tried(self, settings: Settings) -> Trial:
         config = build(PatchCoreConfig, {**self.config.model_dump(exclude_unset=True), **settings})
