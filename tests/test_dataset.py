@@ -249,7 +249,7 @@ def test_images_without_named_folders_are_all_good(tmp_path: Path) -> None:
 def test_unnamed_folders_are_not_guessed(tmp_path: Path) -> None:
     for name in ("monday", "tuesday"):
         photos(tmp_path / name, 2)
-    with pytest.raises(DataError, match=r'monday, tuesday.*`good="monday"`.*`layout="folder"`'):
+    with pytest.raises(DataError, match=r'monday, tuesday.*`good="FOLDER"`.*`layout="folder"`'):
         find(tmp_path)
     name = tmp_path.name
     assert counts(find(tmp_path, layout="folder")) == {f"{name} train good": 4, "masks": 0}
@@ -263,7 +263,7 @@ def test_unnamed_folders_are_not_guessed(tmp_path: Path) -> None:
         photos(tmp_path / "loose" / "monday", 1)
         find(tmp_path / "loose")
     photos(tmp_path / "faulty", 2)
-    with pytest.raises(DataError, match='`good="loose"`'):
+    with pytest.raises(DataError, match=r'loose, monday, tuesday.*`good="FOLDER"`'):
         find(tmp_path)
     photos(tmp_path / "fine", 2)
     kept = find(tmp_path, good="fine", bad="faulty")
@@ -279,7 +279,7 @@ def test_unnamed_folders_are_not_guessed(tmp_path: Path) -> None:
         (["test/good/0.png", "test/dent/0.png"], "holds test images only"),
         (["bad/0.png"], "holds images of defects only"),
         (["masks/0.png"], "holds masks only"),
-        (["train/first/0.png", "train/second/0.png", "test/good/0.png"], '`good="first"`'),
+        (["train/first/0.png", "train/second/0.png", "test/good/0.png"], '`good="FOLDER"`'),
         (["cap/train/good/0.png", "nut/train/ok/0.png", "nut/test/ko/0.png"], "different layouts"),
         (["data_batch_1", "batches.meta"], "cifar-10-binary.tar.gz"),
     ],
@@ -409,3 +409,27 @@ def test_real_data_is_inspected_fast(real_data: Path) -> None:
     assert time.perf_counter() - start < 3
     assert dataset.categories == ["bottle", "pill", "transistor"]
     assert inspection.warnings == []
+
+
+def test_folders_in_other_languages_are_known(tmp_path: Path) -> None:
+    for name, number in {"Gutteile": 5, "Ausschuss": 2, "n.i.O.": 1}.items():
+        photos(tmp_path / name, number)
+    found = find(tmp_path)
+    assert {sample.defect for sample in found.select(split="train")} == {"good"}
+    assert Counter(sample.defect for sample in found.samples) == {"good": 5, "Ausschuss": 2, "n.i.O.": 1}
+
+
+def test_each_of_several_bad_folders_counts(tmp_path: Path) -> None:
+    for name, number in {"fine": 5, "monday": 2, "tuesday": 1}.items():
+        photos(tmp_path / name, number)
+    found = find(tmp_path, good="fine", bad=["monday", "tuesday"])
+    assert sum(sample.is_anomalous for sample in found.samples) == 3
+    with pytest.raises(OptionError, match='bad="wednesday"'):
+        find(tmp_path, bad=["monday", "wednesday"])
+
+
+def test_what_is_left_out_is_counted_in_a_sentence(tmp_path: Path) -> None:
+    for name, number in {"good": 5, "bad": 2, "unclear": 3}.items():
+        photos(tmp_path / name, number)
+    (remark,) = [remark for remark in find(tmp_path).remarks if "left out" in remark]
+    assert remark == "3 left out, such as 000.png, which is beside folders named good or bad, but in neither."

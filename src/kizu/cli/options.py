@@ -21,7 +21,9 @@ def data_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """The options that say how a folder of images is to be understood."""
     for option in (
         click.option("--defects-config", metavar="FILE", help="LOCO: saturation thresholds, if not in the data."),
-        click.option("--bad", metavar="NAME", help="Plain folders: the folder of defective images."),
+        click.option(
+            "--bad", metavar="NAME", multiple=True, help="Plain folders: a folder of defective images. Repeatable."
+        ),
         click.option("--good", metavar="NAME", help="Plain folders: the folder of good images."),
         click.option("--layout", default="auto", show_default=True, help="Name the layout instead of recognising it."),
         click.option("-c", "--category", "categories", multiple=True, help="Only this category. Repeatable."),

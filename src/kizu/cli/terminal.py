@@ -88,7 +88,7 @@ def summary(dataset: "Dataset") -> str:
     lines = [
         f"{dataset.root}: {dataset.layout}, {count(len(dataset.categories), 'category', 'categories')}, {counts} images"
     ]
-    lines += [f"Note: {flagged(note)}" for note in dataset.notes]
+    lines += [f"Note: {flagged(note)}" for note in dataset.remarks]
     return "\n".join(lines)
 
 

@@ -2,7 +2,7 @@
 
 import difflib
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +10,7 @@ from pathlib import Path
 from kizu.data.folders import Folder, Names, is_mask_folder, walk
 from kizu.data.layouts import EXPECTED, RECOGNISERS, Contents, sole_folder, unnamed_folder
 from kizu.data.masks import Saturations, read_saturations
+from kizu.data.photographs import is_photograph
 from kizu.data.sample import Sample
 from kizu.errors import DataError, OptionError
 
@@ -35,6 +36,16 @@ class Dataset:
     def categories(self) -> list[str]:
         return list(dict.fromkeys(sample.category for sample in self.samples))
 
+    @property
+    def remarks(self) -> list[str]:
+        """The notes, and how many files are left out for each reason."""
+        found = Counter(reason for path, reason in self.left_out if is_photograph(path) or path.is_dir())
+        first = {reason: path for path, reason in reversed(self.left_out)}
+        return [
+            *self.notes,
+            *(f"{count} left out, such as {first[reason].name}, which {reason}." for reason, count in found.items()),
+        ]
+
     def select(self, category: str | None = None, split: str | None = None) -> list[Sample]:
         """The samples of one category, one split, or both."""
         return [
@@ -48,13 +59,13 @@ def find(
     layout: str = "auto",
     categories: Sequence[str] = (),
     good: str | None = None,
-    bad: str | None = None,
+    bad: str | Sequence[str] = (),
     defects_config: str | Path | None = None,
 ) -> Dataset:
     """Find out how a folder of images is laid out and what each image is.
 
-    `layout` is "auto" or one of `LAYOUTS`; `categories` keeps only these; `good` and `bad` name a folder of good
-    or bad images whose own name does not say so; `defects_config` is used in place of LOCO's own defects_config.json.
+    `layout` is "auto" or one of `LAYOUTS`; `categories` keeps only these; `good` names a folder of good images and
+    `bad` one or several of bad ones, whose own names do not say so; `defects_config` is used in place of LOCO's own defects_config.json.
 
     Raises `DataError` when there is nothing to learn from or the folder can be read in two ways, and
     `OptionError` for a layout, category or folder name that does not exist.
@@ -65,7 +76,7 @@ def find(
         hint = f" Did you mean {near[0]}?" if near else ""
         raise OptionError(f'`layout="{layout}"` is unknown; choose from auto, {", ".join(LAYOUTS)}.{hint}')
     folder = walk(root)
-    names = _checked_names(folder, good, bad)
+    names = _checked_names(folder, good, (bad,) if isinstance(bad, str) else tuple(bad))
     contents = _contents(folder, layout, names)
     known = sorted({sample.category for sample in contents.samples})
     unknown = [category for category in categories if category not in known]
@@ -98,17 +109,17 @@ def _checked_folder(path: Path) -> Path:
     return path
 
 
-def _checked_names(folder: Folder, good: str | None, bad: str | None) -> Names:
+def _checked_names(folder: Folder, good: str | None, bad: tuple[str, ...]) -> Names:
     present = sorted({inner.name for inner in folder.tree() if inner is not folder})
-    for setting, name in (("good", good), ("bad", bad)):
+    for setting, name in (("good", good), *(("bad", name) for name in bad)):
         if name is not None and name not in present:
             listed = ", ".join(present[:20]) or "none"
             raise OptionError(
                 f'`{setting}="{name}"`: there is no folder of this name in {folder.path} (folders: {listed}).'
             )
-    if good is not None and good == bad:
+    if good in bad:
         raise OptionError(f"`good` and `bad` both name {good}: a folder holds either good or bad images.")
-    if bad == "good":
+    if "good" in bad:
         raise OptionError('`bad="good"`: a folder named good is always taken as good; rename it.')
     return Names(good, bad)
 
@@ -131,7 +142,7 @@ def _contents(folder: Folder, layout: str, names: Names) -> Contents:
     if layout not in ("auto", "folder"):
         raise DataError(f"{folder.path} is not laid out as {layout}, which has {EXPECTED[layout]}.")
     if names != Names():
-        setting = f'`good="{names.good}"`' if names.good is not None else f'`bad="{names.bad}"`'
+        setting = f'`good="{names.good}"`' if names.good is not None else f'`bad="{names.bad[0]}"`'
         raise OptionError(f"{setting}: no folder of this name lies, with images in it, directly in {folder.path}.")
     return unnamed_folder(folder, category, all_good=layout == "folder")
 

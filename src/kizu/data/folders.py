@@ -10,10 +10,15 @@ from kizu.errors import DataError
 
 __all__ = ["Folder", "Names", "is_mask_folder", "walk"]
 
-_GOOD = re.compile("good|ok|normal|nominal|pass|passed|perfect|golden|healthy|intact|no_defects?|defect_free|io")
+_GOOD = re.compile(
+    "good|ok|normal|nominal|pass|passed|perfect|golden|healthy|intact|no_defects?|defect_free|"
+    "gut(e|teile?)?|i\\.?o\\.?|in_ordnung|bon(s|ne|nes)?|buen[oa]s?|buon[oaie]"
+)
 _BAD = re.compile(
     "bad|ng|nok|ko|nio|no_good|not_(ok|good)|defect(s|ive)?|anomal(y|ies|ous)|abnormal|fail(ed|ures?)?|fault(s|y)?|"
-    "reject(s|ed)?"
+    "reject(s|ed)?|"
+    "schlecht(e|teile?)?|n\\.?i\\.?o\\.?|nicht_in_ordnung|ausschuss|ausschuß|fehler(haft|haftee?|teile?)?|defekte?|"
+    "mauvais(es?)?|d[eé]faut(s|ueux)?|mal[oa]s?|defectos?|difett(o|i|osi)"
 )
 _MASK_FOLDER = re.compile("masks?|ground_?truth|gt|labels")
 
@@ -54,13 +59,13 @@ class Names:
     """Which folder names mean good and bad; `good` and `bad` are names that the user adds."""
 
     good: str | None = None
-    bad: str | None = None
+    bad: tuple[str, ...] = ()
 
     def is_good(self, name: str) -> bool:
-        return name == self.good or (_matches(_GOOD, name) and name != self.bad)
+        return name == self.good or (_matches(_GOOD, name) and name not in self.bad)
 
     def is_bad(self, name: str) -> bool:
-        return name == self.bad or (_matches(_BAD, name) and name != self.good)
+        return name in self.bad or (_matches(_BAD, name) and name != self.good)
 
     def known(self, name: str) -> bool:
         return self.is_good(name) or self.is_bad(name)

@@ -348,12 +348,12 @@ def _label_the_unnamed(contents: Contents, trunk: Folder, labels: dict[Path, str
     nested = sorted({image.relative_to(trunk.path).parts[0] for image in unnamed if image.parent != trunk.path})
     has_good = "good" in labels.values()
     has_bad = any(label not in (None, "good") for label in labels.values())
-    if not has_good and nested and names.bad is None:
+    if not has_good and nested and not names.bad:
         raise _ambiguous(trunk, nested, "")
     if unnamed and not has_good:
         labels |= dict.fromkeys(unnamed, "good")
         contents.notes.append(f"All images of {trunk.name} outside the folder of bad ones are taken as good.")
-    elif nested and (not has_bad or (names.good is not None and names.bad is None)):
+    elif nested and (not has_bad or (names.good is not None and not names.bad)):
         labels |= {
             image: image.parent.relative_to(trunk.path).as_posix() for image in unnamed if image.parent != trunk.path
         }
@@ -421,7 +421,7 @@ def _hold_out(contents: Contents, top: Path) -> None:
 def _ambiguous(folder: Folder, candidates: Sequence[str], otherwise: str) -> DataError:
     return DataError(
         f"None of the folders in {folder.path} is known to hold good images (found: {_listed(candidates)}). Name the "
-        f'one that does, for example `good="{candidates[0]}"`; folders beside it then hold defects.{otherwise}'
+        f'one that does (`good="FOLDER"`); folders beside it then hold defects.{otherwise}'
     )
 
 

@@ -104,6 +104,8 @@ def train(
         try:
             with _logging_to(run.folder / "log.txt"):
                 log.info("%s", command_line())
+                for remark in data.remarks:
+                    log.info("%s", remark)
                 for category in categories:
                     result = run.finished(category)
                     if result is None:
@@ -219,6 +221,7 @@ def _fit_and_evaluate(
         overlays=run.folder / "segmentation_images" / category if options.save_segmentation_images else None,
         progress=progress,
     )
+    result.notes += data.remarks
     result.choice = choice
     result.notes += _about_misses(result)
     if oracle is not None:
