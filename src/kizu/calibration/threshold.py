@@ -63,9 +63,9 @@ class Threshold:
                 f"the threshold, which carry at best {one_in(self.supported)}."
             )
         return (
-            f"{one_in(self.rate)} was asked for, but {self.count} {images} carry at best {one_in(self.supported)} "
-            f"on average (with 95 % confidence at most {bound}), and that is where the threshold lies; "
-            f"{images_needed(self.rate)} good {'parts' if self.grouped else 'images'} are needed."
+            f"At most {one_in(self.supported).replace('%', '% of')} good parts will be stopped on average, with 95 % "
+            f"confidence at most {bound}: the {self.count} {images} that set the threshold carry no less. For {rate} "
+            f"take {images_needed(self.rate) - self.count} more."
         )
 
 

@@ -65,7 +65,8 @@ def find(
     """Find out how a folder of images is laid out and what each image is.
 
     `layout` is "auto" or one of `LAYOUTS`; `categories` keeps only these; `good` names a folder of good images and
-    `bad` one or several of bad ones, whose own names do not say so; `defects_config` is used in place of LOCO's own defects_config.json.
+    `bad` one or several of bad ones, whose own names do not say so; `defects_config` is used in place of LOCO's own
+    defects_config.json.
 
     Raises `DataError` when there is nothing to learn from or the folder can be read in two ways, and
     `OptionError` for a layout, category or folder name that does not exist.
