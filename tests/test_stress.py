@@ -57,5 +57,6 @@ def test_verdicts_follow_from_the_numbers():
     assert [outcome(stopped).verdict for stopped in (0, 1, 2, 3, 4, 50)] == [
         *("holds", "holds", "in doubt", "in doubt", "broken", "broken")
     ]
+    assert outcome(0, total=4).verdict == "not refuted" and outcome(4, total=4).verdict == "broken"
     steps = [outcome(0, step="1"), outcome(30, step="2"), outcome(50, step="3")]
     assert first_broken(steps)["blur"].step == "2" and first_broken(steps[:1]) == {"blur": None}

@@ -1,11 +1,15 @@
 """Operating points from labelled scores, and training images that do not belong."""
 
+import getpass
+
 import numpy as np
 import pytest
 
+import kizu
 from kizu.calibration.outliers import find_outliers
 from kizu.errors import DataError
 from kizu.evaluation.operating_point import Costs, cheapest_point, operating_points
+from processes import kizu as command
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -35,3 +39,21 @@ def test_images_far_above_the_others_are_outliers_the_worst_first():
     scores[7], scores[50] = 2.0, 3.0
     assert [one.name for one in find_outliers(scores, names)][:2] == ["50.png", "7.png"]
     assert find_outliers({0: 1.0, 1: 99.0}, names) == []  # two images say nothing of each other
+
+
+def test_a_threshold_by_hand_says_so_and_what_follows(tmp_path, patchcore):
+    changed = patchcore.with_threshold(1.5)
+    assert changed.threshold.value == 1.5 and patchcore.threshold.value != 1.5 and changed.graph is patchcore.graph
+    assert changed.threshold.statement.startswith("Set by hand to 1.5, before ")
+    assert "of new good parts with 95 % confidence" in changed.threshold.statement
+    for nonsense in (float("nan"), float("inf")):
+        with pytest.raises(kizu.OptionError, match="finite number"):
+            patchcore.with_threshold(nonsense)
+    with pytest.raises(kizu.OptionError, match="with_threshold"):
+        patchcore.threshold = 1.5
+    folder = patchcore.save(tmp_path / "model")
+    done = command("tune", folder, "--threshold", 1.5, "--set")
+    assert f"Set by hand by {getpass.getuser()} at 20" in done.stdout and "before" in done.stdout
+    assert kizu.load(folder).threshold.value == 1.5 and "Set by hand" in command("info", folder).stdout
+    command("tune", folder, "--reset")
+    assert kizu.load(folder).threshold == patchcore.threshold

@@ -8,12 +8,12 @@ Beta(j, n + 1 − j).
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kizu.errors import OptionError
 
-__all__ = ["CONFIDENCE", "Threshold", "calibrate", "finite", "from_finite", "images_needed", "interval", "one_in"]
-__all__ += ["p_value", "percent", "refuse", "upper"]
+__all__ = ["CONFIDENCE", "Threshold", "calibrate", "finite", "from_finite", "images_needed", "in_the_long_run"]
+__all__ += ["by_hand", "interval", "one_in", "p_value", "percent", "refuse", "upper"]
 
 CONFIDENCE = 0.95
 
@@ -67,6 +67,30 @@ class Threshold:
             f"confidence at most {bound}: the {self.count} {images} that set the threshold carry no less. For {rate} "
             f"take {images_needed(self.rate) - self.count} more."
         )
+
+
+def by_hand(value: float, before: Threshold, good: Sequence[float], whose: str = "") -> Threshold:
+    """A threshold that somebody chose; `good` are the scores behind the one before, `whose` says who chose it and when.
+
+    Raises `OptionError` for a value that is no finite number.
+    """
+    if not math.isfinite(value):
+        raise OptionError(f"`threshold={value}`: a threshold is a finite number")
+    sentence = (
+        f"Set by hand{whose} to {value:.6g}, before {before.value:.6g}: it will stop {in_the_long_run(value, good)}."
+    )
+    return replace(before, value=float(value), tuned=sentence)
+
+
+def in_the_long_run(value: float, good: Sequence[float]) -> str:
+    """What share of new good parts lies above a value, by the scores of n good ones, as the end of a sentence."""
+    if not good:
+        return "nobody knows what share of new good parts"
+    low, high = interval(sum(score > value for score in good), len(good))
+    return (
+        f"{percent(low)} to {percent(high)} of new good parts with 95 % confidence, by the {len(good)} good images "
+        "that set the threshold before"
+    )
 
 
 def calibrate(scores: Sequence[float], rate: float) -> Threshold:

@@ -1,13 +1,16 @@
 """Commands about a verdict that is to hold: check, drift, tune."""
 
+import getpass
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from kizu.calibration.threshold import calibrate, percent
+from kizu.calibration.threshold import by_hand, calibrate, percent
 from kizu.cli import terminal
 from kizu.cli.models import held
 from kizu.cli.options import json_option, quiet_option
@@ -145,7 +148,8 @@ def drift(
 def tune(model: str, good: str | None, bad: str | None, output: str | None, **options: Any) -> None:
     """Where defects are known: false alarms against misses, what they cost, and a threshold that suits.
 
-    GOOD and BAD are photographs that the model did not learn from. Nothing changes without --set.
+    GOOD and BAD are photographs that the model did not learn from. Nothing changes without --set. Without them,
+    --threshold 1.5 --set sets a threshold by hand; the model keeps who did it, when, and what it was before.
 
     \b
     Example:  kizu tune results/project/group/run checked/good checked/bad --miss-cost 50 --set
@@ -155,6 +159,8 @@ def tune(model: str, good: str | None, bad: str | None, output: str | None, **op
     with held(folder) if changes else nullcontext():
         if options["reset"]:
             _reset(folder)
+        elif good is None and options["threshold"] is not None and options["write"]:
+            _set_by_hand(folder, options["threshold"])
         else:
             _tune(folder, good, bad, output, options)
 
@@ -163,7 +169,18 @@ def _reset(folder: Path) -> None:
     from kizu import load
 
     detector = load(folder)
-    detector.threshold = calibrate(detector.calibration_scores, detector.threshold.rate)
+    grouped = detector.threshold.grouped
+    detector.threshold = replace(calibrate(detector.calibration_scores, detector.threshold.rate), grouped=grouped)
+    detector.save(folder)
+    click.echo(f"{folder}: {detector.threshold.statement}")
+
+
+def _set_by_hand(folder: Path, value: float) -> None:
+    from kizu import load
+
+    detector = load(folder)
+    whose = f" by {getpass.getuser()} at {datetime.now().astimezone():%Y-%m-%d %H:%M %z}"
+    detector.threshold = by_hand(value, detector.threshold, detector.calibration_scores, whose)
     detector.save(folder)
     click.echo(f"{folder}: {detector.threshold.statement}")
 
@@ -174,7 +191,9 @@ def _tune(folder: Path, good: str | None, bad: str | None, output: str | None, o
     from kizu.inference.batch import image_paths, predict_files
 
     if good is None or bad is None:
-        raise OptionError("kizu tune takes a folder of good and one of defective photographs, or --reset")
+        raise OptionError(
+            "kizu tune takes a folder of good and one of defective photographs, or --threshold and --set, or --reset"
+        )
     if options["miss_cost"] < 0 or not 0 <= options["defective"] <= 1:
         raise OptionError("--miss-cost must not be negative, and --defective is a share between 0 and 1")
     detector = load(folder)
@@ -204,7 +223,7 @@ def _tune(folder: Path, good: str | None, bad: str | None, output: str | None, o
 
 
 def _check_finding(outcomes: "Sequence[Outcome]") -> str:
-    from kizu.evaluation.robustness import first_broken
+    from kizu.evaluation.robustness import MIN_PHOTOS, first_broken
 
     if outcomes[0].verdict == "broken":
         return (
@@ -212,6 +231,11 @@ def _check_finding(outcomes: "Sequence[Outcome]") -> str:
             f"{outcomes[0].total} good parts are stopped."
         )
     broken = [outcome for outcome in first_broken(outcomes[1:]).values() if outcome]
+    if not broken and outcomes[0].total < MIN_PHOTOS:
+        return (
+            f"The promise is not refuted, but {outcomes[0].total} photographs can hardly refute it: take "
+            f"{MIN_PHOTOS} or more."
+        )
     if not broken:
         return "The promise holds at every step, as far as so many photographs can tell."
     steps = ", ".join(f"{outcome.corruption} ({outcome.step})" for outcome in broken)

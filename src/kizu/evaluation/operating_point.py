@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kizu.calibration.threshold import Threshold, interval, percent
+from kizu.calibration.threshold import in_the_long_run
 from kizu.errors import DataError
 
 if TYPE_CHECKING:
@@ -76,18 +76,9 @@ def cheapest_point(curve: Sequence[OperatingPoint]) -> OperatingPoint:
 
 def set_operating_point(detector: "Inspector", point: OperatingPoint) -> None:
     """Set the detector's threshold, marked as tuned on labels in every statement from now on."""
-    calibration_scores = detector.calibration_scores
-    above = sum(score > point.threshold for score in calibration_scores)
-    low, high = interval(above, max(1, len(calibration_scores)))
-    likely = (
-        f"of new good parts, {percent(low)} to {percent(high)} with 95 % "
-        f"confidence, by the {len(calibration_scores)} good images that set the threshold before"
-        if calibration_scores
-        else "nothing can be said of new good parts"
-    )
     statement = (
         f"Tuned on labels, so no promise: on the {point.good} good and {point.bad} defective photographs that it was "
-        f"set on, it stops {point.false_alarms} good ones and misses {point.misses} defects; {likely}."
+        f"set on, it stops {point.false_alarms} good ones and misses {point.misses} defects; it will stop "
+        f"{in_the_long_run(point.threshold, detector.calibration_scores)}."
     )
-    untuned = Threshold(point.threshold, detector.threshold.rate, detector.threshold.count)
-    detector.threshold = replace(untuned, tuned=statement)
+    detector.threshold = replace(detector.threshold, value=point.threshold, tuned=statement)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from kizu.data.preprocessing import Readable
     from kizu.inference.inspector import Inspector
 
-__all__ = ["CORRUPTIONS", "Corruption", "Outcome", "check_robustness", "first_broken"]
+__all__ = ["CORRUPTIONS", "MIN_PHOTOS", "Corruption", "Outcome", "check_robustness", "first_broken"]
 
 GAMMA = 2.2  # of the photographs' values: light is added and scaled in front of it
 DAYLIGHT = 6500.0  # kelvin
@@ -43,6 +43,9 @@ class Corruption:
         return self.step_format.format(abs(step))
 
 
+MIN_PHOTOS = 20  # fewer hardly ever show that a promise is broken
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What a step does to good photographs at the fixed threshold."""
@@ -64,9 +67,13 @@ class Outcome:
 
     @property
     def verdict(self) -> str:
-        """ "broken": more than promised with 95 % confidence; "in doubt": more in this sample; or "holds"."""
+        """ "broken": more than promised with 95 % confidence; "in doubt": more in this sample; or "holds".
+
+        Fewer than `MIN_PHOTOS` say no more than "not refuted".
+        """
+        good = "holds" if self.total >= MIN_PHOTOS else "not refuted"
         lowest = 1 - upper(self.total - self.stopped, self.total, CONFIDENCE)
-        return "broken" if lowest > self.promised else "in doubt" if self.rate > self.promised else "holds"
+        return "broken" if lowest > self.promised else "in doubt" if self.rate > self.promised else good
 
 
 @dataclass(frozen=True)

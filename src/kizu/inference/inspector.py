@@ -4,17 +4,18 @@ import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
+from copy import copy
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from kizu.calibration.threshold import Threshold, from_finite
+from kizu.calibration.threshold import Threshold, by_hand, from_finite
 from kizu.data.image import Float, Source, read, resize
 from kizu.data.preprocessing import Batch, Preprocessing, Readable, batches, digests
 from kizu.data.sample import Sample
-from kizu.errors import BadImage
+from kizu.errors import BadImage, OptionError
 from kizu.inference.evidence import MAX_REGIONS, crop, places
 from kizu.inference.prediction import Evidence, NearestPatch, Photo, Prediction, name_of, readable
 
@@ -34,7 +35,7 @@ class Inspector(ABC):
 
     def __init__(self, preprocessing: Preprocessing, rate: float) -> None:
         self.preprocessing = preprocessing
-        self.threshold = Threshold(float("inf"), rate, 0)
+        self._threshold = Threshold(float("inf"), rate, 0)
         self.calibration_scores: list[float] = []
         self.map_peaks: list[float] = []
         self.pixel_threshold = float("inf")
@@ -53,6 +54,28 @@ class Inspector(ABC):
         learned = self.training.get("images", 0)
         state = f"of {learned} photographs, stops above {self.threshold.value:.4g}" if learned else "not fitted"
         return f"<{type(self).__name__} {state}, {width}×{height}>"
+
+    @property
+    def threshold(self) -> Threshold:
+        """Above which score a part is stopped, and what that promises."""
+        return self._threshold
+
+    @threshold.setter
+    def threshold(self, threshold: Threshold) -> None:
+        if not isinstance(threshold, Threshold):
+            raise OptionError(
+                f"`threshold={threshold}` is no Threshold; with_threshold gives a model with such a value"
+            )
+        self._threshold = threshold
+
+    def with_threshold(self, value: float) -> Self:
+        """The same model with a threshold that was chosen by hand; its statement says so, and what follows from it.
+
+        Raises `OptionError` for a value that is no finite number.
+        """
+        changed = copy(self)
+        changed.threshold = by_hand(value, self.threshold, self.calibration_scores)
+        return changed
 
     @abstractmethod
     def __call__(self, pixels: npt.NDArray[np.uint8]) -> tuple[Float, Float]:
