@@ -116,6 +116,8 @@ def test_drift_is_found_in_photographs_and_told_to_people(trained, tmp_path):
     )
     found = json.loads(done.stdout)
     assert found["alarm"] and 27 <= int(found["since"][-7:-4]) <= 34 and len(found["steps"]) == 50
+    told = command("drift", trained / "model", tmp_path / "parts", "--history", history, "--exit-code", code=3)
+    assert "kizu update" in told.stdout
     assert len(table(history)) == 60 and "Something has changed" in (tmp_path / "page" / "drift.html").read_text()
 
 

@@ -26,6 +26,11 @@ if TYPE_CHECKING:
 
 __all__ = ["check", "drift", "tune"]
 
+CHANGED = (
+    "Lay new photographs beside old ones: light, lens, place, lot. If the parts are good as they are now, teach the "
+    "model with kizu update, or train it again on photographs of today; until then its promise does not hold."
+)
+
 CURVE_POINTS = 400  # points of a drawn curve
 
 
@@ -77,6 +82,7 @@ def check(model: str, images: tuple[str, ...], most: int, output: str | None, **
 @click.argument("images", nargs=-1, required=True)
 @click.option("--history", metavar="FILE", help="Go on from this file, and add to it: the test then spans all days.")
 @click.option("--alarm", default=0.01, show_default=True, help="Probability of ever a false alarm, at most.")
+@click.option("--exit-code", is_flag=True, help="Exit with 3 where something has changed.")
 @click.option("--output", metavar="DIR", help="Write drift.csv and drift.html there.")
 @quiet_option
 @json_option
@@ -129,6 +135,10 @@ def drift(
             known = terminal.count(len(paths) - len(new), "photograph was", "photographs were")
             click.echo(f"{len(new)} new; {known} counted before, or came twice.")
         click.echo(test.sentence())
+        if test.alarm_at is not None:
+            click.echo(CHANGED)
+    if test.alarm_at is not None and options["exit_code"]:
+        click.get_current_context().exit(3)
     if any(row.error for row in rows):
         click.get_current_context().exit(1)
 
