@@ -10,6 +10,7 @@ photograph turned by a random angle about its middle, and what lies behind the p
 """
 
 import argparse
+import math
 import sys
 import tempfile
 import time
@@ -114,8 +115,8 @@ def row(category: str, name: str, made_up: float | None, auroc: float, found: fl
         "category": category,
         "candidate": name,
         "made-up defects found": "" if made_up is None else f"{made_up:.3f}",
-        "image AUROC": f"{auroc:.4f}",
-        "real defects found": f"{found:.3f}",
+        "image AUROC": "n/a" if math.isnan(auroc) else f"{auroc:.4f}",
+        "real defects found": "n/a" if math.isnan(found) else f"{found:.3f}",
     }
 
 

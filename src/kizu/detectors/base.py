@@ -145,7 +145,9 @@ class Detector(Inspector):
         self, context: FitContext, items: list[Readable], groups: Sequence[Sequence[int]], copies: list[str]
     ) -> Self:
         """Learn, remember from what, and set the thresholds; `groups` of the photos, and of those held out."""
-        result = self.learn(context).of_groups(groups[1] if len(context.held_out) else groups[0])
+        result = self.learn(context)
+        if self.grouped:
+            result = result.of_groups(groups[1] if len(context.held_out) else groups[0])
         self.training = {"images": 0, "names": [], "digests": [], "suspects": [], "copies": copies}
         self.good_items, self.thumbnails = [], []
         self.remember(context.photos, items, result.loo_scores)

@@ -65,8 +65,11 @@ class FitResult:
     scored_indices: list[int] = field(default_factory=list)  # which held-out images, or else photos, were scored
 
     def of_groups(self, groups: Sequence[int]) -> "FitResult":
-        """The same with one score and one peak for each group: the highest of its images. `groups` numbers each."""
-        scored = [groups[index] for index in self.scored_indices]
+        """The same with one score and one peak for each group: the highest of its images. `groups` numbers each.
+
+        Where nothing says which images were scored, it was each, in order.
+        """
+        scored = [groups[index] for index in self.scored_indices or range(len(self.scores))]
         return replace(self, scores=highest(self.scores, scored), map_peaks=highest(self.map_peaks, scored))
 
 

@@ -222,7 +222,9 @@ class PatchCore(Detector):
             leave_one_out = LeaveOneOut(graph, range(before, before + len(photos)), features, all_groups)
             scored = leave_one_out.scores(lambda done, total: progress("Threshold", done, total))
             added = range(len(photos))
-            result = _result(graph, [graph], [scored], scored[0], self.facts, added, added).of_groups(groups)
+            result = _result(graph, [graph], [scored], scored[0], self.facts, added, added)
+            if self.grouped:
+                result = result.of_groups(groups)
             self.remember(photos, items, result.loo_scores)
         self.training["copies"] = sorted({*self.training.get("copies", []), *read} - {*self.training["digests"]})
         hashes = (self.training["hash"] + photos.hash).encode()
