@@ -122,20 +122,48 @@ def test_a_change_is_kept_where_it_is_clearly_better(monkeypatch):
     monkeypatch.setattr(choosing, "run_trial", trial)
     choice = kizu.choose(GOOD)
     assert choice.config.size == (448, 448) and choice.config.rotate_degrees == 0
-    assert [row["settings"] for row in choice.rows] == ["as given", "size 448x448", "size 448x448, rotate degrees 180"]
+    assert [row["settings"] for row in choice.rows] == [
+        "as they were",
+        "size 448x448",
+        "size 448x448, rotate degrees 180",
+    ]
     assert choice.rows[1][""] == "chosen" and "taken." in choice.reasons[0] and "chance" in choice.reasons[1]
     assert "size 448x448" in choice.sentence and "69.9 %" in choice.sentence
     slow = kizu.choose(GOOD, milliseconds=5)
     assert slow.config.size == (320, 320) and "takes 10 ms" in slow.reasons[0]
+    wide = kizu.choose([np.concatenate([part(n), part(n)[::-1]], 1) for n in range(12)])
+    assert wide.config.size == (224, 448) and wide.sentence.startswith("size 224x448, in the photographs' proportions")
     hurried = kizu.choose(GOOD, minutes=1e-9)
     assert len(hurried.trials) == 1 and all("not tried" in reason for reason in hurried.reasons)
 
 
-def test_too_few_photographs_and_a_method_without_a_pretrained_network():
+def test_too_few_photographs_and_a_method_without_a_pretrained_network(tmp_path):
+    for number in range(12):
+        Image.fromarray(part(number)).save(tmp_path / f"{number}.png")
     with pytest.raises(kizu.DataError, match="9 different good parts"):
         kizu.choose([part(number) for number in range(9)])
+    with pytest.raises(kizu.DataError, match="1 different good parts"):
+        kizu.choose(tmp_path, group_by="folder")  # all are of one part
     with pytest.raises(kizu.OptionError, match="pretrained"):
         kizu.choose(GOOD, EfficientADConfig())
+
+
+def test_the_report_names_the_size_that_was_chosen(tmp_path):
+    """And bounds of a choice that is not made are refused."""
+    tall = [np.concatenate([part(number)] * 2) for number in range(14)]
+    for number, photo in enumerate(tall):
+        folder = tmp_path / "parts" / ("good" if number < 13 else "bad")
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(photo).save(folder / f"{number}.png")
+    done = command("train", "patchcore", "parts", "--auto", "--minutes", 0.1, "--name", "tall", cwd=tmp_path)
+    run = tmp_path / "results/project/group/tall"
+    assert "448x224, in the photographs' proportions" in done.stdout
+    report = (run / "report.html").read_text()
+    assert "448×224" in report and "320×320" not in report
+    assert "kept for the test split" in report and done.stdout.count("kept for the test split") == 0
+    assert json.loads(next(run.glob("models/*/model.json")).read_text())["config"]["size"] == [448, 224]
+    for flag in ("--minutes", "--ms"):
+        assert "needs --auto" in command("train", "patchcore", "parts", flag, 5, cwd=tmp_path, code=2).stderr
 
 
 def test_train_auto_chooses_says_and_keeps_it(tmp_path):
@@ -145,7 +173,7 @@ def test_train_auto_chooses_says_and_keeps_it(tmp_path):
             Image.fromarray(part(number, spot=spot)).save(tmp_path / "parts" / folder / f"{number}.png")
     words = ["train", "patchcore", "parts", "--auto", "--size", "64", "--name", "chosen"]
     done = command(*words, cwd=tmp_path)
-    assert "made-up defects" in done.stdout and "as given" in done.stdout
+    assert "made-up defects" in done.stdout and "as they were" in done.stdout
     run = tmp_path / "results/project/group/chosen"
     about = json.loads((run / "run.json").read_text())
     (choice,) = about["choices"].values()

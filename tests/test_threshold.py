@@ -58,6 +58,11 @@ def test_too_few_images_give_the_best_they_can_and_say_so():
     assert calibrate(range(49), 0.02).statement.startswith("At most 1 in 50")
 
 
+def test_a_rate_in_percent_reads_well():
+    statement = calibrate([3.0, 1.0, 2.0], 0.15).statement
+    assert statement.startswith("At most 1 in 4 good parts") and statement.endswith("For 15 % take 3 more.")
+
+
 def test_no_images_stop_nothing():
     threshold = calibrate([], 0.02)
     assert threshold.value == float("inf") and "nothing is stopped" in threshold.statement

@@ -7,6 +7,7 @@ import pytest
 
 import kizu
 from kizu.calibration.outliers import find_outliers
+from kizu.calibration.threshold import Threshold, by_hand
 from kizu.errors import DataError
 from kizu.evaluation.operating_point import Costs, cheapest_point, operating_points
 from processes import kizu as command
@@ -41,6 +42,14 @@ def test_images_far_above_the_others_are_outliers_the_worst_first():
     assert find_outliers({0: 1.0, 1: 99.0}, names) == []  # two images say nothing of each other
 
 
+def test_an_exported_model_has_a_threshold_by_hand_too(exported_folder):
+    model = kizu.load(exported_folder)
+    changed = model.with_threshold(1e6)
+    photo = np.zeros((96, 96, 3), np.uint8)
+    assert changed._run is model._run and changed.predict(photo).score == model.predict(photo).score
+    assert not changed.predict(photo).is_anomalous
+
+
 def test_a_threshold_by_hand_says_so_and_what_follows(tmp_path, patchcore):
     changed = patchcore.with_threshold(1.5)
     assert changed.threshold.value == 1.5 and patchcore.threshold.value != 1.5 and changed.graph is patchcore.graph
@@ -51,6 +60,8 @@ def test_a_threshold_by_hand_says_so_and_what_follows(tmp_path, patchcore):
             patchcore.with_threshold(nonsense)
     with pytest.raises(kizu.OptionError, match="with_threshold"):
         patchcore.threshold = 1.5
+    unknown = by_hand(1.5, Threshold(float("inf"), 0.02, 0), [])
+    assert unknown.statement.endswith("it will stop a share of new good parts that nobody knows.")
     folder = patchcore.save(tmp_path / "model")
     done = command("tune", folder, "--threshold", 1.5, "--set")
     assert f"Set by hand by {getpass.getuser()} at 20" in done.stdout and "before" in done.stdout

@@ -5,6 +5,7 @@ counts once: its photographs are scored as if the whole group were new, and the 
 The promise then speaks of groups: the part is stopped if any of its photographs is.
 """
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -13,13 +14,15 @@ from pathlib import PurePath
 import numpy as np
 import numpy.typing as npt
 
+from kizu.data import image
 from kizu.errors import OptionError
 
 __all__ = ["highest", "named", "recognised"]
 
 MIN_GROUPS, MAX_MEMBERS = 10, 20  # of what is recognised: fewer groups, or larger ones, are something else
 MOSTLY = 0.9  # of the photographs are in a group with others
-NEARER = 3.0  # times as often as by chance, the photograph nearest to one is of its own group
+NEARER = 3.0  # times as often as by chance, the photograph nearest to one is of its own group,
+DEVIATIONS = 4.0  # and by so many deviations more often than by chance
 SIDE = 16  # pixels of the pictures that are compared
 
 
@@ -89,17 +92,15 @@ def _are_alike(groups: Sequence[int], pictures: npt.NDArray[np.float32]) -> bool
     distances = squares[:, None] + squares - 2 * apart @ apart.T
     np.fill_diagonal(distances, np.inf)
     ids = np.asarray(groups)
-    same = float((ids[distances.argmin(1)] == ids).mean())
-    by_chance = float(((np.bincount(ids)[ids] - 1) / (len(ids) - 1)).mean())
-    return same >= NEARER * by_chance
+    same = int((ids[distances.argmin(1)] == ids).sum())
+    by_chance = float(((np.bincount(ids)[ids] - 1) / (len(ids) - 1)).sum())
+    deviation = math.sqrt(2 * by_chance)  # of what chance gives; twice a count's variance, as most are each other's
+    return same >= max(NEARER * by_chance, by_chance + DEVIATIONS * deviation)
 
 
 def _small(picture: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
     """(h, w, 3) → (pixels,): grey."""
-    rows, columns = (np.arange(SIDE + 1) * side // SIDE for side in picture.shape[:2])
-    grey = picture.mean(2, dtype=np.float32)
-    sums = np.add.reduceat(np.add.reduceat(grey, rows[:-1], axis=0), columns[:-1], axis=1)
-    return np.asarray(sums / np.outer(np.diff(rows), np.diff(columns)), np.float32).ravel()
+    return np.asarray(image.resize(picture, (SIDE, SIDE)).mean(2).ravel(), np.float32)
 
 
 def _numbered(keys: Sequence[str | None]) -> list[int]:

@@ -64,8 +64,8 @@ class Threshold:
             )
         return (
             f"At most {one_in(self.supported).replace('%', '% of')} good parts will be stopped on average, with 95 % "
-            f"confidence at most {bound}: the {self.count} {images} that set the threshold carry no less. For {rate} "
-            f"take {images_needed(self.rate) - self.count} more."
+            f"confidence at most {bound}: the {self.count} {images} that set the threshold carry no less. For "
+            f"{one_in(self.rate)} take {images_needed(self.rate) - self.count} more."
         )
 
 
@@ -85,11 +85,11 @@ def by_hand(value: float, before: Threshold, good: Sequence[float], whose: str =
 def in_the_long_run(value: float, good: Sequence[float]) -> str:
     """What share of new good parts lies above a value, by the scores of n good ones, as the end of a sentence."""
     if not good:
-        return "nobody knows what share of new good parts"
+        return "a share of new good parts that nobody knows"
     low, high = interval(sum(score > value for score in good), len(good))
     return (
-        f"{percent(low)} to {percent(high)} of new good parts with 95 % confidence, by the {len(good)} good images "
-        "that set the threshold before"
+        f"{percent(low)} to {percent(high)} of new good parts with 95 % confidence, by the {len(good)} scores of "
+        "good parts that set the threshold before"
     )
 
 

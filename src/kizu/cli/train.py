@@ -11,6 +11,7 @@ import click
 from kizu.cli import terminal
 from kizu.cli.options import config_option, data_options, find_data, json_option, quiet_option, run_options
 from kizu.detectors import DETECTORS, config_class, methods
+from kizu.errors import OptionError
 
 __all__ = ["demo", "distill", "train"]
 
@@ -79,6 +80,9 @@ def _train_command(method: str) -> click.Command:
 
         for place in ("project", "group"):
             check_name(options[place], place)
+        for flag, name in (("--minutes", "minutes"), ("--ms", "milliseconds")):
+            if options[name] is not None and not options["auto"]:
+                raise OptionError(f"{flag} bounds the choice of settings: it needs --auto")
         settings = {key: options[key] for key in kind.model_fields if options[key] is not None}
         config = build(kind, settings)
         dataset = find_data(data, options)

@@ -192,7 +192,7 @@ class Detector(Inspector):
         most = max(1, min(images_needed(self.config.false_alarms), len(every) // 4))
         aside = {*np.random.default_rng(self.config.seed).permutation(every)[:most].tolist()}
         chosen, rest = ([n for n, group in enumerate(groups) if (group in aside) is kind] for kind in (True, False))
-        held_out = Stack(len(chosen), self.preprocessing.size, sum(photos.take([n]).nbytes for n in chosen))
+        held_out = Stack(len(chosen), self.preprocessing.size, len(chosen) * photos.batch(0, 1).nbytes)
         for number in chosen:
             held_out.append(photos.batch(number, number + 1))
         photos.keep(rest)

@@ -134,6 +134,7 @@ def _about(method: str, config: Config, data: Dataset, categories: list[str], op
         "data": str(data.root.resolve()),
         "categories": categories,
         "data_hash": fingerprint(data.samples),
+        **({"remarks": data.remarks} if data.remarks else {}),
         "oracle": options.oracle,
         **({"auto": True} if options.auto else {}),
         **({"saturations": _plain(data.saturations)} if data.saturations else {}),
@@ -221,7 +222,6 @@ def _fit_and_evaluate(
         overlays=run.folder / "segmentation_images" / category if options.save_segmentation_images else None,
         progress=progress,
     )
-    result.notes += data.remarks
     result.choice = choice
     result.notes += _about_misses(result)
     if oracle is not None:
@@ -271,19 +271,21 @@ def write_tables(folder: Path, about: dict[str, Any], results: Sequence[Category
 
     files.write_text(folder / "results.csv", results_csv(results))
     files.write_text(folder / "predictions.csv", predictions_csv(results))
-    method, config = detector_class(about["method"]), about["config"]
+    method, configs = detector_class(about["method"]), [about["config"] | r.choice.get("config", {}) for r in results]
+    config = configs[0] if all(other == configs[0] for other in configs) else about["config"]
     summary = report.RunSummary(
         title=", ".join(result.category for result in results[:3]) + (" …" if len(results) > 3 else ""),
         method=about["method"],
         data=about["data"],
         backbone=method.pretrained_name(build(method.config_class, config)),
-        size="×".join(str(side) for side in config["size"]),
+        size=", ".join(dict.fromkeys("×".join(map(str, other["size"])) for other in configs)),
         settings={key: str(value) for key, value in config.items()},
         machine=about["machine"]["summary"],
         versions=about["versions"],
         command=about["command"],
         seed=config["seed"],
         seconds=about["seconds"],
+        remarks=about.get("remarks", []),
     )
     report.write(folder / "report.html", summary, results)
 

@@ -45,6 +45,7 @@ class RunSummary:
     command: str
     seed: int
     seconds: float  # the whole run
+    remarks: Sequence[str] = ()  # on the data
 
 
 def render(summary: RunSummary, results: Sequence[CategoryResult]) -> str:

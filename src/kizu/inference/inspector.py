@@ -4,7 +4,6 @@ import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
-from copy import copy
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -73,7 +72,8 @@ class Inspector(ABC):
 
         Raises `OptionError` for a value that is no finite number.
         """
-        changed = copy(self)
+        changed = object.__new__(type(self))
+        changed.__dict__ |= self.__dict__  # with the graph as it is, which a copy of an exported model would open again
         changed.threshold = by_hand(value, self.threshold, self.calibration_scores)
         return changed
 

@@ -47,7 +47,7 @@ class Choice:
         rate = self.config.false_alarms
         return [
             {
-                "settings": _words(trial.settings) or "as given",
+                "settings": _words(trial.settings) or "as they were",
                 "made-up defects found": percent(trial.found),
                 f"stopped at {one_in(rate)}": percent(trial.stopped),
                 "AUROC": f"{trial.image_auroc:.3f}",
@@ -62,8 +62,10 @@ class Choice:
         """What was chosen, and by what."""
         best, first = self.trials[self.chosen], self.trials[0]
         by = f"by {self.defects} made-up defects on photographs of {self.photos} good parts"
-        if best is first:
+        if best is first and not first.settings:
             return f"The settings stay as they were: {by}, no change was clearly better."
+        if best is first:
+            return f"{_words(best.settings)}, in the photographs' proportions: {by}, no change was clearly better."
         return (
             f"Chosen {by}: {_words(best.settings)}; it finds {percent(best.found)} of them, where "
             f"{percent(first.found)} were found before."
@@ -88,19 +90,19 @@ def choose(
     """Settings for a method, chosen from photographs of good parts: a folder, or any that `fit` takes.
 
     What `config` sets stays as it is. Photographs that belong together (`group_by`, as in `fit`) are not divided. The
-    work is bounded by what a few trainings take, and by `minutes` if they are given. With `milliseconds` nothing is
-    chosen that needs more for a photograph on this machine; without them the input has at most 2.6 times the default's
-    pixels. Without either bound equal photographs lead to equal choices. SimpleNet is chosen for by PatchCore, which
-    looks through the same network and learns in seconds. Raises `DataError` for fewer than 10 photographs of different
-    parts, and `OptionError` for a method without a pretrained network.
+    work is bounded by what a few trainings take, and after the first trial by `minutes`, if they are given. With
+    `milliseconds` nothing is chosen that needs more for a photograph on this machine; without them the input has at
+    most 2.6 times the default's pixels. Without either bound equal photographs lead to equal choices. SimpleNet is
+    chosen for by PatchCore, which looks through the same network and learns in seconds. Raises `DataError` for fewer
+    than 10 photographs of different parts, and `OptionError` for a method without a pretrained network.
     """
     config = config or PatchCoreConfig()
     if not isinstance(config, BackboneConfig):
         raise OptionError("`auto`: settings are chosen for patchcore and simplenet, whose network is pretrained")
     progress = progress or silent
+    limits = _Limits(milliseconds, None if minutes is None else time.monotonic() + 60 * minutes)
     given = {name: getattr(config, name) for name in config.model_fields_set if name in PatchCoreConfig.model_fields}
     material = Material.of(items_of(good), config.seed, group_by, progress)
-    limits = _Limits(milliseconds, None if minutes is None else time.monotonic() + 60 * minutes)
     course = _Course(build(PatchCoreConfig, given), material, limits, workers, progress)
     course.run()
     best = course.trials[course.best].settings

@@ -30,7 +30,7 @@ __all__ = ["Material", "Trial", "gain", "run_trial", "surprise"]
 LEARN, HELD_OUT = 64, 40  # photographs at most
 HELD_OUT_SHARE = 1 / 3
 DEFECTS_EACH = 4  # on each photograph that is held out
-MIN_PHOTOS = 10
+MIN_PARTS = 10
 LOOK = (64, 64)  # pixels of a first look at the photographs
 ENOUGH = (1280, 1280)  # pixels above which a photograph may be read smaller
 TIMED = 3  # photographs, one at a time
@@ -55,13 +55,13 @@ class Material:
     ) -> "Material":
         """Divide good photographs evenly and make defects up. Raises `DataError` where they are too few."""
         items, shapes, small = _each_part_once(good, progress)
-        if len(items) < MIN_PHOTOS:
-            raise DataError(
-                f"`auto`: there are photographs of {len(items)} different good parts, and the settings can be chosen "
-                f"by {MIN_PHOTOS} or more; without `auto` the defaults are taken."
-            )
         groups = _groups(items, small, group_by)
         every = list(dict.fromkeys(groups))
+        if len(every) < MIN_PARTS:
+            raise DataError(
+                f"`auto`: there are photographs of {len(every)} different good parts, and the settings can be chosen "
+                f"by {MIN_PARTS} or more; without `auto` the defaults are taken."
+            )
         apart = {*_evenly(every, min(HELD_OUT, round(HELD_OUT_SHARE * len(every))))}
         rest, held_out = ([n for n, group in enumerate(groups) if (group in apart) is kind] for kind in (False, True))
         held_out = _evenly(held_out, min(HELD_OUT, len(held_out)))
@@ -177,7 +177,7 @@ def _groups(items: Sequence[Readable], pictures: Sequence[npt.NDArray[np.uint8]]
     """A number for each photograph, equal for those that belong together."""
     paths = [path_of(item) for item in items]
     groups = recognised(paths, pictures) if group_by is None else named(paths, group_by)
-    return list(range(len(items))) if groups is None else groups
+    return groups or list(range(len(items)))
 
 
 def _evenly(numbers: Sequence[int], count: int) -> list[int]:
