@@ -17,7 +17,7 @@ _GOOD = re.compile(
 _BAD = re.compile(
     "bad|ng|nok|ko|nio|no_good|not_(ok|good)|defect(s|ive)?|anomal(y|ies|ous)|abnormal|fail(ed|ures?)?|fault(s|y)?|"
     "reject(s|ed)?|"
-    "schlecht(e|teile?)?|n\\.?i\\.?o\\.?|nicht_in_ordnung|ausschuss|ausschuß|fehler(haft|haftee?|teile?)?|defekte?|"
+    "schlecht(e|teile?)?|n\\.?i\\.?o\\.?|nicht_in_ordnung|ausschuss|ausschuß|fehler(haft(e|es)?|teile?)?|defekte?|"
     "mauvais(es?)?|d[eé]faut(s|ueux)?|mal[oa]s?|defectos?|difett(o|i|osi)"
 )
 _MASK_FOLDER = re.compile("masks?|ground_?truth|gt|labels")

@@ -109,14 +109,14 @@ def train(
                 for category in categories:
                     result = run.finished(category)
                     if result is None:
-                        choice = _chosen(method, config, data, category, run, options, progress(category))
+                        choice = _chosen(config, data, category, run, options, progress(category))
                         detector = kind(build(kind.config_class, choice["config"]) if choice else config)
                         detector.workers = options.num_workers
                         detector.device = device or detector.device
                         result = _fit_and_evaluate(detector, data, category, run, options, progress(category), choice)
                     results.append(result)
                     log.info("%s: %s", category, _one_line(result))
-                _finish(run, about, results, time.time() - start)
+                _finish(run, about | {"remarks": data.remarks}, results, time.time() - start)
                 tracking.log_run(options.track, _record(run.folder, about, results))
                 log.info("finished: %s", run.folder)
         except KizuError:
@@ -134,9 +134,9 @@ def _about(method: str, config: Config, data: Dataset, categories: list[str], op
         "data": str(data.root.resolve()),
         "categories": categories,
         "data_hash": fingerprint(data.samples),
-        **({"remarks": data.remarks} if data.remarks else {}),
         "oracle": options.oracle,
         **({"auto": True} if options.auto else {}),
+        **({"group_by": options.group_by} if options.group_by else {}),
         **({"saturations": _plain(data.saturations)} if data.saturations else {}),
     }
 
@@ -156,7 +156,6 @@ def _learnable(kind: "type[Detector]", config: Config, data: Dataset, oracle: bo
 
 
 def _chosen(
-    method: str,
     config: Config,
     data: Dataset,
     category: str,
