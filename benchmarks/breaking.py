@@ -299,9 +299,11 @@ def _kill_train(bench: Bench, count: int, found: Found) -> None:
         found["tried"] += 1
         run = ["--output", bench.folder / "killed", "--name", f"n{number}"]
         running = _killed(bench, [*words, *run], usual, aim=number % 2 == 0)
-        begun = (bench.folder / "killed/project/group" / f"n{number}").exists()
-        again = bench.run(*words, *run, *(["--resume"] if running and begun else [])) if running else None
-        found["train: not resumed"] += again is not None and again.returncode != 0
+        folder = bench.folder / "killed/project/group" / f"n{number}"
+        finished = folder.exists() and not (folder / "unfinished").exists()
+        if running and not finished:
+            again = bench.run(*words, *run, *(["--resume"] if folder.exists() else []))
+            found["train: not resumed"] += again.returncode != 0
         tensors = [
             next((bench.folder / place).glob("models/*/model.safetensors")).read_bytes()
             for place in ("calm/project/group/run", f"killed/project/group/n{number}")

@@ -1,12 +1,13 @@
 """How well made-up defects tell which settings are best: beside each candidate's figure, its real one.
 
 python benchmarks/choice.py                      the categories at hand, a table and benchmarks/results/choice.csv
-python benchmarks/choice.py DATA… --only size    fewer
+python benchmarks/choice.py DATA…                fewer
 
-Every candidate learns from the same good photographs as `kizu train --auto` would let it, and is judged on the made-up
-defects and on the test photographs. The last rows of a category say how the ranks agree (Spearman), and how much the
-candidate with the best made-up figure loses against the best one. Pill and transistor come a second time with each
-photograph turned by a random angle about its middle, and what lies behind the part continued at the margin.
+The candidates are those that `kizu train --auto` tries, and two more. Each is judged on the made-up defects and, with
+the same model, on the test photographs, of which the choice knows nothing. The last rows of a category say how the
+ranks agree (Spearman), and how much the chosen candidate loses against the best one. Pill and transistor come a second
+time with each photograph turned by a random angle about its middle, and what lies behind the part continued at the
+margin.
 """
 
 import argparse
@@ -14,53 +15,50 @@ import math
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 from PIL import Image
 from scipy.stats import spearmanr
 
+import kizu
 from accuracy import present
 from kizu.cli.terminal import print_table
 from kizu.config import PatchCoreConfig, build
 from kizu.data import dataset
 from kizu.data.files import write_csv
+from kizu.data.sample import Sample
 from kizu.detectors.patchcore.detector import PatchCore
-from kizu.evaluation.choice.candidates import in_proportion
-from kizu.evaluation.choice.trials import Material, run_trial, surprise
+from kizu.evaluation.choice import choose as choosing
+from kizu.evaluation.choice.candidates import other_size
+from kizu.evaluation.choice.trials import Material, Trial, run_trial, surprise
 from kizu.evaluation.experiment import machine
 from kizu.evaluation.metrics import image_metrics
 from kizu.inference.prediction import Prediction
 
 TARGET = Path(__file__).parent / "results" / "choice.csv"
 TURNED = ("pill", "transistor")
-CANDIDATES: dict[str, dict[str, Any]] = {
-    "defaults": {},
-    "size × 0.8": {"size": 0.8},
-    "size × 1.4": {"size": 1.4},
-    "any pose": {"rotate_degrees": 180},
-    "size × 1.4, any pose": {"size": 1.4, "rotate_degrees": 180},
-}
+LARGER, SMALLER = 1.4, 0.8
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", nargs="*")
-    parser.add_argument("--only", help="candidates whose name holds this word, and the defaults")
     options = parser.parse_args()
-    names = [name for name in CANDIDATES if not options.only or options.only in name or name == "defaults"]
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         for folder in options.data or present():
             data = dataset.find(Path(folder))
             for category in data.categories:
-                rows += compared(data, category, names)
+                rows += compared(data, category)
                 if category in TURNED:
-                    rows += compared(turned(data, category, Path(scratch)), f"{category}, turned", names)
+                    rows += compared(turned(data, category, Path(scratch)), f"{category}, turned")
     print_table(rows)
     print(f"\n{machine()['summary']}")
-    if not (options.only or options.data):
+    if not options.data:
         write_csv(TARGET, rows[0], map(dict.values, rows))
 
 
@@ -78,36 +76,58 @@ def turned(data: dataset.Dataset, category: str, scratch: Path) -> dataset.Datas
     return dataset.find(scratch / f"{category}, turned")
 
 
-def compared(data: dataset.Dataset, category: str, names: list[str]) -> list[dict[str, str]]:
-    """A row for each candidate, and one for all of them."""
+def compared(data: dataset.Dataset, category: str, name: str = "") -> list[dict[str, str]]:
+    """A row for each candidate, and two for all of them."""
     test = data.select(category, "test")
-    material = Material.of(data.select(category, "train"), seed=0)
-    made_up, auroc, found, rows = [], [], [], []
-    for name in names:
+    tried: list[tuple[dict[str, Any], float, float, float]] = []
+    materials: list[Material] = []
+
+    def judged(detector: PatchCore, settings: dict[str, Any], material: Material, *_: Any) -> Trial:
         start = time.perf_counter()
-        detector = PatchCore(build(PatchCoreConfig, settings_of(CANDIDATES[name], material.shape)))
-        trial = run_trial(detector, {}, material)
-        judged = [(s, o.score) for s, o in detector.judge(test) if isinstance(o, Prediction)]
-        scores, labels = [score for _, score in judged], [sample.is_anomalous for sample, _ in judged]
-        good, bad = ([s for s, label in zip(scores, labels, strict=True) if label is kind] for kind in (False, True))
-        made_up.append(trial.found)
-        auroc.append(image_metrics(scores, labels)[0]["image_auroc"] or 0.0)
-        found.append(float(surprise(good, bad).mean()))
-        rows.append(row(category, name, made_up[-1], auroc[-1], found[-1]))
-        print(f"{category}, {name}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
-    chosen = made_up.index(max(made_up))
-    correlations = [float(spearmanr(made_up, real).statistic) for real in (auroc, found)]
-    rows.append(row(category, "rank correlation", None, *correlations))
-    losses = [max(real) - real[chosen] for real in (auroc, found)]
-    rows.append(row(category, "loss of the best made-up figure", None, *losses))
+        trial = run_trial(detector, settings, material)
+        materials.append(material)
+        tried.append((settings, trial.found, *real(detector, test)))
+        print(f"{name or category}, {words(settings)}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
+        return trial
+
+    with patch.object(choosing, "run_trial", judged):
+        choice = kizu.choose(data.select(category, "train"))
+    known = [settings for settings, *_ in tried]
+    for settings in others(choice, known):
+        judged(PatchCore(build(PatchCoreConfig, settings)), settings, materials[0])
+    settings, made_up, auroc, found = zip(*tried, strict=True)
+    rows = [
+        row(name or category, words(of) + (" (chosen)" if place == choice.chosen else ""), *figures)
+        for place, (of, *figures) in enumerate(tried)
+    ]
+    correlations = [float(spearmanr(made_up, figures).statistic) for figures in (auroc, found)]
+    losses = [max(figures) - figures[choice.chosen] for figures in (auroc, found)]
+    rows.append(row(name or category, "rank correlation", None, *correlations))
+    rows.append(row(name or category, "loss of the chosen one", None, *losses))
     return rows
 
 
-def settings_of(candidate: dict[str, Any], shape: tuple[int, int]) -> dict[str, Any]:
-    """A candidate's settings, its size a factor of the default's in the photographs' proportions."""
-    factor = candidate.get("size", 1.0)
-    size = in_proportion((round(320 * factor / 32) * 32,) * 2, shape)
-    return {**candidate, "size": size}
+def real(detector: PatchCore, test: Sequence[Sample]) -> tuple[float, float]:
+    """Image AUROC, and the share of the real defects that is found, over rates of false alarms."""
+    judged = [(s, o.score) for s, o in detector.judge(test) if isinstance(o, Prediction)]
+    scores, labels = [score for _, score in judged], [sample.is_anomalous for sample, _ in judged]
+    good, bad = ([s for s, label in zip(scores, labels, strict=True) if label is kind] for kind in (False, True))
+    return image_metrics(scores, labels)[0]["image_auroc"] or 0.0, float(surprise(good, bad).mean())
+
+
+def others(choice: kizu.Choice, known: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A larger input with nothing else changed, and a smaller one that sees wider."""
+    first, wider = known[0], known[1]
+    size = first.get("size", PatchCoreConfig().size)
+    candidates = [{**first, "size": other_size(size, LARGER)}, {**wider, "size": other_size(size, SMALLER)}]
+    return [settings for settings in candidates if settings not in known and settings["size"]]
+
+
+def words(settings: dict[str, Any]) -> str:
+    """The candidate's name in the table."""
+    height, width = settings.get("size", PatchCoreConfig().size)
+    wider = ", wider" if "layers" in settings else ""
+    return f"{height}x{width}{wider}{', any pose' if 'rotate_degrees' in settings else ''}"
 
 
 def row(category: str, name: str, made_up: float | None, auroc: float, found: float) -> dict[str, str]:

@@ -12,7 +12,7 @@ import kizu
 from kizu.config import EfficientADConfig, PatchCoreConfig, SimpleNetConfig
 from kizu.evaluation.choice import choose as choosing
 from kizu.evaluation.choice.candidates import in_proportion, other_size
-from kizu.evaluation.choice.synthetic_defects import KINDS, MISPLACED, Poses, part_of, with_defect
+from kizu.evaluation.choice.synthetic_defects import KINDS, MISPLACED, WHOLE_KINDS, Poses, part_of, with_defect
 from kizu.evaluation.choice.trials import Material, surprise
 from processes import kizu as command
 from test_detectors import GOOD, part
@@ -33,8 +33,7 @@ def test_made_up_defects_are_of_all_kinds_and_change_the_photograph_where_the_ma
         kinds.add(defect.kind)
         assert defect.pixels.dtype == np.uint8 and defect.pixels.shape == part(3).shape
         assert changed[defect.mask].mean() > changed[~defect.mask].mean() if not defect.mask.all() else changed.any()
-    assert kinds == {*KINDS, MISPLACED} | (kinds & {"exchanged piece"})
-    assert len(kinds) >= len(KINDS) + 1
+    assert {*KINDS, *WHOLE_KINDS} - kinds <= {"exchanged piece"}  # these parts are nearly alike
 
 
 def test_equal_seeds_give_equal_defects():
@@ -101,7 +100,8 @@ def test_equal_photographs_lead_to_equal_choices_and_what_was_given_stays():
     first, again = (kizu.choose(GOOD, SMALL) for _ in range(2))
     assert first.config == again.config and first.config.size == (64, 64)
     assert [trial.found for trial in first.trials] == [trial.found for trial in again.trials]
-    assert len(first.trials) == 2 and "rotate degrees 180" in first.reasons[0]
+    wider, turned = first.reasons
+    assert wider.startswith("layers blocks.2,blocks.4,blocks.6, patchsize aggregate 5: finds") and "rotate" in turned
     assert not kizu.choose(GOOD, SMALL.model_copy(update={"augment": True})).reasons or first.reasons
 
 
@@ -116,6 +116,7 @@ def test_a_change_is_kept_where_it_is_clearly_better(monkeypatch):
 
     def trial(detector, settings, material, progress):
         value = found.get(tuple(settings.get("size", ())), 0.5) - 0.2 * ("rotate_degrees" in settings)
+        value -= 0.1 * ("layers" in settings)
         surprises = np.float32(value + 0.01 * np.arange(-8, 8) / 8)
         return choosing.Trial(settings, surprises, value, value, 10.0, 0.1)
 
@@ -124,13 +125,18 @@ def test_a_change_is_kept_where_it_is_clearly_better(monkeypatch):
     assert choice.config.size == (448, 448) and choice.config.rotate_degrees == 0
     assert [row["settings"] for row in choice.rows] == [
         "as they were",
+        "layers blocks.2,blocks.4,blocks.6, patchsize aggregate 5",
+        "rotate degrees 180",
         "size 448x448",
-        "size 448x448, rotate degrees 180",
     ]
-    assert choice.rows[1][""] == "chosen" and "taken." in choice.reasons[0] and "chance" in choice.reasons[1]
+    assert choice.rows[3][""] == "chosen" and [reason.rpartition(", ")[2] for reason in choice.reasons] == [
+        "because it is less.",
+        "because it is less.",
+        "taken.",
+    ]
     assert "size 448x448" in choice.sentence and "69.9 %" in choice.sentence
     slow = kizu.choose(GOOD, milliseconds=5)
-    assert slow.config.size == (320, 320) and "takes 10 ms" in slow.reasons[0]
+    assert slow.config.size == (320, 320) and all("takes 10 ms" in reason for reason in slow.reasons)
     wide = kizu.choose([np.concatenate([part(n), part(n)[::-1]], 1) for n in range(12)])
     assert wide.config.size == (224, 448) and wide.sentence.startswith("size 224x448, in the photographs' proportions")
     hurried = kizu.choose(GOOD, minutes=1e-9)

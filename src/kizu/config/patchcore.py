@@ -34,7 +34,7 @@ class PatchCoreConfig(BackboneConfig):
     )
     patchstride: int = Field(1, ge=1, le=15, description="Steps on the feature map from one patch to the next.")
     patchsize_aggregate: Numbers = Field(
-        (), description="Sides of further neighbourhoods, whose averages are appended: 1,5."
+        (), description="Sides of further neighbourhoods, each with banks of its own (stack: appended): 1,5."
     )
     sampler: Literal["k_center", "greedy_coreset", "approx_greedy_coreset", "random", "identity"] = Field(
         "k_center", description="How the patches of the memory bank are chosen."
@@ -49,7 +49,8 @@ class PatchCoreConfig(BackboneConfig):
     )
     faiss_on_gpu: bool = Field(False, description='With `search="ivfpq"`: search on the GPU.')
     fusion: Literal["separate", "stack"] = Field(
-        "separate", description="separate: a bank for each layer. stack: one bank of all layers, as in the paper."
+        "separate",
+        description="separate: a bank for each layer and neighbourhood. stack: one bank of all, as in the paper.",
     )
     local_scale: bool = Field(
         True, description="Divide each distance by the typical distance around its bank entry. Paper: no."

@@ -40,6 +40,8 @@ DEFAULT_DEPTHS = (1 / 2, 3 / 4)  # of a transformer, whose layers all have the s
 class Backbone(nn.Module):
     """uint8 photographs in, one feature map a tapped layer out. Nothing behind the last tap is computed."""
 
+    layers: tuple[str, ...]  # that are tapped,
+    coarser: str | None  # and the one that sees most beyond them, if there is any
     mean: Tensor
     std: Tensor
 
@@ -60,6 +62,7 @@ class Backbone(nn.Module):
         patch = getattr(getattr(getattr(probe, "model", None), "patch_embed", None), "patch_size", None)
         self.is_transformer = patch is not None  # timm wraps them whole as `model`, and takes other networks apart
         self.layers = _layers(name, layers, stages, self.is_transformer)
+        self.coarser = _coarser(self.layers, stages, self.is_transformer)
         indices = [list(stages).index(layer) for layer in self.layers]
         options: dict[str, Any] = {}
         if patch is not None and size is not None:
@@ -87,6 +90,7 @@ class Backbone(nn.Module):
         self.is_transformer = False
         defaults = tuple(last[reduction] for reduction in DEFAULT_REDUCTIONS if reduction in last)
         self.layers = self.order = _layers(plugin.name, layers or defaults, stages, is_transformer=False)
+        self.coarser = _coarser(self.layers, stages, is_transformer=False)
         try:
             self.network = create_feature_extractor(network, list(self.layers))
         except Exception as error:  # of torch.fx, or of the network's code
@@ -325,6 +329,15 @@ def _layers(name: str, asked: tuple[str, ...], stages: dict[str, int], is_transf
             f"{name} has no layer {', '.join(unknown) or 'of reduction 8 or 16'}; `layers` takes some of: {among}"
         )
     return layers
+
+
+def _coarser(layers: Sequence[str], stages: dict[str, int], is_transformer: bool) -> str | None:
+    """The layer that sees most beyond those that are tapped: the next reduction's last, or a transformer's."""
+    if is_transformer:
+        last = list(stages)[-1]
+        return None if last in layers else last
+    next_reduction = 2 * max(stages[layer] for layer in layers)
+    return next((layer for layer in reversed(stages) if stages[layer] == next_reduction), None)
 
 
 def _embedded(name: str) -> dict[str, Tensor]:

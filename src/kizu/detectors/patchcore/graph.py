@@ -28,15 +28,7 @@ class PatchCoreGraph(nn.Module):
         super().__init__()
         self.config = config
         self.backbone = network
-        taps = [slice(None)] if config.fusion == "stack" else [slice(n, n + 1) for n in range(len(network.layers))]
-        self.taps = taps  # the layers of each bank
-        self.patches = PatchFeatures(
-            config.patchsize,
-            config.pretrain_embed_dimension,
-            config.target_embed_dimension,
-            config.patchstride,
-            config.patchsize_aggregate,
-        )
+        self.taps, self.patches = _taps(config, len(network.layers))  # the layers and the neighbourhoods of each bank
         self.banks = cast("Sequence[Bank]", nn.ModuleList())
 
     def set_banks(self, banks: Sequence[Bank], grids: Sequence[tuple[int, int]]) -> None:
@@ -85,12 +77,12 @@ class PatchCoreGraph(nn.Module):
 
     def embed_maps(self, maps: list[Tensor]) -> list[Tensor]:
         """The backbone's feature maps → patch features for each bank."""
-        return [self.patches(maps[tap]) for tap in self.taps]
+        return [patches(maps[tap]) for tap, patches in zip(self.taps, self.patches, strict=True)]
 
     def pooled_layers(self, images: Tensor) -> list[list[Tensor]]:
         """(B, 3, H, W) → for each bank what its patch features are stacked from, layer by layer (B, C, h', w')."""
         maps = self.backbone(images)
-        return [self.patches.pooled(maps[tap]) for tap in self.taps]
+        return [patches.pooled(maps[tap]) for tap, patches in zip(self.taps, self.patches, strict=True)]
 
     # Nearest neighbours and scores: section 3.3
 
@@ -229,6 +221,17 @@ class EnsembleGraph(nn.Module):
         scores = [(s - mean) / std for (s, _), (mean, std) in zip(outcomes, self.score_stats, strict=True)]
         maps = [(m - mean) / std for (_, m), (mean, std) in zip(outcomes, self.map_stats, strict=True)]
         return torch.stack(scores).mean(0), torch.stack(maps).mean(0)
+
+
+def _taps(config: PatchCoreConfig, layers: int) -> tuple[list[slice], list[PatchFeatures]]:
+    """For each bank the layers that it is of, and how patches are made of them."""
+    sizes = config.patchsize_aggregate
+    if config.fusion == "stack":
+        dimensions = config.pretrain_embed_dimension, config.target_embed_dimension
+        return [slice(None)], [PatchFeatures(config.patchsize, *dimensions, config.patchstride, sizes)]
+    pairs = [(number, size) for number in range(layers) for size in (config.patchsize, *sizes)]
+    stride = config.patchstride
+    return [slice(n, n + 1) for n, _ in pairs], [PatchFeatures(size, stride=stride) for _, size in pairs]
 
 
 def _numbered(members: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -3,14 +3,14 @@
 import math
 from typing import Any
 
-from kizu.config import Augmented, BackboneConfig
+from kizu.config import Augmented, PatchCoreConfig
+from kizu.features import backbone
 
-__all__ = ["in_proportion", "other_size", "variations"]
+__all__ = ["in_any_pose", "in_proportion", "other_size", "seen_wider"]
 
 STEP = 32  # pixels: each side of an input is a multiple of it, so that every layer's grid covers it
 NEARLY_SQUARE = 1.25  # ratio of the sides up to which a photograph is squeezed into a square
 MIN_SIDE, MAX_SIDE = 192, 1024
-ANY_POSE = {"rotate_degrees": 180.0}
 
 
 def in_proportion(size: tuple[int, int], shape: tuple[int, int]) -> tuple[int, int]:
@@ -27,9 +27,22 @@ def other_size(size: tuple[int, int], factor: float) -> tuple[int, int] | None:
     return (sides[0], sides[1]) if all(MIN_SIDE <= side <= MAX_SIDE for side in sides) else None
 
 
-def variations(config: BackboneConfig) -> list[dict[str, Any]]:
-    """Changes of other settings than the size: copies of each photograph in any pose."""
-    return [] if config.model_fields_set.intersection(Augmented.model_fields) else [ANY_POSE]
+def seen_wider(config: PatchCoreConfig) -> dict[str, Any] | None:
+    """A coarser layer of the network and larger neighbourhoods, each with memory banks of its own.
+
+    None where the settings or the network leave no room for them.
+    """
+    given = {"layers", "patchsize", "patchsize_aggregate"} & config.model_fields_set
+    if given or config.fusion == "stack" or len(config.members()) > 1:
+        return None
+    network = backbone.blank(config.backbone, (), config.size)
+    layers = network.layers if network.coarser is None else (*network.layers, network.coarser)
+    return {"layers": layers, "patchsize_aggregate": (config.patchsize + 2,)}
+
+
+def in_any_pose(config: Augmented) -> dict[str, Any] | None:
+    """Turned copies of each photograph; None where the settings say how photographs are varied."""
+    return None if config.model_fields_set.intersection(Augmented.model_fields) else {"rotate_degrees": 180.0}
 
 
 def _rounded(side: float) -> int:

@@ -16,7 +16,7 @@ from kizu.data.progress import Progress, silent
 from kizu.detectors.base import items_of
 from kizu.detectors.patchcore.detector import PatchCore
 from kizu.errors import OptionError
-from kizu.evaluation.choice.candidates import in_proportion, other_size, variations
+from kizu.evaluation.choice.candidates import in_any_pose, in_proportion, other_size, seen_wider
 from kizu.evaluation.choice.trials import Material, Trial, gain, run_trial
 
 __all__ = ["Choice", "choose"]
@@ -24,7 +24,7 @@ __all__ = ["Choice", "choose"]
 Settings = dict[str, Any]
 LARGER, SMALLER = 1.4, 0.8  # factors of both sides
 SURE = 2.0  # standard errors by which a change must be better
-WORTH = 0.03  # of what there is to be found, that a change must find besides
+WORTH = 0.02  # of what there is to be found, that a change must find besides
 MAX_AREA = 2.6  # times the default's pixels, for an input that nobody bounded by its time
 UNIT = 320 * 320  # pixels of a photograph, for counting the work
 WORK_EACH, MIN_WORK = 10, 600  # photographs' worth of work for each good one, and at least
@@ -104,7 +104,7 @@ def choose(
     given = {name: getattr(config, name) for name in config.model_fields_set if name in PatchCoreConfig.model_fields}
     material = Material.of(items_of(good), config.seed, group_by, progress)
     course = _Course(build(PatchCoreConfig, given), material, limits, workers, progress)
-    course.run()
+    course.run(wider=isinstance(config, PatchCoreConfig))
     best = course.trials[course.best].settings
     chosen = {name: value for name, value in best.items() if name in type(config).model_fields}
     return Choice(
@@ -137,18 +137,20 @@ class _Course:
         self.work_left = float(max(MIN_WORK, WORK_EACH * material.parts))  # in photographs of `UNIT` pixels
         self.work_done, self.seconds = 0.0, 0.0
 
-    def run(self) -> None:
-        """Sizes first, since most hangs on them; then what else may be better for the best of them."""
+    def run(self, *, wider: bool) -> None:
+        """What sees more first, then poses, since these matter most; then sizes, of which large ones take long."""
         free = "size" not in self.config.model_fields_set and self.config.resize is None
         size = in_proportion(self.config.size, self.material.shape) if free else self.config.size
         self.trials.append(self._tried({"size": size} if size != self.config.size else {}))
+        if wider and (change := seen_wider(self.config)):
+            self._consider(change, sure=0, worth=0)
+        if change := in_any_pose(self.config):
+            self._consider(change)
         if free:
             while (larger := self._larger()) and self._consider({"size": larger}):
                 pass
-            if self.best == 0 and (smaller := other_size(self._size, SMALLER)):
+            if self._size == size and (smaller := other_size(size, SMALLER)):
                 self._consider({"size": smaller})
-        for change in variations(self.config):
-            self._consider(change)
 
     def _larger(self) -> tuple[int, int] | None:
         size = other_size(self._size, LARGER)
@@ -160,8 +162,11 @@ class _Course:
         size: tuple[int, int] = self.trials[self.best].settings.get("size", self.config.size)
         return size
 
-    def _consider(self, change: Settings) -> bool:
-        """Try a change of the best settings, if there is time; whether it is kept."""
+    def _consider(self, change: Settings, sure: float = SURE, worth: float = WORTH) -> bool:
+        """Try a change of the best settings, if there is time; whether it is kept.
+
+        It is, if it finds more by so many standard errors, and by what it must be worth.
+        """
         best = self.trials[self.best]
         settings = {**best.settings, **change}
         if refusal := self._out_of_reach(settings):
@@ -172,9 +177,11 @@ class _Course:
         more, error = gain(trial, best)
         if self.limits.milliseconds is not None and trial.milliseconds > self.limits.milliseconds:
             verdict = f"not taken, because a photograph takes {trial.milliseconds:.0f} ms"
-        elif more < SURE * error:
+        elif more < 0:
+            verdict = "not taken, because it is less"
+        elif more < sure * error:
             verdict = "not taken, because it may be chance"
-        elif more < WORTH:
+        elif more < worth:
             verdict = "not taken, because it is little"
         else:
             verdict, self.best = "taken", len(self.trials) - 1
@@ -213,8 +220,12 @@ class _Course:
 
 
 def _words(settings: Settings) -> str:
-    """size 448x448, rotate degrees 180."""
-    return ", ".join(
-        f"{name.replace('_', ' ')} {'x'.join(map(str, value)) if isinstance(value, tuple) else f'{value:g}'}"
-        for name, value in settings.items()
-    )
+    """size 448x448, rotate degrees 180, layers blocks.2,blocks.4."""
+    return ", ".join(f"{name.replace('_', ' ')} {_word(name, value)}" for name, value in settings.items())
+
+
+def _word(name: str, value: Any) -> str:
+    """A value as the command line takes it."""
+    if isinstance(value, tuple):
+        return ("x" if name == "size" else ",").join(map(str, value))
+    return f"{value:g}"

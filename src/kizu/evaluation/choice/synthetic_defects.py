@@ -26,14 +26,15 @@ ROUGHER = 1.5  # and how many times as much as the part differs there from itsel
 TRIES = 30  # until one is visible; the last is taken anyway
 WHOLE_TRIES = 8  # until the whole part lies wrongly enough; otherwise another kind is drawn
 BORDER = 0.03  # of the shorter side: the margin that shows what lies behind a part
-WHOLE = 0.3  # share of the defects that concern the part as a whole
-LARGE = 0.12, 0.4  # radii of a piece that is exchanged for that of another part at the same place
-TURN, SHIFT = 12.0, 0.08  # degrees, and share of the sides, by which a misplaced part lies wrongly at least
+WHOLE = 0.4  # share of the defects that concern the part as a whole
+LARGE = 0.12, 0.4  # radii of a piece that is exchanged for that of another part or place
+PIECES = 24  # of which that is taken whose seam shows least
+TURN, SHIFT = 6.0, 0.04  # degrees, and share of the sides, by which a misplaced part lies wrongly at least
 STRANGER = 1.25  # times as far from all good photographs as any of these from the others: a part that lies wrongly
 POSE_SIDE = 32  # pixels of the pictures that poses are compared by
 PARTS = 0.03, 0.85  # a part covers no less and no more of its photograph; otherwise the whole photograph is the part
 
-MISPLACED = "misplaced part"
+MISPLACED, EXCHANGED, DISPLACED = WHOLE_KINDS = "misplaced part", "exchanged piece", "displaced piece"
 Rgb = npt.NDArray[np.uint8]
 Values = npt.NDArray[np.float32]
 
@@ -103,9 +104,10 @@ def with_defect(photo: Rgb, other: Rgb, poses: Poses, seed: Sequence[int]) -> Ma
 def _drawn(photo: Rgb, other: Rgb, poses: Poses, rng: np.random.Generator) -> MadeUp:
     places = np.argwhere(part_of(photo))
     if rng.random() < WHOLE:
+        kind = WHOLE_KINDS[rng.integers(len(WHOLE_KINDS))]
         for _ in range(WHOLE_TRIES):
-            made = _misplaced(photo, rng) if rng.random() < 0.5 else _exchanged_in_place(photo, other, places, rng)
-            if poses.is_strange(made.pixels) if made.kind == MISPLACED else _is_visible(photo, made.pixels, made.mask):
+            made = _misplaced(photo, rng) if kind == MISPLACED else _large_piece(kind, photo, other, places, rng)
+            if poses.is_strange(made.pixels) if kind == MISPLACED else _is_visible(photo, made.pixels, made.mask):
                 return made
     return _painted(photo, other, places, list(KINDS)[rng.integers(len(KINDS))], rng)
 
@@ -131,14 +133,27 @@ def _painted(photo: Rgb, other: Rgb, places: npt.NDArray[np.int64], kind: str, r
         scene = _Scene(square, alpha, photo, other, places, rng)
         cover = (alpha * rng.uniform(*STRENGTHS))[..., None]
         painted = np.clip((square + cover * (KINDS[kind](scene) - square)).round(), 0, 255).astype(np.uint8)
-        window = np.s_[max(0, row - half) : row + half + 1, max(0, column - half) : column + half + 1]
-        before = photo[window]
-        top, left = max(0, half - row), max(0, half - column)
-        inner = np.s_[top : top + before.shape[0], left : left + before.shape[1]]
-        if _is_visible(before, painted[inner], alpha[inner] > 0.5):
+        window, inner = _overlap(photo, row, column, half)
+        if _is_visible(photo[window], painted[inner], alpha[inner] > 0.5):
             break
+    return _pasted(kind, photo, painted, alpha, row, column)
+
+
+def _overlap(photo: Rgb, row: int, column: int, half: int) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
+    """Where a square around a place lies in the photograph, and which part of the square that is."""
+    window, inner = [], []
+    for at, length in zip((row, column), photo.shape, strict=False):
+        first, last = max(0, at - half), min(length, at + half + 1)
+        window.append(slice(first, last))
+        inner.append(slice(first - at + half, last - at + half))
+    return (window[0], window[1]), (inner[0], inner[1])
+
+
+def _pasted(kind: str, photo: Rgb, square: Rgb, alpha: Values, row: int, column: int) -> MadeUp:
+    """The photograph with a square around a place, which differs from it where alpha is not 0."""
+    window, inner = _overlap(photo, row, column, len(square) // 2)
     pixels, mask = photo.copy(), np.zeros(photo.shape[:2], np.bool_)
-    pixels[window], mask[window] = painted[inner], alpha[inner] > 0.5
+    pixels[window], mask[window] = square[inner], alpha[inner] > 0.5
     return MadeUp(kind, pixels, mask)
 
 
@@ -150,7 +165,7 @@ def _square(photo: Rgb, row: int, column: int, half: int) -> Values:
 
 
 def _misplaced(photo: Rgb, rng: np.random.Generator) -> MadeUp:
-    """The whole part turned or shifted, with what lies behind it continued at the margin."""
+    """The whole part turned or shifted, with the photograph mirrored beyond its margin."""
     height, width = photo.shape[:2]
     turn, right, down = 0.0, 0.0, 0.0
     if rng.random() < 0.5:
@@ -159,7 +174,7 @@ def _misplaced(photo: Rgb, rng: np.random.Generator) -> MadeUp:
         angle, far = rng.uniform(0, 2 * math.pi), rng.uniform(SHIFT, 3 * SHIFT)
         right, down = width * far * math.cos(angle), height * far * math.sin(angle)
     around = math.ceil(0.5 * max(height, width))
-    padded = np.pad(photo, ((around, around), (around, around), (0, 0)), mode="edge")
+    padded = np.pad(photo, ((around, around), (around, around), (0, 0)), mode="symmetric")
     moved = Image.fromarray(padded).rotate(turn, Image.Resampling.BILINEAR, translate=(round(right), round(down)))
     pixels = np.asarray(moved)[around:-around, around:-around]
     return MadeUp(
@@ -167,17 +182,26 @@ def _misplaced(photo: Rgb, rng: np.random.Generator) -> MadeUp:
     )
 
 
-def _exchanged_in_place(photo: Rgb, other: Rgb, places: npt.NDArray[np.int64], rng: np.random.Generator) -> MadeUp:
-    """A large piece of another good part where this one has its own."""
-    height, width = photo.shape[:2]
-    other = image.resize(other, (height, width))
-    radius = min(height, width) * rng.uniform(*LARGE)
-    row, column = places[rng.integers(len(places))]
+def _large_piece(kind: str, photo: Rgb, other: Rgb, places: npt.NDArray[np.int64], rng: np.random.Generator) -> MadeUp:
+    """A piece of another good part at its place, or of the same part where it does not belong.
+
+    All of it is known, only not there, or not together. Of some pieces the one whose seam shows least is taken.
+    """
+    source = image.resize(other, photo.shape[:2]) if kind == EXCHANGED else photo
+    radius = min(photo.shape[:2]) * rng.uniform(*LARGE)
     half = math.ceil(1.6 * radius) + 2
-    alpha = np.pad(_blob(half, radius, rng), ((row, height - 1 - row), (column, width - 1 - column)))
-    cover = alpha[half:-half, half:-half, None]
-    pixels = (photo + cover * (other.astype(np.float32) - photo)).round().astype(np.uint8)
-    return MadeUp("exchanged piece", pixels, cover[..., 0] > 0.5)
+    alpha = _blob(half, radius, rng)
+    inside, seam = alpha > 0.5, (alpha > 0.05) & (alpha < 0.95)
+    best, least = (photo, alpha, 0, 0), math.inf
+    for row, column in places[rng.integers(len(places), size=PIECES)]:
+        origin = (row, column) if kind == EXCHANGED else rng.integers(photo.shape[:2])
+        here, there = _square(photo, row, column, half), _square(source, origin[0], origin[1], half)
+        difference = _largest(np.abs(there - here))
+        shown = difference[seam].mean() / max(VISIBLE, difference[inside].mean())
+        if shown < least:
+            piece = (here + alpha[..., None] * (there - here)).round().astype(np.uint8)
+            best, least = (piece, alpha, row, column), shown
+    return _pasted(kind, photo, *best)
 
 
 def _largest(values: Values) -> Values:
