@@ -3,11 +3,13 @@
 import base64
 import re
 import shutil
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
 
 import kizu
+from processes import kizu as command
 from services import encoded, serving, small_model
 from test_detectors import part
 
@@ -26,6 +28,9 @@ PIXELS = """() => {
   small.drawImage(document.querySelector("#canvas"), 0, 0, 96, 96);
   return Array.from(small.getImageData(0, 0, 96, 96).data);
 }"""
+
+
+LABELS = "(buttons) => buttons.map((button) => button.getAttribute('aria-label').split(', ')[0])"
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +119,140 @@ def test_a_walk_from_a_dropped_photograph_to_a_false_alarm(browser, tmp_path):
     assert marked.read_bytes() == photograph
     refused = ("401", "415")  # the wrong key, the file that is no image
     assert [text for text in complaints if not any(f"status of {code}" in text for code in refused)] == []
+
+
+@contextmanager
+def opened(browser, *arguments, log, **settings):
+    """A page of a server of its own; whatever it complains of fails the test."""
+    complaints = []
+    with serving(*arguments, log=log) as (_, url):
+        page = browser.new_page(**({"viewport": {"width": 1280, "height": 900}} | settings))
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.set_default_timeout(15_000)
+        page.goto(url)
+        yield page
+        page.close()
+    assert complaints == []
+
+
+def judge(page, name, picture):
+    page.set_input_files("#files", [{"name": name, "mimeType": "image/png", "buffer": encoded(picture)}])
+    page.locator("#name", has_text=name).wait_for()
+
+
+def tiles(page):
+    """Name and verdict of each tile, from left to right."""
+    return [tuple(label.split(": ")) for label in page.eval_on_selector_all("#strip button", LABELS)]
+
+
+def test_the_page_has_one_truth_whatever_is_moved_chosen_or_dropped(browser, tmp_path):
+    folders = [small_model(tmp_path / name, first) for name, first in (("disc", 0), ("other", 40))]
+    spotted = part(99, spot=True)
+    with opened(browser, *folders, "--keep", 2, "--store", tmp_path / "store", log=tmp_path / "log") as page:
+        judge(page, "first.png", part(70))
+        judge(page, "second.png", spotted)
+        assert tiles(page) == [("second.png", "stop"), ("first.png", "pass")]
+
+        page.locator("#threshold").fill("1000")  # a moved threshold is everybody's
+        page.wait_for_selector("h1:text-is('Pass')")
+        assert [verdict for _, verdict in tiles(page)] == ["pass", "pass"]
+        assert page.inner_text("#tally") == "0 of 2 stopped, by the moved threshold"
+        page.click("#reset")
+        assert [verdict for _, verdict in tiles(page)] == ["stop", "pass"]
+        assert page.inner_text("#tally") == "1 of 2 stopped"
+
+        page.select_option("#model", "other")  # another model says for itself
+        page.locator("#name", has_text="second.png, by other").wait_for()
+        score = f"{kizu.load(folders[1]).predict(spotted).score:.4g}"
+        page.locator("#because", has_text=f"It scores {float(score)}").wait_for()
+        page.select_option("#choice", "model: other")
+        assert [name for name, _ in tiles(page)] == ["second.png"]
+
+        page.select_option("#choice", "passed")
+        assert tiles(page) == [("first.png", "pass")]
+        page.select_option("#choice", "all")
+        page.select_option("#order", "highest")
+        assert [name for name, _ in tiles(page)] == ["second.png", "second.png", "first.png"]
+        page.select_option("#order", "doubtful")
+        assert tiles(page)[0] == ("first.png", "pass")
+        page.select_option("#order", "latest")
+
+        page.locator("#strip button").nth(2).click()  # the server keeps two and has dropped it: the mark is not lost
+        page.locator("#name", has_text="first.png, by disc").wait_for()
+        page.click("#bad")
+        page.get_by_text("A missed defect, noted.").wait_for()
+        (marked,) = (tmp_path / "store" / "feedback" / "disc" / "bad").iterdir()
+        assert marked.read_bytes() == encoded(part(70))
+        page.select_option("#choice", "marked")
+        assert [name for name, _ in tiles(page)] == ["first.png"]
+
+
+def test_what_watch_judged_is_on_the_page_and_can_be_marked(browser, tmp_path):
+    folder, strange = small_model(tmp_path / "disc"), small_model(tmp_path / "strange", 40)
+    incoming, store = tmp_path / "incoming", tmp_path / "store"
+    incoming.mkdir()
+    with opened(browser, folder, "--keep", 9, "--store", store, log=tmp_path / "log") as page:
+        for name, model, picture in (("night.png", folder, part(99, spot=True)), ("far.png", strange, part(71))):
+            (incoming / name).write_bytes(encoded(picture))
+            command("watch", incoming, "--model", model, "--once", "--settle", 0, "--store", store, cwd=tmp_path)
+        page.locator("#strip button[aria-label='night.png: stop']").click()  # without a reload
+        page.wait_for_selector("h1:text-is('Stop')")
+        assert page.locator("#regions li").count() >= 1
+        page.click("#good")
+        page.get_by_text("A false alarm, noted.").wait_for()
+        page.locator("#strip button[aria-label='far.png: pass']").click()  # by a model that this server does not have
+        page.get_by_text("This server does not have strange").wait_for()
+        assert page.locator("#threshold").is_disabled()
+    assert len(list((store / "feedback" / "disc" / "good").iterdir())) == 1
+
+
+def test_the_photograph_can_be_looked_at_pixel_by_pixel(browser, tmp_path):
+    folder = small_model(tmp_path / "disc")
+    with opened(browser, folder, log=tmp_path / "log", has_touch=True) as page:
+        judge(page, "a.png", part(99, spot=True))
+        whole = pixels(page)
+        box = page.locator("#canvas").bounding_box()
+        middle = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+
+        def pressed():
+            return page.get_attribute("#closer", "aria-pressed") == "true"
+
+        page.mouse.move(*middle)
+        page.mouse.wheel(0, -200)
+        page.wait_for_selector("#canvas[data-zoomed]")
+        near = pixels(page)
+        assert pressed() and np.abs(near - whole).mean() > 2
+        page.mouse.down()
+        page.mouse.move(middle[0] - 60, middle[1] - 40)
+        page.mouse.up()
+        assert np.abs(pixels(page) - near).mean() > 1  # it moved with the hand
+        page.keyboard.press("0")
+        assert not pressed() and np.array_equal(pixels(page), whole)
+        page.mouse.dblclick(*middle)
+        assert pressed()
+        page.mouse.dblclick(*middle)
+        assert not pressed()
+        page.click("#closer")
+        assert pressed()
+        page.keyboard.press("0")
+
+        touch = page.context.new_cdp_session(page)
+        for kind, apart in (("touchStart", 20), ("touchMove", 60), ("touchMove", 120), ("touchEnd", None)):
+            points = (
+                [] if apart is None else [{"x": middle[0] + s * apart, "y": middle[1], "id": s + 1} for s in (-1, 1)]
+            )
+            touch.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
+        assert pressed()
+        page.keyboard.press("0")
+        badge = page.locator("#badges li").first
+        before = badge.bounding_box()
+        page.evaluate("scrollTo(0, 0)")  # a click may have scrolled the page
+        page.mouse.move(box["x"] + 5, box["y"] + box["height"] - 5)
+        for _ in range(6):
+            page.mouse.wheel(0, -150)
+        badge.wait_for(state="hidden")  # it stays with what it marks, on the other side
+        page.keyboard.press("0")
+        assert badge.bounding_box() == before
 
 
 @pytest.mark.slow

@@ -93,6 +93,17 @@ def test_an_image_judged_as_new_meets_stand_ins_for_its_own_entries():
         assert score == pytest.approx(np.min(distances, axis=0).max(), rel=1e-4)
 
 
+def test_each_layer_and_neighbourhood_has_a_bank_of_its_own(tmp_path):
+    train, picture = photographs(6), photographs(1, seed=9)[0]
+    settings = {"size": 64, "coreset": 0.2, "layers": "blocks.2,blocks.6"}
+    alone = [kizu.PatchCore(**settings, patchsize=size).fit(train).predict(picture) for size in (3, 5)]
+    both = kizu.PatchCore(**settings, patchsize_aggregate=(5,)).fit(train)
+    assert [bank.entries.shape[1] for bank in both.graph.banks] == [48, 48, 352, 352]
+    expected = np.mean([prediction.input_map for prediction in alone], axis=0)
+    np.testing.assert_allclose(both.predict(picture).input_map, expected, rtol=1e-4)
+    assert kizu.load(both.save(tmp_path / "model")).predict(picture).score == both.predict(picture).score
+
+
 def test_with_local_scales_too_training_images_score_like_new_ones():
     images = photographs(60)
     detector = kizu.PatchCore(size=64, coreset=0.1).fit(images[:30])

@@ -200,6 +200,8 @@ def test_the_last_verdicts_are_kept_over_a_restart(folder, tmp_path):
         assert web.get(f"/v1/verdicts/{ids[2]}/photograph").content == BAD
         assert Image.open(BytesIO(web.get(f"/v1/verdicts/{ids[2]}/thumbnail").content)).format == "JPEG"
         assert web.get(f"/v1/verdicts/{ids[0]}").status_code == 404
+        told = web.post(f"/v1/feedback?label=good&id={ids[0]}&name=dropped", content=encoded(part(77)), headers=RAW)
+        assert told.status_code == 200 and "dropped-" in told.json()["files"][0]  # the history dropped it, not the mark
 
 
 def test_another_threshold_promises_what_the_good_scores_say(web, model):

@@ -15,6 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 import kizu
+from kizu.serving.history import HISTORY, History
 from processes import kizu as command
 from services import KIZU, encoded, small_model
 from test_detectors import part
@@ -38,8 +39,8 @@ def watching(*arguments, model, cwd):
         process.stdout.close()
 
 
-def finished(*arguments, model, cwd):
-    return command("watch", *arguments, "--model", model, cwd=cwd)
+def finished(*arguments, model, cwd, code=0):
+    return command("watch", *arguments, "--model", model, cwd=cwd, code=code)
 
 
 def ledger(path):
@@ -211,6 +212,38 @@ class Mosquito(threading.Thread):
 
 
 @pytest.mark.slow
+def test_what_was_judged_overnight_is_in_the_servers_history_once(folder, tmp_path):
+    """With --move-bad, over an end and a new beginning, and with a ledger that was begun anew."""
+    incoming, store = tmp_path / "incoming", tmp_path / "store"
+    incoming.mkdir()
+    options = ["--once", "--settle", 0, "--store", store, "--keep", 5, "--move-bad", tmp_path / "aside"]
+    pictures = [encoded(part(60 + number, spot=number == 2)) for number in range(4)]
+
+    def names():
+        kept = History(store / HISTORY, 5)
+        entries = kept.last(9)
+        content = [kept.photograph(entry.id) for entry in entries]
+        assert all(kept.thumbnail(entry.id) for entry in entries)
+        kept.close()
+        pairs = zip((entry.verdict for entry in entries), content, strict=True)
+        return [(verdict.image, verdict.verdict, file) for verdict, file in pairs]
+
+    for number, content in enumerate(pictures):
+        (incoming / f"{number}.png").write_bytes(content)
+        finished(incoming, *options, model=folder, cwd=tmp_path)
+    verdicts = ["pass", "pass", "stop", "pass"]
+    assert names() == [(f"{n}.png", verdicts[n], pictures[n]) for n in (3, 2, 1, 0)]
+    (incoming / "damaged.png").write_bytes(b"no photograph")
+    (incoming / "4.png").write_bytes(pictures[0])
+    finished(incoming, *options, "--output", "anew.jsonl", "--patience", 0, model=folder, cwd=tmp_path, code=1)
+    assert sorted(name for name, *_ in names()) == ["0.png", "1.png", "3.png", "3.png", "4.png"]
+    (incoming / "4.png").unlink()
+    (tmp_path / "anew.jsonl").unlink()
+    (incoming / "5.png").write_bytes(pictures[1])
+    finished(incoming, *options, "--output", "anew.jsonl", "--patience", 0, model=folder, cwd=tmp_path, code=1)
+    assert "5.png" in [name for name, *_ in names()]
+
+
 def test_a_video_goes_to_a_broker_frame_by_frame_and_on_after_an_end(folder, tmp_path):
     cv2 = pytest.importorskip("cv2", reason="OpenCV is not installed (extra camera)")
     pytest.importorskip("paho.mqtt", reason="paho-mqtt is not installed (extra mqtt)")

@@ -4,7 +4,7 @@ import os
 import re
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -118,6 +118,8 @@ def _checked_key(given: str | None) -> str | None:
     "--output", default="verdicts.jsonl", show_default=True, metavar="FILE", help="JSON lines; also the memory."
 )
 @click.option("--csv", "csv_file", metavar="FILE", help="The verdicts as a table too.")
+@click.option("--store", metavar="DIR", help="The folder of kizu serve --store: its page shows the verdicts too.")
+@click.option("--keep", type=click.IntRange(1), default=1000, show_default=True, help="How many of them, with --store.")
 @click.option("--webhook", metavar="URL", envvar="KIZU_WEBHOOK", show_envvar=True, help="POST each verdict there.")
 @click.option(
     "--mqtt",
@@ -164,7 +166,7 @@ def watch(folder: str | None, model: str, camera: str | None, quiet: bool, **opt
         signal.signal(number, lambda *_: stop.set())
     watcher = Watcher(
         ledger,
-        sinks=_sinks(ledger.path, options),
+        sinks=_sinks(ledger.path, [Path(place) for place in (folder, aside) if place is not None], options),
         stopped_folder=aside,
         on_row=(lambda row: None) if quiet else _say,
         on_warning=_warn,
@@ -221,14 +223,18 @@ def _warn(sentence: str) -> None:
         click.echo(f"kizu: {flagged(sentence)}", err=True)
 
 
-def _sinks(ledger: Path, options: dict[str, Any]) -> "list[Sink]":
+def _sinks(ledger: Path, folders: Sequence[Path], options: dict[str, Any]) -> "list[Sink]":
+    """Where verdicts go besides the ledger; the photographs are in one of the folders."""
+    from kizu.serving.history import HISTORY, History
     from kizu.serving.watch.remote import MqttSink, WebhookSink
-    from kizu.serving.watch.sinks import CsvSink
+    from kizu.serving.watch.sinks import CsvSink, HistorySink
 
     only = "stop" if options["notify"] == "stop" else None
     sinks: list[Sink] = []
     if options["csv_file"]:
         sinks.append(CsvSink(Path(options["csv_file"]), ledger))
+    if options["store"]:
+        sinks.append(HistorySink(History(Path(options["store"]) / HISTORY, options["keep"]), ledger, folders))
     if options["webhook"]:
         sinks.append(WebhookSink(options["webhook"], ledger, only))
     if options["mqtt"]:

@@ -11,8 +11,9 @@ from typing import Any
 from kizu.errors import DataError, OutputError
 from kizu.inference.verdict import Verdict
 
-__all__ = ["Entry", "History"]
+__all__ = ["HISTORY", "Entry", "History"]
 
+HISTORY = "verdicts.sqlite"  # in the folder of what a server keeps
 LAYOUT = 1
 MAX_ID = 2**62
 TABLE = """
@@ -25,6 +26,13 @@ CREATE TABLE IF NOT EXISTS verdicts (
     feedback TEXT,           -- good, bad or nothing
     photograph BLOB NOT NULL,
     thumbnail BLOB NOT NULL
+)
+"""
+SOURCES = """
+CREATE TABLE IF NOT EXISTS sources (
+    path TEXT PRIMARY KEY,    -- of a ledger that verdicts come from
+    number INTEGER NOT NULL,  -- of its last row that is kept,
+    time TEXT NOT NULL        -- and when that was judged
 )
 """
 SHOWN = "id, time, model, version, verdict, feedback"
@@ -58,25 +66,46 @@ class History:
                 raise DataError(f"{path}: written by another version of kizu (layout {layout}, not {LAYOUT})")
             for step in ("auto_vacuum = INCREMENTAL", "journal_mode = WAL", "synchronous = NORMAL"):
                 self._database.execute(f"PRAGMA {step}")
+            self._database.execute("PRAGMA busy_timeout = 10000")  # another process may write to it too
             self._database.execute(TABLE)
+            self._database.execute(SOURCES)
             self._database.execute(f"PRAGMA user_version = {LAYOUT}")
         except sqlite3.OperationalError as error:
             raise OutputError(str(path), str(error)) from None
         except sqlite3.DatabaseError as error:
             raise DataError(f"{path}: this is no file of verdicts ({error})") from None
 
-    def add(self, time: float, model: str, version: str, verdict: Verdict, photograph: bytes, thumbnail: bytes) -> int:
-        """Keep a verdict, drop the oldest, and return the new one's number."""
+    def add(
+        self,
+        time: float,
+        model: str,
+        version: str,
+        verdict: Verdict,
+        photograph: bytes,
+        thumbnail: bytes,
+        source: tuple[str, int, str] | None = None,
+    ) -> int:
+        """Keep a verdict, drop the oldest, and return the new one's number.
+
+        `source` is the ledger that it comes from, the row's number there and its time: what `delivered` then tells.
+        """
         row = (time, model, version, verdict.model_dump_json(), photograph, thumbnail)
         with self._lock, _writing(self._path), self._database:
-            self._database.execute("BEGIN")
+            self._database.execute("BEGIN IMMEDIATE")
             number = self._database.execute(
                 "INSERT INTO verdicts (time, model, version, verdict, photograph, thumbnail) VALUES (?, ?, ?, ?, ?, ?)",
                 row,
             ).lastrowid
             assert number is not None
+            if source is not None:
+                self._database.execute("INSERT OR REPLACE INTO sources VALUES (?, ?, ?)", source)
             self._database.execute("DELETE FROM verdicts WHERE id <= ?", (number - self.keep,))
         return number
+
+    def delivered(self, source: str) -> tuple[int, str]:
+        """The number and time of a ledger's last row that was kept; 0 where there is none."""
+        rows = self._rows("SELECT number, time FROM sources WHERE path = ?", source)
+        return (int(rows[0][0]), str(rows[0][1])) if rows else (0, "")
 
     def last(self, count: int, before: int | None = None) -> list[Entry]:
         """The latest `count` verdicts, the latest first; those whose number is below `before`, if it is given."""
@@ -90,13 +119,13 @@ class History:
         return _entry(rows[0]) if rows else None
 
     def photograph(self, number: int) -> bytes | None:
-        """The photograph as it was sent."""
-        rows = self._rows("SELECT photograph FROM verdicts WHERE id = ?", number)
+        """The photograph as it was sent, where it was there to be kept."""
+        rows = self._rows("SELECT photograph FROM verdicts WHERE id = ? AND length(photograph) > 0", number)
         return bytes(rows[0][0]) if rows else None
 
     def thumbnail(self, number: int) -> bytes | None:
-        """A small JPEG of the photograph."""
-        rows = self._rows("SELECT thumbnail FROM verdicts WHERE id = ?", number)
+        """A small JPEG of the photograph, where there is one."""
+        rows = self._rows("SELECT thumbnail FROM verdicts WHERE id = ? AND length(thumbnail) > 0", number)
         return bytes(rows[0][0]) if rows else None
 
     def mark(self, number: int, feedback: str) -> None:

@@ -152,11 +152,12 @@ def _verdicts(service: Service) -> APIRouter:
         id: Annotated[IdQuery | None, Query(description="The kept verdict that the feedback is about.")] = None,
         name: PhotographName = "image",
     ) -> Collected:
-        """Collect photographs as good or bad, for kizu update and kizu tune. A photograph marked again moves."""
+        """Collect photographs as good or bad, for kizu update and kizu tune. A photograph marked again moves.
+
+        A verdict that the history has dropped meanwhile loses nothing: the photograph is in the request.
+        """
         hosted = service.pick(model)
         uploads = await read_uploads(request, service.limits)
-        if id is not None and (service.history is None or service.history.entry(id) is None):
-            raise Refusal("unknown", f"There is no kept verdict {id}")
         collected = await asyncio.to_thread(service.collect, hosted, uploads, label, id)
         request.state.facts |= {"model": hosted.name, "label": label, "files": collected.files}
         return collected

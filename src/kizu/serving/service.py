@@ -15,7 +15,7 @@ from kizu.inference.prediction import Prediction
 from kizu.inference.verdict import Verdict
 from kizu.serving.batcher import Answer, Batcher, LoadedModel, PixelGate, QueueFull, Upload
 from kizu.serving.feedback import Label, collect, count
-from kizu.serving.history import History
+from kizu.serving.history import HISTORY, History
 from kizu.serving.hosted_model import HostedModel, read_model
 from kizu.serving.limits import Budget, Limits, Refusal, check, refusal_of
 from kizu.serving.observability import Counters, Sample, log
@@ -44,7 +44,7 @@ class Service:
         self.budget = Budget(limits.memory)
         self._gate = PixelGate(limits.pixels)
         self._threads = ThreadPoolExecutor(ANSWERING_THREADS, "answer")
-        self.history = History(store / "verdicts.sqlite", keep) if keep else None
+        self.history = History(store / HISTORY, keep) if keep else None
         self.models: dict[str, HostedModel] = {}
         for name, folder in folders.items():
             loaded, stamp = read_model(folder)

@@ -9,22 +9,39 @@ const $ = (id) => document.getElementById(id);
 const IMAGE = /\.(png|jpe?g|jpe|jfif|bmp|dib|tiff?|webp|gif|p[pgbn]m|jp2|j2k|avif|tga)$/i;
 
 const MAX_REGIONS = 20; // regions that a lower threshold lists
+const PAGE = 60; // verdicts that are fetched at a time
+const NEWS = 5000; // milliseconds between looks for verdicts from elsewhere
 
 let models = [];
 let current = null; // the entry on show
 let promised = null; // what the threshold on show promises
-const viewer = new Viewer($("canvas"), $("frame"));
-const levels = new Map(); // thresholds that were moved, by model: they stay for the next photograph
+const viewer = new Viewer($("canvas"), $("frame"), placeBadges);
 const scale = new Scale($("plot"), $("threshold"), (value) => {
-  levels.set(current.model, value);
+  history.follow(current.model, value); // it stays for the next photograph
   follow(value);
 });
-const history = new History($("strip"), $("tally"), (entry) => open(entry));
+const history = new History($("history"), { doubt, chosen: (entry) => open(entry) });
 
 const model = () => models.find((one) => one.name === $("model").value) ?? models[0];
 const digits = (value) => (value === null ? "–" : Number(value).toPrecision(4));
 const rarely = (p) =>
   p >= 0.5 ? "Most good parts score as high" : `At most 1 good part in ${Math.floor(1 / p + 1e-9).toLocaleString("en-GB")} scores as high`;
+
+/** A model that the server has, or what is known of another one by its verdict. */
+function modelOf(entry) {
+  const known = models.find((one) => one.name === entry.model);
+  const { threshold } = entry.verdict ?? {};
+  const statement = `This server does not have ${entry.model}, the model that judged it: only its verdict is shown.`;
+  return known ?? { name: entry.model, threshold, statement, good_scores: [], map_peaks: [], scale: [0, 1], map_level: null, foreign: true };
+}
+
+/** How far an entry's score is from the threshold, in units of how far good parts usually are. */
+function doubt({ model, verdict }, moved) {
+  const good = models.find((one) => one.name === model)?.good_scores ?? [];
+  const level = moved ?? verdict.threshold;
+  const middle = good.length ? [...good].sort((a, b) => a - b)[good.length >> 1] : 0;
+  return Math.abs(verdict.score - level) / (Math.abs(level - middle) || 1);
+}
 
 async function start() {
   models = await json("v1/models");
@@ -34,11 +51,33 @@ async function start() {
   $("empty-promise").textContent = model().statement;
   if (!("webkitdirectory" in $("folder"))) $("folder-choice").hidden = true;
   if (!navigator.mediaDevices) $("camera").hidden = true;
-  for (const kept of (await json("v1/verdicts?limit=60")).reverse()) {
-    history.add({ id: kept.id, model: kept.model, name: kept.verdict.image, verdict: kept.verdict, feedback: kept.feedback });
-  }
+  for (const { name } of models.length > 1 ? models : []) $("choice").append(new Option(`model: ${name}`));
+  await older();
+  setInterval(() => document.hidden || news().catch(() => {}), NEWS);
 }
 
+const kept = ({ id, model, verdict, feedback }) => ({ id, model, name: verdict.image, verdict, feedback });
+
+/** The verdicts before those that there are. */
+async function older() {
+  const before = history.ids.length ? `&before=${Math.min(...history.ids)}` : "";
+  const found = await json(`v1/verdicts?limit=${PAGE}${before}`);
+  history.add(found.map(kept), true);
+  $("older").hidden = found.length < PAGE;
+}
+
+/** Verdicts that came from elsewhere meanwhile: from kizu watch, or from another page. */
+async function news() {
+  if (busy) return;
+  const newest = Math.max(0, ...history.ids);
+  const [last] = await json("v1/verdicts?limit=1");
+  if (!last || last.id <= newest) return;
+  const found = await json(`v1/verdicts?limit=${PAGE}`);
+  const known = new Set(history.ids);
+  history.add(found.filter(({ id }) => id > newest && !known.has(id)).map(kept));
+}
+
+let busy = false;
 const ready = start();
 
 // ---- photographs in
@@ -49,24 +88,40 @@ async function judge(files) {
   leaveCamera();
   await ready;
   let shown = false;
+  busy = true;
   for (const [number, file] of pictures.entries()) {
     if (pictures.length > 1) history.busy(`Judging ${number + 1} of ${pictures.length} …`);
     const entry = { file, model: model().name, name: file.webkitRelativePath || file.name };
     try {
       await look(entry, true);
-      history.add(entry);
+      history.add([entry]);
       if (!shown || pictures.length === 1) await open(entry);
       shown = true;
     } catch (error) {
       say(error.message);
     }
   }
+  busy = false;
   history.busy("");
+}
+
+/** What another model says of the photograph on show. */
+async function judgeAgain() {
+  $("empty-promise").textContent = model().statement;
+  if (!current?.photograph || current.model === model().name) return;
+  const { photograph, name } = current;
+  await judge([new File([photograph], name, { type: photograph.type || "image/png" })]);
 }
 
 /** Fill an entry with the server's answer. */
 async function look(entry, keep) {
-  const photograph = entry.file ?? (await blob(`v1/verdicts/${entry.id}/photograph`));
+  const photograph = entry.file ?? entry.photograph ?? (await blob(`v1/verdicts/${entry.id}/photograph`));
+  if (modelOf(entry).foreign) {
+    const seen = await picture(photograph);
+    if (!seen) throw new Error(`${entry.name} cannot be shown here, and ${modelOf(entry).statement}`);
+    const result = { ...entry.verdict, regions: [], pairs: [], map: null, width: seen.width, height: seen.height };
+    return Object.assign(entry, { photograph, result, seen: photograph });
+  }
   const wishes = new URLSearchParams({ model: entry.model, map: "png", why: true, keep, name: entry.name.slice(-200) });
   if (!(await picture(photograph))) wishes.set("view", true);
   const answer = await post(`v1/predict?${wishes}`, photograph);
@@ -90,14 +145,16 @@ async function open(entry) {
     }
     if (current !== entry) return;
   }
-  const about = models.find((one) => one.name === entry.model) ?? model();
+  const about = modelOf(entry);
   const { result } = entry;
-  const [seen, map] = await Promise.all([picture(entry.seen), decodeMap(result.map)]);
+  const [seen, map] = await Promise.all([picture(entry.seen), result.map && decodeMap(result.map)]);
+  if (current !== entry) return;
   history.picture(entry, seen);
   document.querySelector("main").dataset.state = "open";
-  $("name").textContent = entry.name;
+  $("name").textContent = models.length > 1 || about.foreign ? `${entry.name}, by ${entry.model}` : entry.name;
+  $("threshold").disabled = Boolean(about.foreign);
   viewer.show(seen, result, map, about.scale);
-  const level = levels.get(about.name) ?? about.threshold;
+  const level = history.levels.get(about.name) ?? about.threshold;
   scale.show(about.good_scores, result.score, level);
   listRegions(result.regions, result);
   listPairs(result);
@@ -109,8 +166,8 @@ async function open(entry) {
 async function follow(threshold) {
   const entry = current;
   const { result } = entry;
-  const about = models.find((one) => one.name === entry.model) ?? model();
-  const moved = threshold !== about.threshold;
+  const about = modelOf(entry);
+  const moved = threshold !== about.threshold && !about.foreign;
   $("reset").hidden = !moved || about.threshold === null;
   scale.draw();
   const stop = result.score > threshold;
@@ -168,11 +225,22 @@ function listRegions(regions, result) {
   const badges = regions.map(({ box: [left, top, width] }, number) => {
     const badge = document.createElement("li");
     badge.textContent = number + 1;
-    badge.style.left = `min(${(100 * (left + width)) / result.width}%, 100% - 2rem)`;
-    badge.style.top = `max(${(100 * top) / result.height}%, 1rem)`;
+    badge.corner = [(left + width) / result.width, top / result.height];
     return badge;
   });
   $("badges").replaceChildren(...badges);
+  placeBadges();
+}
+
+/** Each number at its region's corner, wherever the view is now. */
+function placeBadges() {
+  $("closer").setAttribute("aria-pressed", String(viewer.zoomed));
+  for (const badge of $("badges").children) {
+    const [right, down] = viewer.at(badge.corner);
+    badge.style.left = `min(${100 * right}%, 100% - 2rem)`;
+    badge.style.top = `max(${100 * down}%, 1rem)`;
+    badge.classList.toggle("outside", viewer.zoomed && !(right > 0 && right < 1 && down > 0 && down < 1));
+  }
 }
 
 function listPairs(result) {
@@ -293,14 +361,15 @@ $("opacity").addEventListener("input", (event) => {
   viewer.set({ opacity: event.target.valueAsNumber / 100 });
 });
 $("reset").addEventListener("click", () => {
-  const about = models.find((one) => one.name === current.model);
-  levels.delete(about.name);
+  const about = modelOf(current);
+  history.follow(about.name, undefined);
   scale.set(about.threshold);
   follow(about.threshold);
 });
-$("model").addEventListener("change", () => ($("empty-promise").textContent = model().statement));
-$("canvas").addEventListener("pointerdown", () => bare(true));
-for (const event of ["pointerup", "pointerleave"]) $("canvas").addEventListener(event, () => bare(false));
+$("model").addEventListener("change", judgeAgain);
+$("closer").addEventListener("click", () => viewer.toggle());
+for (const id of ["choice", "order"]) $(id).addEventListener("change", (event) => history.arrange({ [id]: event.target.value }));
+$("older").addEventListener("click", () => older().catch((error) => say(error.message)));
 
 for (const event of ["dragover", "dragleave", "drop"]) {
   addEventListener(event, (dragged) => {
@@ -319,6 +388,10 @@ addEventListener("keydown", (event) => {
     b: () => mark("bad"),
     h: () => bare(true),
     o: () => $("files").click(),
+    "+": () => viewer.closer(),
+    "=": () => viewer.closer(),
+    "-": () => viewer.farther(),
+    0: () => viewer.fit(),
     Escape: leaveCamera,
   };
   keys[event.key]?.();

@@ -1,48 +1,70 @@
-// What was judged so far, the latest first.
+// What was judged so far, in the order and the choice that a person wants.
 
 import { blob } from "./api.js";
 
 const SIDE = 128; // pixels of a thumbnail
 const FRESH = 24; // entries that stay ready to be shown again
 
+const CHOICES = {
+  all: () => true,
+  stopped: (entry) => entry.shown === "stop",
+  passed: (entry) => entry.shown === "pass",
+  marked: (entry) => Boolean(entry.feedback),
+  unmarked: (entry) => !entry.feedback,
+};
+const ORDERS = {
+  latest: null,
+  highest: (one, other) => other.verdict.score - one.verdict.score,
+  doubtful: (one, other) => one.doubt - other.doubt,
+};
+
 export class History {
-  constructor(strip, tally, chosen) {
-    this.strip = strip;
-    this.tally = tally;
+  /** `doubt` says how far an entry is from the threshold; `chosen` opens one. */
+  constructor(section, { doubt, chosen }) {
+    this.section = section;
+    this.strip = section.querySelector("#strip");
+    this.tally = section.querySelector("#tally");
+    this.doubt = doubt;
     this.chosen = chosen;
-    this.entries = [];
+    this.entries = []; // the latest first
+    this.levels = new Map(); // thresholds that were moved, by model
     this.note = "";
+    this.choice = "all";
+    this.order = "latest";
   }
 
-  add(entry) {
-    this.entries.unshift(entry);
-    this.strip.closest("section").hidden = false;
-    this.strip.prepend(this.row(entry));
-    if (entry.file) createImageBitmap(entry.seen).then((seen) => this.picture(entry, seen));
-    else blob(`v1/verdicts/${entry.id}/thumbnail`).then((small) => this.load(entry, small));
-    for (const old of this.entries.slice(FRESH)) if (old.id) old.result = null;
-    this.count();
+  get ids() {
+    return this.entries.map((entry) => entry.id).filter(Boolean);
+  }
+
+  /** Put entries, the latest first, before those that there are, or behind them. */
+  add(entries, older = false) {
+    for (const entry of entries) {
+      this.row(entry);
+      this.judge(entry);
+      if (entry.file) createImageBitmap(entry.seen).then((seen) => this.picture(entry, seen));
+      else blob(`v1/verdicts/${entry.id}/thumbnail`).then((small) => this.load(entry, small)).catch(() => {});
+    }
+    this.entries = older ? [...this.entries, ...entries] : [...entries, ...this.entries];
+    this.section.hidden = this.entries.length === 0;
+    for (const old of this.entries.slice(FRESH)) if (old.id && old !== this.selected) old.result = null;
+    this.arrange();
   }
 
   row(entry) {
     const item = document.createElement("li");
     const button = document.createElement("button");
     const name = document.createElement("span");
-    const verdict = document.createElement("b");
     button.type = "button";
     entry.canvas = document.createElement("canvas");
     Object.assign(entry.canvas, { width: SIDE, height: SIDE });
     name.className = "file";
     name.textContent = entry.name.split("/").pop();
-    verdict.textContent = entry.verdict.verdict;
-    button.title = entry.name;
-    button.append(entry.canvas, verdict, name);
+    button.title = `${entry.name}, by ${entry.model}`;
+    button.append(entry.canvas, document.createElement("b"), name);
     button.addEventListener("click", () => this.chosen(entry));
-    item.dataset.verdict = entry.verdict.verdict;
     item.append(button);
     entry.row = item;
-    this.mark(entry);
-    return item;
   }
 
   async load(entry, file) {
@@ -56,27 +78,57 @@ export class History {
     entry.canvas.getContext("2d").drawImage(seen, ...corner, side, side, 0, 0, SIDE, SIDE);
   }
 
+  /** The verdict that is shown: the model's, or that of the threshold that was moved. */
+  judge(entry) {
+    const level = this.levels.get(entry.model);
+    entry.shown = level === undefined ? entry.verdict.verdict : entry.verdict.score > level ? "stop" : "pass";
+    entry.doubt = this.doubt(entry, level);
+    entry.row.dataset.verdict = entry.shown;
+    entry.row.querySelector("b").textContent = entry.shown;
+    this.label(entry);
+  }
+
+  /** Show the verdicts of a model by another threshold; without one, by its own. */
+  follow(model, level) {
+    if (level === undefined) this.levels.delete(model);
+    else this.levels.set(model, level);
+    for (const entry of this.entries) if (entry.model === model) this.judge(entry);
+    this.arrange();
+  }
+
+  /** Show those of a kind ("stopped", "model: disc"), in an order. */
+  arrange({ choice = this.choice, order = this.order } = {}) {
+    Object.assign(this, { choice, order });
+    const wanted = CHOICES[choice] ?? ((entry) => `model: ${entry.model}` === choice);
+    this.shown = this.entries.filter(wanted);
+    if (ORDERS[order]) this.shown.sort(ORDERS[order]);
+    const rows = this.shown.map((entry) => entry.row);
+    const same = rows.length === this.strip.children.length && rows.every((row, at) => row === this.strip.children[at]);
+    if (!same) this.strip.replaceChildren(...rows);
+    this.count();
+  }
+
   select(entry) {
     for (const other of this.entries) other.row.toggleAttribute("aria-current", other === entry);
     if (entry.row) this.strip.scrollLeft = entry.row.offsetLeft - (this.strip.clientWidth - entry.row.offsetWidth) / 2;
     this.selected = entry;
   }
 
-  /** A newer or an older one. */
+  /** The next one to the right, or to the left. */
   step(by) {
-    const next = this.entries[this.entries.indexOf(this.selected) + by];
+    const next = this.shown[this.shown.indexOf(this.selected) + by];
     if (next) this.chosen(next);
   }
 
   mark(entry) {
-    entry.row.dataset.feedback = entry.feedback ?? "";
-    entry.row.firstChild.setAttribute("aria-label", this.words(entry));
-    this.count();
+    this.label(entry);
+    this.arrange();
   }
 
-  words(entry) {
+  label(entry) {
     const said = { good: ", marked good", bad: ", marked defective" }[entry.feedback] ?? "";
-    return `${entry.name}: ${entry.verdict.verdict}${said}`;
+    entry.row.dataset.feedback = entry.feedback ?? "";
+    entry.row.firstChild.setAttribute("aria-label", `${entry.name}: ${entry.shown}${said}`);
   }
 
   busy(note) {
@@ -85,7 +137,8 @@ export class History {
   }
 
   count() {
-    const stopped = this.entries.filter((entry) => entry.verdict.verdict === "stop").length;
-    this.tally.textContent = this.note || `${stopped} of ${this.entries.length} stopped`;
+    const stopped = this.shown.filter((entry) => entry.shown === "stop").length;
+    const moved = this.shown.some((entry) => this.levels.has(entry.model)) ? ", by the moved threshold" : "";
+    this.tally.textContent = this.note || `${stopped} of ${this.shown.length} stopped${moved}`;
   }
 }

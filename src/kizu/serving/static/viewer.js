@@ -104,11 +104,19 @@ export function regionsAbove({ values, width, height }, level, size) {
   return regions.sort((one, other) => other.peak - one.peak);
 }
 
+const STEP = 1.25; // of the zoom, for a key or a notch of the wheel
+const DEEPEST = 8; // screen pixels for a pixel of the photograph
+
 export class Viewer {
-  constructor(canvas, frame) {
+  /** `moved` is called when what is drawn where has changed. */
+  constructor(canvas, frame, moved) {
     this.canvas = canvas;
     this.frame = frame;
+    this.moved = moved;
     this.look = { opacity: 0.6, outlines: true, bare: false, level: Infinity, region: null };
+    this.view = { zoom: 1, x: 0.5, y: 0.5 }; // and the place in the middle, as shares of the photograph
+    this.pointers = new Map();
+    this.listen();
     new ResizeObserver(() => this.draw()).observe(frame.parentElement);
   }
 
@@ -119,7 +127,7 @@ export class Viewer {
     this.map = map;
     this.heat = map && glow(map, scale);
     this.outline = null;
-    this.draw();
+    this.fit();
   }
 
   set(look) {
@@ -127,6 +135,112 @@ export class Viewer {
     Object.assign(this.look, look);
     this.draw();
   }
+
+  // ---- zoom
+
+  get zoomed() {
+    return this.view.zoom > 1;
+  }
+
+  /** Screen pixels for a pixel of the photograph, when all of it is in view. */
+  get factor() {
+    return this.frame.clientWidth / this.size.width;
+  }
+
+  fit() {
+    this.view = { zoom: 1, x: 0.5, y: 0.5 };
+    this.draw();
+  }
+
+  /** Pixel by pixel around a place on the screen, or all of it again. */
+  toggle(at) {
+    if (this.zoomed) this.fit();
+    else this.zoomTo(Math.max(2, 1 / this.factor), at);
+  }
+
+  zoomBy(factor, at) {
+    this.zoomTo(this.view.zoom * factor, at);
+  }
+
+  closer(at) {
+    this.zoomBy(STEP, at);
+  }
+
+  farther(at) {
+    this.zoomBy(1 / STEP, at);
+  }
+
+  /** Change the zoom; what is at this place on the screen (pixels of the frame) stays there. */
+  zoomTo(zoom, at = [this.frame.clientWidth / 2, this.frame.clientHeight / 2]) {
+    const before = this.place(at);
+    this.view.zoom = Math.min(Math.max(zoom, 1), Math.max(DEEPEST, DEEPEST / this.factor));
+    const after = this.place(at);
+    this.move(before[0] - after[0], before[1] - after[1]);
+  }
+
+  /** Move the view by shares of the photograph. */
+  move(right, down) {
+    const half = 0.5 / this.view.zoom;
+    this.view.x = Math.min(Math.max(this.view.x + right, half), 1 - half);
+    this.view.y = Math.min(Math.max(this.view.y + down, half), 1 - half);
+    this.draw();
+  }
+
+  /** Pixels of the frame → shares of the photograph. */
+  place([left, top]) {
+    const { zoom, x, y } = this.view;
+    return [x + (left / this.frame.clientWidth - 0.5) / zoom, y + (top / this.frame.clientHeight - 0.5) / zoom];
+  }
+
+  /** Shares of the photograph → shares of the frame. */
+  at([right, down]) {
+    const { zoom, x, y } = this.view;
+    return [(right - x) * zoom + 0.5, (down - y) * zoom + 0.5];
+  }
+
+  listen() {
+    const at = ({ clientX, clientY }) => {
+      const { left, top } = this.canvas.getBoundingClientRect();
+      return [clientX - left, clientY - top];
+    };
+    const { canvas, pointers } = this;
+    canvas.addEventListener(
+      "wheel",
+      (event) => {
+        if (event.deltaY > 0 && !this.zoomed) return; // the page scrolls on
+        event.preventDefault();
+        this.zoomBy(STEP ** (-Math.sign(event.deltaY) * Math.min(3, Math.abs(event.deltaY) / 50)), at(event));
+      },
+      { passive: false },
+    );
+    canvas.addEventListener("dblclick", (event) => this.toggle(at(event)));
+    canvas.addEventListener("pointerdown", (event) => {
+      canvas.setPointerCapture(event.pointerId);
+      pointers.set(event.pointerId, at(event));
+      this.set({ bare: pointers.size === 1 && !this.zoomed });
+    });
+    canvas.addEventListener("pointermove", (event) => {
+      if (!pointers.has(event.pointerId)) return;
+      const [before, other] = [pointers.get(event.pointerId), [...pointers].find(([id]) => id !== event.pointerId)?.[1]];
+      const now = at(event);
+      pointers.set(event.pointerId, now);
+      if (other) {
+        const apart = (from) => Math.hypot(from[0] - other[0], from[1] - other[1]);
+        this.zoomBy(apart(now) / Math.max(1, apart(before)), [(now[0] + other[0]) / 2, (now[1] + other[1]) / 2]);
+      } else if (this.zoomed) {
+        const [from, to] = [this.place(before), this.place(now)];
+        this.move(from[0] - to[0], from[1] - to[1]);
+      }
+    });
+    for (const end of ["pointerup", "pointercancel", "pointerleave"]) {
+      canvas.addEventListener(end, (event) => {
+        pointers.delete(event.pointerId);
+        this.set({ bare: false });
+      });
+    }
+  }
+
+  // ---- drawing
 
   draw() {
     if (!this.photograph || this.frame.parentElement.clientWidth === 0) return;
@@ -138,39 +252,46 @@ export class Viewer {
     this.frame.style.width = `${wide}px`;
     this.frame.style.height = `${tall}px`;
     const density = window.devicePixelRatio || 1;
+    const { zoom, x, y } = this.view;
     Object.assign(this.canvas, { width: wide * density, height: tall * density });
+    this.canvas.toggleAttribute("data-zoomed", this.zoomed);
+    this.moved();
     const context = this.canvas.getContext("2d");
+    const scale = density * zoom;
+    context.setTransform(scale, 0, 0, scale, scale * wide * (0.5 / zoom - x), scale * tall * (0.5 / zoom - y));
     context.imageSmoothingQuality = "high";
-    context.drawImage(this.photograph, 0, 0, this.canvas.width, this.canvas.height);
+    context.imageSmoothingEnabled = !this.zoomed || factor * zoom < 1; // from one to one on, pixels are seen as they are
+    context.drawImage(this.photograph, 0, 0, wide, tall);
+    context.imageSmoothingEnabled = true;
     if (!this.map || this.look.bare) return;
     context.globalAlpha = this.look.opacity;
-    context.drawImage(this.heat, 0, 0, this.canvas.width, this.canvas.height);
+    context.drawImage(this.heat, 0, 0, wide, tall);
     context.globalAlpha = 1;
-    if (this.look.outlines) this.drawOutline(context, density);
-    if (this.look.region) this.drawRegion(context, density * factor, density);
+    if (this.look.outlines) this.drawOutline(context, wide, tall);
+    if (this.look.region) this.drawRegion(context, factor);
   }
 
-  drawOutline(context, density) {
+  drawOutline(context, wide, tall) {
     if (!Number.isFinite(this.look.level)) return;
     this.outline ??= contour(this.map, this.look.level);
     const path = new Path2D();
-    path.addPath(this.outline, new DOMMatrix().scale(this.canvas.width, this.canvas.height));
+    path.addPath(this.outline, new DOMMatrix().scale(wide, tall));
     context.lineCap = "round";
     for (const [colour, width] of [["rgb(255 255 255 / 0.7)", 4], [OUTLINE, 2]]) {
       context.strokeStyle = colour;
-      context.lineWidth = width * density;
+      context.lineWidth = width / this.view.zoom;
       context.stroke(path);
     }
   }
 
-  drawRegion(context, factor, density) {
+  drawRegion(context, factor) {
     context.beginPath();
     for (const [x, y] of this.look.region.contour) context.lineTo(x * factor, y * factor);
     context.closePath();
     context.fillStyle = "rgb(255 255 255 / 0.35)";
     context.fill();
     context.strokeStyle = "#fff";
-    context.lineWidth = 3 * density;
+    context.lineWidth = 3 / this.view.zoom;
     context.stroke();
   }
 }

@@ -5,20 +5,27 @@ import io
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Protocol
 
 from kizu.data import files
-from kizu.errors import KizuError, OptionError
+from kizu.errors import BadImage, KizuError, OptionError
+from kizu.inference.verdict import Verdict
+from kizu.serving.batcher import Upload
+from kizu.serving.history import History
+from kizu.serving.responses import thumbnail
 from kizu.serving.watch.growing_file import GrowingFile
 from kizu.serving.watch.ledger import Row, rows
 
-__all__ = ["Courier", "CsvSink", "Sink", "Undelivered"]
+__all__ = ["Courier", "CsvSink", "HistorySink", "Sink", "Undelivered"]
 
 COLUMNS = ("number", "time", "image", "verdict", "score", "p_value", "threshold", "model", "error")
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 60.0  # seconds between tries
 LAST_TRIES = 4  # in a row without success, once the end is near
 LOOK = 0.05  # seconds between looks whether the end is near
+MAX_KEPT = 50_000_000  # bytes of a photograph in the history
 
 
 class Undelivered(KizuError):
@@ -144,6 +151,44 @@ class CsvSink:
         if its_row is None or its_row["time"] != when:
             raise OptionError(f"`csv={path}` is a table of other verdicts than {ledger}: give another name")
         return int(number)
+
+
+class HistorySink:
+    """The history that `kizu serve` shows, with the photographs: what was judged overnight can be looked at."""
+
+    name = "history"
+
+    def __init__(self, history: History, ledger: Path, folders: Sequence[Path]) -> None:
+        """Go on with what this ledger has in the history. The photographs are in one of the folders."""
+        self._history, self._folders = history, folders
+        self._source = str(ledger.resolve())
+        number, when = history.delivered(self._source)
+        known = any(row["number"] == number and row["time"] == when for row, _ in rows(ledger))
+        self.delivered = number if known else 0  # a ledger that was begun anew has nothing there
+
+    def wants(self, row: Row) -> bool:
+        return bool(row["verdict"] != "error")
+
+    def deliver(self, row: Row) -> None:
+        verdict = Verdict(**{name: row[name] for name in Verdict.model_fields})
+        when, content = datetime.fromisoformat(row["time"]).timestamp(), self._photograph(row)
+        try:
+            picture = thumbnail(Upload(content, row["image"])) if content else b""
+        except BadImage:  # it was changed since it was judged
+            content = picture = b""
+        source = self._source, row["number"], row["time"]
+        self._history.add(when, row["model"], "", verdict, content, picture, source)
+
+    def close(self) -> None:
+        self._history.close()
+
+    def _photograph(self, row: Row) -> bytes:
+        """The file that was judged, wherever it is now; empty where it is gone, or too large to be kept."""
+        for path in (Path(folder, row["image"]) for folder in self._folders):
+            with suppress(OSError):
+                if (size := path.stat().st_size) == row["bytes"] and size <= MAX_KEPT:
+                    return path.read_bytes()
+        return b""
 
 
 def _line(cells: Sequence[object]) -> bytes:
