@@ -3,7 +3,7 @@
 python benchmarks/choice.py                      the categories at hand, a table and benchmarks/results/choice.csv
 python benchmarks/choice.py DATA…                fewer
 
-The candidates are those that `kizu train --auto` tries, and two more. Each is judged on the made-up defects and, with
+The candidates are those that `kizu train --auto` tries, and a larger input alone. Each is judged on the made-up defects and, with
 the same model, on the test photographs, of which the choice knows nothing. The last rows of a category say how the
 ranks agree (Spearman), and how much the chosen candidate loses against the best one. Pill and transistor come a second
 time with each photograph turned by a random angle about its middle, and what lies behind the part continued at the
@@ -41,7 +41,7 @@ from kizu.inference.prediction import Prediction
 
 TARGET = Path(__file__).parent / "results" / "choice.csv"
 TURNED = ("pill", "transistor")
-LARGER, SMALLER = 1.4, 0.8
+LARGER = 1.4
 
 
 def main() -> None:
@@ -92,9 +92,10 @@ def compared(data: dataset.Dataset, category: str, name: str = "") -> list[dict[
 
     with patch.object(choosing, "run_trial", judged):
         choice = kizu.choose(data.select(category, "train"))
-    known = [settings for settings, *_ in tried]
-    for settings in others(choice, known):
-        judged(PatchCore(build(PatchCoreConfig, settings)), settings, materials[0])
+    first = tried[0][0]
+    larger = {**first, "size": other_size(first.get("size", PatchCoreConfig().size), LARGER)}
+    if larger not in [settings for settings, *_ in tried]:
+        judged(PatchCore(build(PatchCoreConfig, larger)), larger, materials[0])
     settings, made_up, auroc, found = zip(*tried, strict=True)
     rows = [
         row(name or category, words(of) + (" (chosen)" if place == choice.chosen else ""), *figures)
@@ -113,14 +114,6 @@ def real(detector: PatchCore, test: Sequence[Sample]) -> tuple[float, float]:
     scores, labels = [score for _, score in judged], [sample.is_anomalous for sample, _ in judged]
     good, bad = ([s for s, label in zip(scores, labels, strict=True) if label is kind] for kind in (False, True))
     return image_metrics(scores, labels)[0]["image_auroc"] or 0.0, float(surprise(good, bad).mean())
-
-
-def others(choice: kizu.Choice, known: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A larger input with nothing else changed, and a smaller one that sees wider."""
-    first, wider = known[0], known[1]
-    size = first.get("size", PatchCoreConfig().size)
-    candidates = [{**first, "size": other_size(size, LARGER)}, {**wider, "size": other_size(size, SMALLER)}]
-    return [settings for settings in candidates if settings not in known and settings["size"]]
 
 
 def words(settings: dict[str, Any]) -> str:

@@ -93,15 +93,28 @@ def test_an_image_judged_as_new_meets_stand_ins_for_its_own_entries():
         assert score == pytest.approx(np.min(distances, axis=0).max(), rel=1e-4)
 
 
-def test_each_layer_and_neighbourhood_has_a_bank_of_its_own(tmp_path):
+def test_a_layer_may_have_banks_of_several_patchsizes(tmp_path):
     train, picture = photographs(6), photographs(1, seed=9)[0]
-    settings = {"size": 64, "coreset": 0.2, "layers": "blocks.2,blocks.6"}
-    alone = [kizu.PatchCore(**settings, patchsize=size).fit(train).predict(picture) for size in (3, 5)]
-    both = kizu.PatchCore(**settings, patchsize_aggregate=(5,)).fit(train)
-    assert [bank.entries.shape[1] for bank in both.graph.banks] == [48, 48, 352, 352]
-    expected = np.mean([prediction.input_map for prediction in alone], axis=0)
-    np.testing.assert_allclose(both.predict(picture).input_map, expected, rtol=1e-4)
-    assert kizu.load(both.save(tmp_path / "model")).predict(picture).score == both.predict(picture).score
+    settings = {"size": 64, "coreset": 0.2}
+    pixels = torch.from_numpy(picture.transpose(2, 0, 1)[None].copy())
+    alone = [kizu.PatchCore(**settings, layers=layer).fit(train) for layer in ("blocks.2", "blocks.2:5", "blocks.6:1")]
+    together = kizu.PatchCore(**settings, layers="blocks.2,blocks.2:5,blocks.6:1").fit(train)
+    assert [bank.entries.shape[1] for bank in together.graph.banks] == [48, 48, 352]
+    fine, wide, coarse = (detector.graph.score_images(pixels)[1] for detector in alone)
+    coarse = torch.nn.functional.interpolate(coarse[None], size=fine.shape[1:], mode="bilinear")[0]
+    expected = together.graph.upsample((fine + wide + coarse) / 3)[0, 0].numpy()
+    np.testing.assert_allclose(together.predict(picture).input_map, expected, rtol=1e-4)
+    assert kizu.load(together.save(tmp_path / "model")).predict(picture).score == together.predict(picture).score
+
+    (layer,) = alone[1].graph.backbone(pixels)
+    window = torch.tensor([1.0, 2, 3, 2, 1]) / 9
+    inner = torch.einsum("bchwij,i,j->bchw", layer.unfold(2, 5, 1).unfold(3, 5, 1), window, window)
+    torch.testing.assert_close(alone[1].graph.embed(pixels)[0][..., 2:-2, 2:-2], inner)
+    for wrong in ("blocks.2:x", "blocks.2:4"):
+        with pytest.raises(kizu.OptionError, match=r"its own patchsize is an odd number up to 15, as in layer2:5"):
+            kizu.PatchCore(layers=wrong)
+    with pytest.raises(kizu.OptionError, match=r'needs `fusion="separate"`'):
+        kizu.PatchCore(layers="blocks.2:5", fusion="stack")
 
 
 def test_with_local_scales_too_training_images_score_like_new_ones():

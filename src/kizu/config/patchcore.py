@@ -16,7 +16,8 @@ class PatchCoreConfig(BackboneConfig):
     """PatchCore (Roth et al., CVPR 2022).
 
     An ensemble has several backbones, separated by commas; each layer starts with its backbone's number:
-    0.layer2,0.layer3,1.layer2. A backbone with .seed-3 behind its name has its own seed.
+    0.layer2,0.layer3,1.layer2. A backbone with .seed-3 behind its name has its own seed. A layer with a number behind
+    its name has its own patchsize, whose middle counts most, and may be there several times: layer2,layer2:5.
     """
 
     patchsize: int = Field(3, ge=1, le=15, description="Side of the neighbourhood that is averaged into a patch.")
@@ -34,7 +35,7 @@ class PatchCoreConfig(BackboneConfig):
     )
     patchstride: int = Field(1, ge=1, le=15, description="Steps on the feature map from one patch to the next.")
     patchsize_aggregate: Numbers = Field(
-        (), description="Sides of further neighbourhoods, each with banks of its own (stack: appended): 1,5."
+        (), description="Sides of further neighbourhoods, whose averages are appended: 1,5."
     )
     sampler: Literal["k_center", "greedy_coreset", "approx_greedy_coreset", "random", "identity"] = Field(
         "k_center", description="How the patches of the memory bank are chosen."
@@ -49,8 +50,7 @@ class PatchCoreConfig(BackboneConfig):
     )
     faiss_on_gpu: bool = Field(False, description='With `search="ivfpq"`: search on the GPU.')
     fusion: Literal["separate", "stack"] = Field(
-        "separate",
-        description="separate: a bank for each layer and neighbourhood. stack: one bank of all, as in the paper.",
+        "separate", description="separate: a bank for each layer. stack: one bank of all layers, as in the paper."
     )
     local_scale: bool = Field(
         True, description="Divide each distance by the typical distance around its bank entry. Paper: no."
@@ -89,6 +89,27 @@ class PatchCoreConfig(BackboneConfig):
         if self.reweight > 1 and (self.fusion, self.local_scale, self.top) != ("stack", False, 0):
             raise ValueError(PUBLISHED.format("`reweight`", "`top=0`"))
         return self
+
+    @model_validator(mode="after")
+    def _neighbourhoods_fit(self) -> "PatchCoreConfig":
+        own = [layer for layer in self.layers if ":" in layer]
+        for layer in own:
+            size = layer.partition(":")[2]
+            if not size.isdecimal() or not 1 <= int(size) <= 15 or int(size) % 2 == 0:
+                raise ValueError(f'`layers="{layer}"`: its own patchsize is an odd number up to 15, as in layer2:5')
+        if own and self.fusion != "separate":
+            raise ValueError(f'`layers="{own[0]}"`: a patchsize of its own needs `fusion="separate"`')
+        return self
+
+    @property
+    def tapped(self) -> tuple[str, ...]:
+        """The names of the layers, once for each bank; empty for the backbone's default ones."""
+        return tuple(layer.partition(":")[0] for layer in self.layers)
+
+    @property
+    def patchsizes(self) -> tuple[int | None, ...]:
+        """The own patchsize of each of `tapped`, where it has one."""
+        return tuple(int(layer.partition(":")[2]) if ":" in layer else None for layer in self.layers)
 
     @model_validator(mode="after")
     def _members_fit(self) -> "PatchCoreConfig":

@@ -27,12 +27,17 @@ class PatchFeatures(nn.Module):
         target_embed_dimension: int | None = None,
         stride: int = 1,
         more_sizes: tuple[int, ...] = (),
+        again: int = 1,
     ) -> None:
-        """`stride` is in places of a layer's grid; `more_sizes` are neighbourhoods whose averages are stacked too."""
+        """`stride` is in places of a layer's grid; `more_sizes` are neighbourhoods whose averages are stacked too.
+
+        The averages are averaged `again` over so many places on either axis, which weights what is near more.
+        """
         super().__init__()
         self.patchsize = patchsize
         self.stride = stride
         self.sizes = (patchsize, *more_sizes)
+        self.again = again
         self.pretrain_embed_dimension = pretrain_embed_dimension
         self.target_embed_dimension = target_embed_dimension
 
@@ -43,6 +48,8 @@ class PatchFeatures(nn.Module):
     def pooled(self, maps: list[Tensor]) -> list[Tensor]:
         """Each layer's part of the features (B, D_l, H'_l, W'_l), as coarse as it is: what `stacked` aligns."""
         pooled = [self.pool(layer, size) for size in self.sizes for layer in maps]
+        if self.again > 1:
+            pooled = [F.avg_pool2d(layer, self.again, 1, (self.again - 1) // 2) for layer in pooled]
         target = self.target_embed_dimension
         if target is not None:
             if len({layer.shape[1] for layer in pooled}) > 1 or target % len(pooled):  # a mean would mix layers

@@ -77,7 +77,7 @@ class PatchCore(Detector):
 
     def _learn_member(self, config: PatchCoreConfig, context: FitContext) -> _Member:
         """One backbone's memory banks and scores: section 3.2 of the paper, and the threshold that it leaves open."""
-        network = backbone.create(config.backbone, config.layers, config.weights, config.size)
+        network = backbone.create(config.backbone, config.tapped, config.weights, config.size)
         graph = PatchCoreGraph(config, network.to(self.device))
         with context.timed("features"):
             coresets = self._embed(graph, context)
@@ -106,7 +106,7 @@ class PatchCore(Detector):
             layers_by_bank = graph.pooled_layers(pixels)
             if not coresets:
                 grid = layers_by_bank[0][0].shape[2:]
-                self.remarks += graph.patches[0].remarks((grid[0], grid[1]))
+                self.remarks += graph.taps[0][1].remarks((grid[0], grid[1]))
                 images = len(photos) * (1 + copies)
                 coresets = _streaming_coresets(graph.config, layers_by_bank, images, context.memory_bytes)
             for coreset, layers in zip(coresets, layers_by_bank, strict=True):
@@ -330,12 +330,8 @@ def _fill_banks(graph: PatchCoreGraph, coresets: Sequence[StreamingCoreset], con
 
 
 def _restore(config: PatchCoreConfig, tensors: dict[str, Tensor], prefix: str) -> PatchCoreGraph:
-    graph = PatchCoreGraph(config, backbone.blank(config.backbone, config.layers, config.size))
+    graph = PatchCoreGraph(config, backbone.blank(config.backbone, config.tapped, config.size))
     names = [f"{prefix}banks.{number}" for number in range(len(graph.taps))]
-    if len(tensors[f"{prefix}grid_sizes"]) != len(names):
-        raise ModelError(
-            "the model is of a version in which `patchsize_aggregate` meant something else; train it again"
-        )
     buffers = ("entries", "images", "places", "sums", "counts", "centres", "sizes")
     banks = [Bank(*(tensors[f"{name}.{buffer}"] for buffer in buffers)) for name in names]
     graph.set_banks(banks, [(height, width) for height, width in tensors[f"{prefix}grid_sizes"].tolist()])

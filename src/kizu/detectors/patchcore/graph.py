@@ -28,7 +28,7 @@ class PatchCoreGraph(nn.Module):
         super().__init__()
         self.config = config
         self.backbone = network
-        self.taps, self.patches = _taps(config, len(network.layers))  # the layers and the neighbourhoods of each bank
+        self.taps = _taps(config, len(network.layers))
         self.banks = cast("Sequence[Bank]", nn.ModuleList())
 
     def set_banks(self, banks: Sequence[Bank], grids: Sequence[tuple[int, int]]) -> None:
@@ -77,12 +77,12 @@ class PatchCoreGraph(nn.Module):
 
     def embed_maps(self, maps: list[Tensor]) -> list[Tensor]:
         """The backbone's feature maps → patch features for each bank."""
-        return [patches(maps[tap]) for tap, patches in zip(self.taps, self.patches, strict=True)]
+        return [patches(maps[layers]) for layers, patches in self.taps]
 
     def pooled_layers(self, images: Tensor) -> list[list[Tensor]]:
         """(B, 3, H, W) → for each bank what its patch features are stacked from, layer by layer (B, C, h', w')."""
         maps = self.backbone(images)
-        return [patches.pooled(maps[tap]) for tap, patches in zip(self.taps, self.patches, strict=True)]
+        return [patches.pooled(maps[layers]) for layers, patches in self.taps]
 
     # Nearest neighbours and scores: section 3.3
 
@@ -223,15 +223,23 @@ class EnsembleGraph(nn.Module):
         return torch.stack(scores).mean(0), torch.stack(maps).mean(0)
 
 
-def _taps(config: PatchCoreConfig, layers: int) -> tuple[list[slice], list[PatchFeatures]]:
-    """For each bank the layers that it is of, and how patches are made of them."""
-    sizes = config.patchsize_aggregate
+def _taps(config: PatchCoreConfig, layers: int) -> list[tuple[slice, PatchFeatures]]:
+    """For each bank the layers that it is of, and how patches are made of them.
+
+    A patchsize of a layer's own weights its places, from the middle to the edge, as 1 2 3 2 1: means of means.
+    """
     if config.fusion == "stack":
         dimensions = config.pretrain_embed_dimension, config.target_embed_dimension
-        return [slice(None)], [PatchFeatures(config.patchsize, *dimensions, config.patchstride, sizes)]
-    pairs = [(number, size) for number in range(layers) for size in (config.patchsize, *sizes)]
-    stride = config.patchstride
-    return [slice(n, n + 1) for n, _ in pairs], [PatchFeatures(size, stride=stride) for _, size in pairs]
+        return [
+            (slice(None), PatchFeatures(config.patchsize, *dimensions, config.patchstride, config.patchsize_aggregate))
+        ]
+    taps = []
+    for number, size in enumerate(config.patchsizes or (None,) * layers):
+        first = config.patchsize if size is None else size // 4 * 2 + 1
+        again = 1 if size is None else size + 1 - first
+        patches = PatchFeatures(first, None, None, config.patchstride, config.patchsize_aggregate, again)
+        taps.append((slice(number, number + 1), patches))
+    return taps
 
 
 def _numbered(members: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -28,7 +28,7 @@ def other_size(size: tuple[int, int], factor: float) -> tuple[int, int] | None:
 
 
 def seen_wider(config: PatchCoreConfig) -> dict[str, Any] | None:
-    """A coarser layer of the network and larger neighbourhoods, each with memory banks of its own.
+    """Larger neighbourhoods of the same layers, and a coarser layer, each with a memory bank of its own, half as large.
 
     None where the settings or the network leave no room for them.
     """
@@ -36,8 +36,9 @@ def seen_wider(config: PatchCoreConfig) -> dict[str, Any] | None:
     if given or config.fusion == "stack" or len(config.members()) > 1:
         return None
     network = backbone.blank(config.backbone, (), config.size)
-    layers = network.layers if network.coarser is None else (*network.layers, network.coarser)
-    return {"layers": layers, "patchsize_aggregate": (config.patchsize + 2,)}
+    layers = [name for layer in network.layers for name in (layer, f"{layer}:{config.patchsize + 2}")]
+    banks = (*layers, *([] if network.coarser is None else [f"{network.coarser}:1"]))
+    return {"layers": banks} | ({} if "coreset" in config.model_fields_set else {"coreset": config.coreset / 2})
 
 
 def in_any_pose(config: Augmented) -> dict[str, Any] | None:

@@ -24,7 +24,7 @@ __all__ = ["Choice", "choose"]
 Settings = dict[str, Any]
 LARGER, SMALLER = 1.4, 0.8  # factors of both sides
 SURE = 2.0  # standard errors by which a change must be better
-WORTH = 0.02  # of what there is to be found, that a change must find besides
+WORTH = 0.03  # of what there is to be found, that a change must find besides
 MAX_AREA = 2.6  # times the default's pixels, for an input that nobody bounded by its time
 UNIT = 320 * 320  # pixels of a photograph, for counting the work
 WORK_EACH, MIN_WORK = 10, 600  # photographs' worth of work for each good one, and at least
@@ -142,8 +142,9 @@ class _Course:
         free = "size" not in self.config.model_fields_set and self.config.resize is None
         size = in_proportion(self.config.size, self.material.shape) if free else self.config.size
         self.trials.append(self._tried({"size": size} if size != self.config.size else {}))
+        # made-up defects know less of wrong wholes than real ones do, and these are what is seen by it
         if wider and (change := seen_wider(self.config)):
-            self._consider(change, sure=0, worth=0)
+            self._consider(change, favoured=True)
         if change := in_any_pose(self.config):
             self._consider(change)
         if free:
@@ -162,10 +163,10 @@ class _Course:
         size: tuple[int, int] = self.trials[self.best].settings.get("size", self.config.size)
         return size
 
-    def _consider(self, change: Settings, sure: float = SURE, worth: float = WORTH) -> bool:
+    def _consider(self, change: Settings, *, favoured: bool = False) -> bool:
         """Try a change of the best settings, if there is time; whether it is kept.
 
-        It is, if it finds more by so many standard errors, and by what it must be worth.
+        It is, if it clearly finds more; a change that is favoured, unless it clearly finds less.
         """
         best = self.trials[self.best]
         settings = {**best.settings, **change}
@@ -177,11 +178,11 @@ class _Course:
         more, error = gain(trial, best)
         if self.limits.milliseconds is not None and trial.milliseconds > self.limits.milliseconds:
             verdict = f"not taken, because a photograph takes {trial.milliseconds:.0f} ms"
-        elif more < 0:
+        elif favoured and more < -SURE * error:
             verdict = "not taken, because it is less"
-        elif more < sure * error:
+        elif not favoured and more < SURE * error:
             verdict = "not taken, because it may be chance"
-        elif more < worth:
+        elif not favoured and more < WORTH:
             verdict = "not taken, because it is little"
         else:
             verdict, self.best = "taken", len(self.trials) - 1
