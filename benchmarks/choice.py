@@ -3,11 +3,11 @@
 python benchmarks/choice.py                      the categories at hand, a table and benchmarks/results/choice.csv
 python benchmarks/choice.py DATA…                fewer
 
-The candidates are those that `kizu train --auto` tries, and a larger input alone. Each is judged on the made-up defects and, with
-the same model, on the test photographs, of which the choice knows nothing. The last rows of a category say how the
-ranks agree (Spearman), and how much the chosen candidate loses against the best one. Pill and transistor come a second
-time with each photograph turned by a random angle about its middle, and what lies behind the part continued at the
-margin.
+The candidates are those that `kizu train --auto` tries, and a larger input alone. Each is judged on the made-up defects
+and, with the same model, on the test photographs, of which the choice knows nothing. The last rows of a category say
+how the ranks agree (Spearman), and how much the chosen candidate loses against the best one. Pill and transistor come a
+second time with each photograph turned by a random angle about its middle, and what lies behind the part continued at
+the margin.
 """
 
 import argparse
@@ -96,7 +96,7 @@ def compared(data: dataset.Dataset, category: str, name: str = "") -> list[dict[
     larger = {**first, "size": other_size(first.get("size", PatchCoreConfig().size), LARGER)}
     if larger not in [settings for settings, *_ in tried]:
         judged(PatchCore(build(PatchCoreConfig, larger)), larger, materials[0])
-    settings, made_up, auroc, found = zip(*tried, strict=True)
+    _, made_up, auroc, found = zip(*tried, strict=True)
     rows = [
         row(name or category, words(of) + (" (chosen)" if place == choice.chosen else ""), *figures)
         for place, (of, *figures) in enumerate(tried)

@@ -3,6 +3,7 @@
 import csv
 import re
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -140,6 +141,23 @@ def test_the_published_table_is_the_measured_one(page):
         values = (row[key] for key in ("image_auroc", "pixel_auroc", "au_pro"))
         cells = " | ".join(value if value == "n/a" else f"{float(value):.4f}" for value in values)
         assert f"| {row['category'].replace('_', ' ')} | {cells} |" in text, row["category"]
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed")
+def test_systemd_takes_the_units(tmp_path):
+    """With this environment's kizu in the place of theirs; systemd says what it does not know or finds."""
+    units = snippets(ROOT / "docs" / "services.md", "ini")
+    for name, unit in zip(("kizu-serve", "kizu-watch"), units, strict=True):
+        path = tmp_path / f"{name}.service"
+        path.write_text(
+            unit.replace("/opt/kizu/bin/kizu", str(Path(sys.executable).with_name("kizu"))).replace(
+                "/etc/kizu.env", "-/etc/kizu.env"
+            )
+        )
+        done = subprocess.run(["systemd-analyze", "verify", path], capture_output=True, text=True)
+        assert name not in done.stderr, done.stderr
+        words = shlex.split(re.search(r"ExecStart=\S+ (.*)", unit)[1])
+        assert "No such option" not in kizu(*words, code=2).stderr  # only the folders are not there
 
 
 def test_the_published_choice_is_the_measured_one():

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+import torchvision
 from safetensors.torch import save_file
 
 import kizu
@@ -263,6 +264,17 @@ def test_weights_from_a_file_are_loaded_strictly(tmp_path):
     for name, word in (("other", "shape"), ("less", "missing")):
         with pytest.raises(kizu.ModelError, match=word):
             backbone.create("resnet18", ("layer1",), str(tmp_path / f"{name}.safetensors"))
+
+
+def test_torchvisions_weight_files_are_taken_too(tmp_path):
+    network = torchvision.models.resnet18(weights=None).eval()
+    torch.save(network.state_dict(), tmp_path / "resnet18.pth")
+    tapped = backbone.create("resnet18", ("layer2",), str(tmp_path / "resnet18.pth"))
+    pixels = torch.from_numpy(photographs(1)[0].transpose(2, 0, 1).copy())[None]
+    feature = (pixels - tapped.mean) / tapped.std
+    for part_of_it in ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2"):
+        feature = getattr(network, part_of_it)(feature)
+    torch.testing.assert_close(tapped(pixels)[0], feature.detach(), rtol=1e-4, atol=1e-4)
 
 
 def test_a_weights_file_that_would_run_code_is_refused(tmp_path):

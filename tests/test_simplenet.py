@@ -187,9 +187,14 @@ def test_a_checkpoint_of_the_published_code_needs_no_params(tmp_path):
         | {"tail.weight": theirs.tail.weight.data},
         "pre_projection": {f"layers.0fc.{k}": v for k, v in theirs.projection.state_dict().items()},
     }
-    torch.save(states, tmp_path / "ckpt.pth")
     net = kizu.SimpleNet(size=64, top=0)
-    net.load_from_path(tmp_path)
+    (category := tmp_path / "models" / "0" / "mvtec_bottle").mkdir(parents=True)  # where the published code puts it
+    torch.save(states, category / "ckpt.pth")
+    net.load_from_path(tmp_path / "models" / "0")
+    (other := category.with_name("mvtec_pill")).mkdir()
+    torch.save(states, other / "ckpt.pth")
+    with pytest.raises(kizu.ModelError, match="several models: name one of mvtec_bottle, mvtec_pill"):
+        kizu.SimpleNet().load_from_path(tmp_path / "models" / "0")
     score, mask = net.predict(part(0))
     with torch.inference_mode():
         pixels = torch.from_numpy(net.preprocessing(part(0)).transpose(2, 0, 1).copy())[None]
@@ -197,9 +202,9 @@ def test_a_checkpoint_of_the_published_code_needs_no_params(tmp_path):
     assert score == pytest.approx(expected.max().item(), rel=1e-4) and mask.shape == (96, 96)
     assert "nothing is stopped" in net.threshold.statement
     del states["discriminator"]["tail.weight"]
-    torch.save(states, tmp_path / "ckpt.pth")
+    torch.save(states, category / "ckpt.pth")
     with pytest.raises(kizu.ModelError, match="no discriminator"):
-        net.load_from_path(tmp_path)
+        net.load_from_path(category)
 
 
 def test_models_0_is_the_first_model_of_a_run(tmp_path):

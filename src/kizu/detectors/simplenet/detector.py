@@ -137,10 +137,10 @@ class SimpleNet(Detector):
     def load_from_path(self, folder: str | os.PathLike[str]) -> Self:
         """Become the model in a folder: kizu's own, or `ckpt.pth` with or without `params.pkl`.
 
-        Of a run, models/0 is the model of its first category. Raises `ModelError` where there is none. A model without
-        a threshold stops nothing.
+        Of a run, models/0 is the model of its first category. Raises `ModelError` where there is none, or where there
+        are several. A model without a threshold stops nothing.
         """
-        folder = _numbered(Path(folder))
+        folder = _located(Path(folder))
         if (folder / "model.json").exists() or not (folder / published.CHECKPOINT).exists():
             loaded = load(folder)
             if not isinstance(loaded, SimpleNet):
@@ -232,9 +232,18 @@ def _graph_of(model: published.Published, weights: str | None) -> SimpleNetGraph
     return graph.eval().requires_grad_(False)
 
 
-def _numbered(folder: Path) -> Path:
-    """models/0 → the first of the models that lie in models/, where no folder has such a name."""
-    if folder.exists() or not folder.name.isdigit():
+def _located(folder: Path) -> Path:
+    """The folder that holds the model: the given one, or what models/0 stands for.
+
+    Of kizu's runs that is the first of the models in models/; in those of the published code the category's folder lies
+    in models/0. Raises `ModelError` where several do.
+    """
+    if not folder.exists() and folder.name.isdigit():
+        models = sorted(path.parent for path in folder.parent.glob("*/model.json"))
+        return models[int(folder.name)] if int(folder.name) < len(models) else folder
+    below = sorted(path.parent for path in folder.glob(f"*/{published.CHECKPOINT}"))
+    if not below or any((folder / name).exists() for name in ("model.json", published.CHECKPOINT)):
         return folder
-    models = sorted(path.parent for path in folder.parent.glob("*/model.json"))
-    return models[int(folder.name)] if int(folder.name) < len(models) else folder
+    if len(below) > 1:
+        raise ModelError(f"{folder} holds several models: name one of {', '.join(path.name for path in below)}")
+    return below[0]
