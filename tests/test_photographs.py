@@ -11,6 +11,7 @@ from PIL import Image
 import kizu
 from kizu.data import image
 from kizu.data.photographs import is_photograph, scan
+from kizu.inference.batch import _output_names
 from processes import kizu as command
 from services import encoded, small_model
 from test_detectors import part
@@ -113,6 +114,15 @@ def test_a_folder_that_cannot_be_opened_is_named(model, tmp_path, monkeypatch):
         kizu.PatchCore(size=64).fit(tmp_path / "in")
 
 
+def test_pictures_are_named_after_their_photographs_by_as_much_as_tells_them_apart(tmp_path):
+    def names(*paths):
+        return [path.name for path in _output_names([tmp_path / path for path in paths], tmp_path, "-why.png").values()]
+
+    assert names("a/x.png", "a/y.jpg") == ["x-why.png", "y-why.png"]
+    assert names("a/x.png", "a/x.jpg") == ["x.png-why.png", "x.jpg-why.png"]
+    assert names("a/x.png", "b/x.png", "b/y.png") == ["a_x.png-why.png", "b_x.png-why.png", "b_y.png-why.png"]
+
+
 def test_pictures_of_what_was_found_are_no_photographs(model, folder, tmp_path):
     shutil.rmtree(folder)
     folder.mkdir()
@@ -120,6 +130,6 @@ def test_pictures_of_what_was_found_are_no_photographs(model, folder, tmp_path):
     for _ in range(2):
         done = command("predict", model, folder, "--overlays", folder, "--why", folder / "why", "--json")
         assert [row["path"] for row in json.loads(done.stdout)] == [str(folder / "a.png")]
-    assert sorted(path.name for path in folder.glob("*.png")) == ["a.png", "a.png.png"]
-    assert not is_photograph(folder / "a.png.png") and is_photograph(folder / "a.png")
+    assert sorted(path.name for path in folder.glob("*.png")) == ["a-overlay.png", "a.png"]
+    assert not is_photograph(folder / "a-overlay.png") and is_photograph(folder / "a.png")
     assert np.array_equal(image.read(folder / "a.png"), PHOTO)

@@ -141,7 +141,7 @@ def test_predict_says_why_and_check_writes_its_page(trained, tmp_path):
     done = command("predict", trained / "model", trained / "bad" / "00.png", "--why", tmp_path / "why", "--json")
     row = json.loads(done.stdout)[0]
     assert row["nearest"][0]["image"].endswith(".png") and row["regions"][0]["contour"]
-    assert [path.name for path in (tmp_path / "why").iterdir()] == ["00.png.png"]
+    assert [path.name for path in (tmp_path / "why").iterdir()] == ["00-why.png"]
     done = command("check", trained / "model", trained / "photos", "--images", 4, "--output", tmp_path / "check")
     assert "The model learned from 4 of these 4" in done.stdout
     rows = table(tmp_path / "check" / "check.csv")

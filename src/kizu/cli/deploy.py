@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kizu.cli.options import quiet_option
+from kizu.cli.terminal import coloured
 from kizu.cli.wording import flagged
 from kizu.errors import OptionError
 from kizu.inference.model_folder import model_folder
@@ -244,4 +245,4 @@ def _sinks(ledger: Path, folders: Sequence[Path], options: dict[str, Any]) -> "l
 
 def _say(row: dict[str, Any]) -> None:
     score = "" if row["score"] is None else f"{row['score']:.6g}"
-    click.echo(f"{row['verdict']:5}  {score:9}  {row['image']}  {row['error']}".rstrip())
+    click.echo(f"{coloured(row['verdict'])}  {score:9}  {row['image']}  {row['error']}".rstrip())

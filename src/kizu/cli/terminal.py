@@ -1,6 +1,7 @@
 """What a person sees in a terminal: progress, tables, sentences."""
 
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +19,16 @@ if TYPE_CHECKING:
     from kizu.evaluation.evaluate import CategoryResult
     from kizu.inference.batch import FileVerdict
 
-__all__ = ["count", "messages", "print_facts", "print_json", "print_results", "print_table", "print_verdicts"]
+__all__ = [
+    "coloured",
+    "count",
+    "messages",
+    "print_facts",
+    "print_json",
+    "print_results",
+    "print_table",
+    "print_verdicts",
+]
 __all__ += ["progress", "summary"]
 
 COLUMNS = {"image_auroc": "image AUROC", "pixel_auroc": "pixel AUROC", "au_pro": "AU-PRO"}
@@ -149,9 +159,9 @@ def _result_row(result: "CategoryResult", names: dict[str, str]) -> dict[str, st
 def print_verdicts(rows: "Sequence[FileVerdict]", options: dict[str, Any]) -> None:
     for row in rows:
         if row.error:
-            click.echo(f"error  {row.image}: {flagged(row.error)}")
+            click.echo(f"{coloured('error')}  {row.image}: {flagged(row.error)}")
         elif not options["quiet"] or row.verdict == "stop":
-            click.echo(f"{row.verdict:5}  {row.score:10.4f}  p {row.p_value:<7.3g} {row.image}")
+            click.echo(f"{coloured(row.verdict)}  {row.score:10.4f}  p {row.p_value:<7.3g} {row.image}")
             if row.verdict == "stop" and row.parts:
                 click.echo(f"{'':19}{_explanation(row.parts)}")
     if not options["quiet"]:
@@ -159,6 +169,12 @@ def print_verdicts(rows: "Sequence[FileVerdict]", options: dict[str, Any]) -> No
         threshold = next((row.threshold for row in rows if not row.error), None)
         counted = ", ".join(f"{number} {word}" for word, number in counts.items() if number)
         click.echo(f"\n{counted}" + ("" if threshold is None else f"; stopped above {threshold:.4f}"), err=True)
+
+
+def coloured(verdict: str) -> str:
+    """A verdict in five columns; red where it needs somebody, on a terminal and unless NO_COLOR is set."""
+    alarms = verdict != "pass" and not os.environ.get("NO_COLOR")
+    return click.style(f"{verdict:5}", fg="red", bold=True) if alarms else f"{verdict:5}"
 
 
 def _explanation(parts: dict[str, Any]) -> str:

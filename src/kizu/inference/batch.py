@@ -76,8 +76,8 @@ def predict_files(
     `overlays` and `why` are folders for PNG files named after the photographs: each photograph with its heat map, and,
     for each that is stopped or marked, the marked places beside the nearest good patches.
     """
-    overlay_files = _output_names(paths, overlays) if overlays else {}
-    why_files = _output_names(paths, why) if why else {}
+    overlay_files = _output_names(paths, overlays, "-overlay.png") if overlays else {}
+    why_files = _output_names(paths, why, "-why.png") if why else {}
     verdicts: dict[Path, FileVerdict] = {}
     last = time.perf_counter()
     for photo, outcome in model.judge([Photo(path) for path in paths]):
@@ -162,10 +162,11 @@ def _timed_parts(graph: Any, spent: dict[str, float]) -> Iterator[None]:
             hook.remove()
 
 
-def _output_names(paths: Sequence[Path], folder: Path) -> dict[Path, Path]:
-    """<folder>/<name>.png, with as many parent folders in the name as it takes to tell the photographs apart."""
+def _output_names(paths: Sequence[Path], folder: Path, ending: str) -> dict[Path, Path]:
+    """<folder>/<name><ending>, with as much of the path in the name as it takes to tell the photographs apart."""
+    names = {path: path.stem for path in paths}
     for depth in range(1, MAX_DEPTH):
-        names = {path: "_".join([*path.parts[-depth:-1], path.name]).strip("/_") for path in paths}
         if len(set(names.values())) == len(names):
             break
-    return {path: folder / files.short_name(name.replace("/", "_"), ".png") for path, name in names.items()}
+        names = {path: "_".join([*path.parts[-depth:-1], path.name]).strip("/_") for path in paths}
+    return {path: folder / files.short_name(name.replace("/", "_"), ending) for path, name in names.items()}

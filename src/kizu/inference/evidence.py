@@ -3,10 +3,12 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count, takewhile
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image, ImageDraw, ImageFont
 
 from kizu.data import image
 from kizu.inference.prediction import NearestPatch
@@ -20,6 +22,7 @@ MAX_REGIONS = 3  # of a photograph that are explained, the most anomalous first
 CROP = 0.3  # of the network's input, shown around a place
 TILE = 200  # pixels
 GAP = 6
+LINE = 16  # pixels, of a caption
 
 RGB = npt.NDArray[np.uint8]  # (H, W, 3)
 
@@ -94,7 +97,7 @@ def crop(picture: RGB, x: float, y: float) -> RGB:
 
 
 def side_by_side(evidence: "Sequence[Evidence]") -> RGB:
-    """A row for each region: the marked place on the left, the nearest good patch on the right, or grey."""
+    """A row for each region: the marked place on the left, the nearest good patch on the right, or grey; and words."""
     grey = np.full((TILE, TILE, 3), 128, np.uint8)
     column_gap, row_gap = (np.full(shape, 255, np.uint8) for shape in ((TILE, GAP, 3), (GAP, 2 * TILE + GAP, 3)))
     rows = []
@@ -103,5 +106,22 @@ def side_by_side(evidence: "Sequence[Evidence]") -> RGB:
             grey if picture is None else image.resize(picture, (TILE, TILE))
             for picture in (item.query_crop, item.match_crop)
         )
-        rows += [np.concatenate([query, column_gap, match], axis=1), row_gap]
+        what = f"region {item.region}" if item.region else "most unusual place"
+        far = f"{item.nearest.distance:.1f} times the usual distance"
+        caption = _caption([(what,), (far, Path(item.nearest.image).name)])
+        rows += [np.concatenate([query, column_gap, match], axis=1), caption, row_gap]
     return np.concatenate(rows[:-1])
+
+
+def _caption(columns: Sequence[Sequence[str]]) -> RGB:
+    """Lines under each of two pictures; what is too long is cut from the left, since files' names differ at the end."""
+    strip = Image.new("RGB", (2 * TILE + GAP, LINE * max(map(len, columns))), "white")
+    font, draw = ImageFont.load_default(0.75 * LINE), ImageDraw.Draw(strip)
+    for column, lines in enumerate(columns):
+        for row, text in enumerate(lines):
+            shown = printable = "".join(letter if letter.isprintable() else "?" for letter in text)
+            while draw.textlength(shown, font) > TILE:
+                printable = printable[1:]
+                shown = f"…{printable}"
+            draw.text((column * (TILE + GAP), (row + 0.5) * LINE), shown, "black", font, anchor="lm")
+    return np.asarray(strip)
