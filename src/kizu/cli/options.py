@@ -1,17 +1,22 @@
 """Options that several commands take: of a data set, of a run, and those made from a config's fields."""
 
+import json
+import tomllib
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 import click
 
 from kizu.cli.wording import flagged
+from kizu.errors import DataError, OptionError, did_you_mean, require
 from kizu.evaluation.tracking import SERVICES
 
 if TYPE_CHECKING:
     from kizu.data.dataset import Dataset
 
-__all__ = ["config_option", "data_options", "find_data", "json_option", "quiet_option", "run_options"]
+__all__ = ["config_file_option", "config_option", "data_options", "find_data", "json_option", "quiet_option"]
+__all__ += ["run_options", "settings_text"]
 
 quiet_option = click.option("-q", "--quiet", is_flag=True, help="Print nothing but results and errors.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
@@ -103,6 +108,93 @@ def config_option(field: str, about: Any, *flags: str) -> click.Option:
         default=None,
         help=f"{flagged(about.description)}{suffix}",
     )
+
+
+def config_file_option() -> click.Option:
+    """--config FILE: options from a file, under their long names; what the command line says wins."""
+    return click.Option(
+        ["--config", "config_file"],
+        metavar="FILE",
+        is_eager=True,
+        expose_value=False,
+        callback=_take_settings,
+        help="Take options from a TOML, YAML or JSON file, or from a run.json; those on the command line win.",
+    )
+
+
+def _take_settings(ctx: click.Context, param: click.Parameter, file: str | None) -> None:
+    if file is None:
+        return
+    options = {
+        option.name: option
+        for option in ctx.command.get_params(ctx)
+        if isinstance(option, click.Option) and option is not param
+    }
+    taken = {}
+    for key, value in _settings(Path(file)).items():
+        name = key.replace("-", "_")
+        if name not in options:
+            hint = did_you_mean(name, [other for other in options if other])
+            raise OptionError(f"{file}: {key} is no option of {_name(ctx)}.{hint}")
+        if isinstance(value, list) and not options[name].multiple:
+            value = ("x" if name == "size" else ",").join(map(str, value))
+        if value is not None:
+            taken[name] = value
+    ctx.default_map = {**(ctx.default_map or {}), **taken}
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    """What a file says; of a run.json, the settings of its method. Raises `DataError` where it says none."""
+    try:
+        values = _parsed(path.suffix.lower(), path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise DataError(f"{path} is not {path.suffix.removeprefix('.').upper() or 'JSON'} ({reason})") from None
+    if not isinstance(values, dict):
+        raise DataError(f"{path} holds no options: a name and a value a line are wanted, as in  size = 320")
+    return _changed(values) if isinstance(values.get("config"), dict) else values
+
+
+def _changed(run: dict[str, Any]) -> dict[str, Any]:
+    """Of a run.json, the settings that are not the method's defaults."""
+    from kizu.detectors import config_class
+
+    defaults = config_class(str(run.get("method")))().model_dump(mode="json")
+    return {name: value for name, value in run["config"].items() if value != defaults.get(name)}
+
+
+def _name(ctx: click.Context) -> str:
+    """kizu train patchcore."""
+    names = []
+    while ctx.parent is not None:
+        names.append(str(ctx.command.name))
+        ctx = ctx.parent
+    return " ".join(["kizu", *reversed(names)])
+
+
+def _parsed(suffix: str, text: str) -> Any:
+    """Raises `ValueError`."""
+    if suffix == ".toml":
+        return tomllib.loads(text)
+    if suffix not in (".yaml", ".yml"):
+        return json.loads(text)
+    yaml = require("yaml")
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from None
+
+
+def settings_text(config: Any) -> str:
+    """A config as a TOML file for --config: each setting below what it is for, those at their defaults as comments."""
+    lines = []
+    for name, value in config.model_dump(mode="json").items():
+        lines.append(f"# {flagged(type(config).model_fields[name].description or '')}")
+        written = f"{name} =" if value is None else f"{name} = {json.dumps(value, ensure_ascii=False)}"
+        lines.append(written if name in config.model_fields_set else f"# {written}")
+    return "\n".join(lines)
 
 
 def _flags(field: str, annotation: Any) -> str:

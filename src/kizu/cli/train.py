@@ -4,14 +4,26 @@ import dataclasses
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from kizu.cli import terminal
-from kizu.cli.options import config_option, data_options, find_data, json_option, quiet_option, run_options
+from kizu.cli.options import (
+    config_file_option,
+    config_option,
+    data_options,
+    find_data,
+    json_option,
+    quiet_option,
+    run_options,
+    settings_text,
+)
 from kizu.detectors import DETECTORS, config_class, methods
 from kizu.errors import OptionError
+
+if TYPE_CHECKING:
+    from kizu.config import Config
 
 __all__ = ["demo", "distill", "train"]
 
@@ -63,47 +75,28 @@ def train() -> None:
 
 
 def _train_command(method: str) -> click.Command:
-    from kizu.config import Augmented, Config, build
+    from kizu.config import Augmented, Config
 
     kind = config_class(method)
     about_method = (kind.__doc__ or method).split("\n")[0].rstrip(".")
 
     @click.command(method, cls=TrainCommand)
-    @click.argument("data")
+    @click.argument("data", required=False, metavar="DATA")
     @data_options
     @run_options
+    @click.option("--print-config", is_flag=True, help="Print the settings as a file for --config, and end.")
     @quiet_option
     @json_option
-    def command(data: str, **options: Any) -> None:
-        from kizu.evaluation import experiment
-        from kizu.evaluation.run_folder import check_name
+    def command(data: str | None, **options: Any) -> None:
+        from kizu.config import build
 
-        for place in ("project", "group"):
-            check_name(options[place], place)
-        for flag, name in (("--minutes", "minutes"), ("--ms", "milliseconds")):
-            if options[name] is not None and not options["auto"]:
-                raise OptionError(f"{flag} bounds the choice of settings: it needs --auto")
-        settings = {key: options[key] for key in kind.model_fields if options[key] is not None}
-        config = build(kind, settings)
-        dataset = find_data(data, options)
-        if not (options["quiet"] or options["as_json"]):
-            click.echo(terminal.summary(dataset), err=True)
-        quiet = options["quiet"] or options["as_json"]
-        with terminal.progress(quiet) as progress, terminal.messages(quiet, warnings_only=True):
-            finished, results = experiment.train(
-                method,
-                config,
-                dataset,
-                Path(options["output"]) / options["project"] / options["group"],
-                experiment.RunOptions(
-                    **{field.name: options[field.name] for field in dataclasses.fields(experiment.RunOptions)}
-                ),
-                progress=progress,
-            )
-        terminal.print_results(results, finished.folder, options)
-        if options["profile"]:
-            rows = [{"category": r.category, **{k: f"{v:.3f} s" for k, v in r.seconds.items()}} for r in results]
-            terminal.print_table(rows)
+        config = build(kind, {key: options[key] for key in kind.model_fields if options[key] is not None})
+        if options["print_config"]:
+            click.echo(settings_text(config))
+        elif data is None:
+            raise click.MissingParameter(param_hint="'DATA'", param_type="argument")
+        else:
+            _learn(method, config, data, options)
 
     command.headings = {
         "Data": ("categories", "layout", "good", "bad", "defects_config", "skip_bad", "keep_copies", "group_by"),
@@ -119,7 +112,38 @@ def _train_command(method: str) -> click.Command:
     Example:  kizu train {method} mvtec/bottle --size 320 --name fine
     """
     command.params += [config_option(field, about) for field, about in kind.model_fields.items()]
+    command.params.append(config_file_option())
     return command
+
+
+def _learn(method: str, config: "Config", data: str, options: dict[str, Any]) -> None:
+    from kizu.evaluation import experiment
+    from kizu.evaluation.run_folder import check_name
+
+    for place in ("project", "group"):
+        check_name(options[place], place)
+    for flag, name in (("--minutes", "minutes"), ("--ms", "milliseconds")):
+        if options[name] is not None and not options["auto"]:
+            raise OptionError(f"{flag} bounds the choice of settings: it needs --auto")
+    dataset = find_data(data, options)
+    if not (options["quiet"] or options["as_json"]):
+        click.echo(terminal.summary(dataset), err=True)
+    quiet = options["quiet"] or options["as_json"]
+    with terminal.progress(quiet) as progress, terminal.messages(quiet, warnings_only=True):
+        finished, results = experiment.train(
+            method,
+            config,
+            dataset,
+            Path(options["output"]) / options["project"] / options["group"],
+            experiment.RunOptions(
+                **{field.name: options[field.name] for field in dataclasses.fields(experiment.RunOptions)}
+            ),
+            progress=progress,
+        )
+    terminal.print_results(results, finished.folder, options)
+    if options["profile"]:
+        rows = [{"category": r.category, **{k: f"{v:.3f} s" for k, v in r.seconds.items()}} for r in results]
+        terminal.print_table(rows)
 
 
 FLAGS_OF_DISTILL = {"backbone": ("--from", "--backbone")}

@@ -9,7 +9,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
-from kizu.errors import OptionError
+from kizu.errors import OptionError, did_you_mean
 
 __all__ = ["Augmented", "BackboneConfig", "Config", "Names", "Numbers", "OtherConfig", "Size", "build"]
 
@@ -116,6 +116,7 @@ def _sentence(kind: type[BaseModel], problem: ErrorDetails) -> str:
     if not where:
         return str(message)
     if problem["type"] == "extra_forbidden":
-        return f"`{where[0]}` is not a setting of {kind.__name__.removesuffix('Config')}"
+        hint = did_you_mean(str(where[0]), kind.model_fields)
+        return f"`{where[0]}` is not a setting of {kind.__name__.removesuffix('Config')}.{hint}".removesuffix(".")
     value = f'"{problem["input"]}"' if isinstance(problem["input"], str) else problem["input"]
     return f"`{where[0]}={value}`: {message[0].lower()}{message[1:]}"

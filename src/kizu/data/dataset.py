@@ -1,6 +1,5 @@
 """Folders of images: find out how they are laid out, and what each image is."""
 
-import difflib
 import os
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -12,7 +11,7 @@ from kizu.data.layouts import EXPECTED, RECOGNISERS, Contents, sole_folder, unna
 from kizu.data.masks import Saturations, read_saturations
 from kizu.data.photographs import is_photograph
 from kizu.data.sample import Sample
-from kizu.errors import DataError, OptionError
+from kizu.errors import DataError, OptionError, did_you_mean
 
 __all__ = ["LAYOUTS", "Dataset", "Sample", "find"]
 
@@ -73,8 +72,7 @@ def find(
     """
     root = _checked_folder(Path(path).expanduser())
     if layout not in ("auto", *LAYOUTS):
-        near = difflib.get_close_matches(layout, LAYOUTS, n=1)
-        hint = f" Did you mean {near[0]}?" if near else ""
+        hint = did_you_mean(layout, LAYOUTS)
         raise OptionError(f'`layout="{layout}"` is unknown; choose from auto, {", ".join(LAYOUTS)}.{hint}')
     folder = walk(root)
     names = _checked_names(folder, good, (bad,) if isinstance(bad, str) else tuple(bad))
