@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from kizu.cli.main import GROUPS
 from processes import kizu, python
 from test_detectors import part
 
@@ -141,6 +142,13 @@ def test_the_published_table_is_the_measured_one(page):
         values = (row[key] for key in ("image_auroc", "pixel_auroc", "au_pro"))
         cells = " | ".join(value if value == "n/a" else f"{float(value):.4f}" for value in values)
         assert f"| {row['category'].replace('_', ' ')} | {cells} |" in text, row["category"]
+
+
+def test_commands_that_are_named_exist():
+    texts = [*PAGES, *sorted((ROOT / "src").rglob("*.py")), *sorted((ROOT / "src").rglob("*.js"))]
+    named = {(path.name, word) for path in texts for word in re.findall(r"`kizu ([a-z]+)", path.read_text())}
+    known = {command.name for commands in GROUPS.values() for command in commands}
+    assert len(named) > 40 and {(page, word) for page, word in named if word not in known} == set()
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed")
