@@ -252,7 +252,8 @@ net -b efficientnet_lite2 -le blocks.2 -le blocks.4 --pretrain_embed_dimension 1
 --dsc_hidden 1024 --dsc_layers 2 --dsc_margin .5 --pre_proj 1 \\
 dataset --batch_size 8 --resize 72 --imagesize 64 "${{dataset_flags[@]}}" mvtec $datapath
 """
-    line(*pasted(script))
+    done = CliRunner().invoke(cli, pasted(script), catch_exceptions=False)
+    assert "--embedding_size 256: the projection gets so many channels" in done.stderr
     run = tmp_path / "results" / "MVTecAD_Results" / "simplenet_mvtec" / "run"
     files = tree(run)
     curves = {name for name in files if name.startswith("tensorboard/")}

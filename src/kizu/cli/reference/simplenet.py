@@ -174,6 +174,16 @@ def _config(main: dict[str, Any], network: dict[str, Any], data: dict[str, Any])
     name, seed = backbone_names.without_seed(network["backbone_names"][0])
     original, noise = main["as_original"], network["auto_noise"]
     between = network["proj_layer_type"]
+    if (
+        network["embedding_size"] not in (None, network["target_embed_dimension"])
+        and network["pre_proj"]
+        and not original
+    ):
+        click.echo(
+            f"--embedding_size {network['embedding_size']}: the projection gets so many channels, and the published "
+            "program, which ignores this flag, cannot load it. --as-original ignores it too",
+            err=True,
+        )
     settings = {
         **{key: network[key] for key in AS_THEY_ARE},
         **{key: data[key] for key in STRENGTHS},
