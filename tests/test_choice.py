@@ -36,6 +36,13 @@ def test_made_up_defects_are_of_all_kinds_and_change_the_photograph_where_the_ma
     assert {*KINDS, *WHOLE_KINDS} - kinds <= {"exchanged piece"}  # these parts are nearly alike
 
 
+def test_photographs_of_a_few_pixels_are_left_as_they_are_or_changed():
+    for side in (1, 4, 8, 12):
+        photo, other = part(3)[:side, :side], part(4)[:side, :side]
+        for seed in range(40):
+            assert made(seed, photo, other).pixels.shape == photo.shape
+
+
 def test_equal_seeds_give_equal_defects():
     first, again, other = made(5), made(5), made(6)
     assert first.kind == again.kind and np.array_equal(first.pixels, again.pixels)

@@ -59,12 +59,26 @@ def test_wrong_files_get_a_sentence(photos):
         ("d.json", "[" * 100_000, "d.json is not JSON"),
         ("e.json", "[1]", "holds no options"),
         ("f.toml", "coreset = 7", "--coreset 7"),
+        ("g.yaml", "on: true", "True is no option of kizu train patchcore"),
+        ("h.json", json.dumps({"method": "simplenet", "config": {}}), "is of simplenet, and has nothing for"),
+        ("i.toml", 'category = "none"\nbad = "scratched"\nms = 30\nauto = true', "--bad scratched: there is no folder"),
     ):
         (photos / name).write_text(text)
         done = kizu("train", "patchcore", "photos", "--config", name, cwd=photos, code=2)
         assert sentence in done.stderr, done.stderr
     assert "cannot be read" in kizu("predict", "m", "x.png", "--config", "none.toml", code=2).stderr
     assert "Missing argument 'DATA'" in kizu("train", "patchcore", code=2).stderr
+
+
+def test_a_setting_that_is_a_table_comes_back(photos):
+    """PUAD's settings of the method below it."""
+    options = ("--base-settings", "coreset=0.3", "--print-config")
+    printed = kizu("train", "puad", *options, cwd=photos).stdout
+    (photos / "puad.toml").write_text(printed)
+    assert kizu("train", "puad", "--config", "puad.toml", "--print-config", cwd=photos).stdout == printed
+    run = {"method": "puad", "config": {"base_settings": {"coreset": 0.3}}}
+    (photos / "run.json").write_text(json.dumps(run))
+    assert kizu("train", "puad", "--config", "run.json", "--print-config", cwd=photos).stdout == printed
 
 
 def test_every_command_with_options_takes_a_file():

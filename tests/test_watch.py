@@ -16,6 +16,7 @@ import pytest
 
 import kizu
 from kizu.serving.history import HISTORY, History
+from kizu.serving.watch.sinks import HistorySink
 from processes import kizu as command
 from services import KIZU, encoded, small_model
 from test_detectors import part
@@ -242,6 +243,30 @@ def test_what_was_judged_overnight_is_in_the_servers_history_once(folder, tmp_pa
     (incoming / "5.png").write_bytes(pictures[1])
     finished(incoming, *options, "--output", "anew.jsonl", "--patience", 0, model=folder, cwd=tmp_path, code=1)
     assert "5.png" in [name for name, *_ in names()]
+
+
+def test_a_photograph_is_kept_only_if_it_is_the_one_that_was_judged(folder, tmp_path):
+    """Files of equal sizes under one name, as cameras write them; and what --move-bad gives another name."""
+    incoming, aside = tmp_path / "incoming", tmp_path / "aside"
+    incoming.mkdir()
+    options = ["--once", "--settle", 0, "--move-bad", aside]
+    pictures = [encoded(part(60 + number, spot=number > 0), "BMP") for number in range(3)]
+    assert len({len(picture) for picture in pictures}) == 1
+    for picture in pictures:
+        (incoming / "part.bmp").write_bytes(picture)
+        finished(incoming, *options, model=folder, cwd=tmp_path)
+    (incoming / "part.bmp").write_bytes(encoded(part(70), "BMP"))  # of a part that nobody judged
+    history = History(tmp_path / "verdicts.sqlite", 9)
+    sink = HistorySink(history, tmp_path / "verdicts.jsonl", [incoming, aside])
+    for row in ledger(tmp_path / "verdicts.jsonl"):
+        sink.deliver(row)
+    entries = history.last(9)[::-1]
+    assert [history.photograph(entry.id) for entry in entries] == [None, pictures[1], pictures[2]]
+    sink.close()
+    assert HistorySink(History(tmp_path / "verdicts.sqlite", 2), tmp_path / "verdicts.jsonl", [incoming]).delivered == 3
+    other = HistorySink(History(tmp_path / "other.sqlite", 2), tmp_path / "verdicts.jsonl", [incoming])
+    assert other.delivered == 1  # what would be dropped at once is not brought
+    assert History(tmp_path / "other.sqlite").keep == 2
 
 
 def test_a_video_goes_to_a_broker_frame_by_frame_and_on_after_an_end(folder, tmp_path):

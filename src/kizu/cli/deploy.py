@@ -120,7 +120,7 @@ def _checked_key(given: str | None) -> str | None:
 )
 @click.option("--csv", "csv_file", metavar="FILE", help="The verdicts as a table too.")
 @click.option("--store", metavar="DIR", help="The folder of kizu serve --store: its page shows the verdicts too.")
-@click.option("--keep", type=click.IntRange(1), default=1000, show_default=True, help="How many of them, with --store.")
+@click.option("--keep", type=click.IntRange(1), help="With --store: how many of them. Default: as the server, or 1000.")
 @click.option("--webhook", metavar="URL", envvar="KIZU_WEBHOOK", show_envvar=True, help="POST each verdict there.")
 @click.option(
     "--mqtt",
@@ -235,6 +235,8 @@ def _sinks(ledger: Path, folders: Sequence[Path], options: dict[str, Any]) -> "l
     if options["csv_file"]:
         sinks.append(CsvSink(Path(options["csv_file"]), ledger))
     if options["store"]:
+        if not folders:
+            raise OptionError("--store keeps photographs of a folder; a camera's frames are in no file")
         sinks.append(HistorySink(History(Path(options["store"]) / HISTORY, options["keep"]), ledger, folders))
     if options["webhook"]:
         sinks.append(WebhookSink(options["webhook"], ledger, only))

@@ -125,25 +125,32 @@ def config_file_option() -> click.Option:
 def _take_settings(ctx: click.Context, param: click.Parameter, file: str | None) -> None:
     if file is None:
         return
-    options = {
-        option.name: option
-        for option in ctx.command.get_params(ctx)
-        if isinstance(option, click.Option) and option is not param
-    }
+    options: dict[str, click.Option] = {}
+    for option in ctx.command.get_params(ctx):
+        if isinstance(option, click.Option) and option is not param:
+            longs = [flag.removeprefix("--").replace("-", "_") for flag in option.opts if flag.startswith("--")]
+            options |= dict.fromkeys([*longs, str(option.name)], option)
     taken = {}
-    for key, value in _settings(Path(file)).items():
-        name = key.replace("-", "_")
-        if name not in options:
-            hint = did_you_mean(name, [other for other in options if other])
+    for key, value in _settings(Path(file), ctx).items():
+        found = options.get(str(key).replace("-", "_"))
+        if found is None:
+            hint = did_you_mean(str(key), options)
             raise OptionError(f"{file}: {key} is no option of {_name(ctx)}.{hint}")
-        if isinstance(value, list) and not options[name].multiple:
-            value = ("x" if name == "size" else ",").join(map(str, value))
         if value is not None:
-            taken[name] = value
+            taken[str(found.name)] = _for(found, value)
     ctx.default_map = {**(ctx.default_map or {}), **taken}
 
 
-def _settings(path: Path) -> dict[str, Any]:
+def _for(option: click.Option, value: Any) -> Any:
+    """A value of a file as the option takes it from the command line."""
+    if option.multiple:
+        return value if isinstance(value, list) else [value]
+    if isinstance(value, list):
+        return ("x" if option.name == "size" else ",").join(map(str, value))
+    return json.dumps(value) if isinstance(value, dict) else value
+
+
+def _settings(path: Path, ctx: click.Context) -> dict[str, Any]:
     """What a file says; of a run.json, the settings of its method. Raises `DataError` where it says none."""
     try:
         values = _parsed(path.suffix.lower(), path.read_text(encoding="utf-8"))
@@ -154,14 +161,18 @@ def _settings(path: Path) -> dict[str, Any]:
         raise DataError(f"{path} is not {path.suffix.removeprefix('.').upper() or 'JSON'} ({reason})") from None
     if not isinstance(values, dict):
         raise DataError(f"{path} holds no options: a name and a value a line are wanted, as in  size = 320")
-    return _changed(values) if isinstance(values.get("config"), dict) else values
+    if not (isinstance(values.get("config"), dict) and isinstance(values.get("method"), str)):
+        return values
+    if values["method"] != ctx.command.name:
+        raise OptionError(f"{path} is of {values['method']}, and has nothing for {_name(ctx)}")
+    return _changed(values)
 
 
 def _changed(run: dict[str, Any]) -> dict[str, Any]:
     """Of a run.json, the settings that are not the method's defaults."""
     from kizu.detectors import config_class
 
-    defaults = config_class(str(run.get("method")))().model_dump(mode="json")
+    defaults = config_class(run["method"])().model_dump(mode="json")
     return {name: value for name, value in run["config"].items() if value != defaults.get(name)}
 
 
@@ -192,7 +203,8 @@ def settings_text(config: Any) -> str:
     lines = []
     for name, value in config.model_dump(mode="json").items():
         lines.append(f"# {flagged(type(config).model_fields[name].description or '')}")
-        written = f"{name} =" if value is None else f"{name} = {json.dumps(value, ensure_ascii=False)}"
+        plain = json.dumps(value) if isinstance(value, dict) else value  # as the option takes it
+        written = f"{name} =" if value is None else f"{name} = {json.dumps(plain, ensure_ascii=False)}"
         lines.append(written if name in config.model_fields_set else f"# {written}")
     return "\n".join(lines)
 

@@ -94,11 +94,13 @@ class PatchCoreConfig(BackboneConfig):
     def _neighbourhoods_fit(self) -> "PatchCoreConfig":
         own = [layer for layer in self.layers if ":" in layer]
         for layer in own:
-            size = layer.partition(":")[2]
-            if not size.isdecimal() or not 1 <= int(size) <= 15 or int(size) % 2 == 0:
+            name, _, size = layer.partition(":")
+            if not (name and size.isascii() and size.isdecimal()) or not 1 <= int(size) <= 15 or int(size) % 2 == 0:
                 raise ValueError(f'`layers="{layer}"`: its own patchsize is an odd number up to 15, as in layer2:5')
         if own and self.fusion != "separate":
             raise ValueError(f'`layers="{own[0]}"`: a patchsize of its own needs `fusion="separate"`')
+        if own and (self.patchstride > 1 or self.patchsize_aggregate):
+            raise ValueError(f'`layers="{own[0]}"` needs `patchstride=1`, and no `patchsize_aggregate`')
         return self
 
     @property

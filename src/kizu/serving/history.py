@@ -35,6 +35,8 @@ CREATE TABLE IF NOT EXISTS sources (
     time TEXT NOT NULL        -- and when that was judged
 )
 """
+KEPT = "CREATE TABLE IF NOT EXISTS kept (id INTEGER PRIMARY KEY, number INTEGER NOT NULL)"
+USUAL = 1000  # verdicts that are kept where nobody said how many
 SHOWN = "id, time, model, version, verdict, feedback"
 
 
@@ -53,9 +55,11 @@ class Entry:
 class History:
     """Keeps the last verdicts; threads may share it. Whatever it writes may raise `OutputError`."""
 
-    def __init__(self, path: Path, keep: int) -> None:
-        """Open a file, or begin one. Raises `DataError` for a file of another kind."""
-        self.keep = keep
+    def __init__(self, path: Path, keep: int | None = None) -> None:
+        """Open a file, or begin one, of so many verdicts; without a number, of as many as it has been told before.
+
+        Raises `DataError` for a file of another kind.
+        """
         self._path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         self._lock = threading.Lock()
@@ -69,6 +73,9 @@ class History:
             self._database.execute("PRAGMA busy_timeout = 10000")  # another process may write to it too
             self._database.execute(TABLE)
             self._database.execute(SOURCES)
+            self._database.execute(KEPT)
+            if keep is not None:
+                self._database.execute("INSERT OR REPLACE INTO kept VALUES (1, ?)", (keep,))
             self._database.execute(f"PRAGMA user_version = {LAYOUT}")
         except sqlite3.OperationalError as error:
             raise OutputError(str(path), str(error)) from None
@@ -89,7 +96,7 @@ class History:
 
         `source` is the ledger that it comes from, the row's number there and its time: what `delivered` then tells.
         """
-        row = (time, model, version, verdict.model_dump_json(), photograph, thumbnail)
+        row, keep = (time, model, version, verdict.model_dump_json(), photograph, thumbnail), self.keep
         with self._lock, _writing(self._path), self._database:
             self._database.execute("BEGIN IMMEDIATE")
             number = self._database.execute(
@@ -99,8 +106,14 @@ class History:
             assert number is not None
             if source is not None:
                 self._database.execute("INSERT OR REPLACE INTO sources VALUES (?, ?, ?)", source)
-            self._database.execute("DELETE FROM verdicts WHERE id <= ?", (number - self.keep,))
+            self._database.execute("DELETE FROM verdicts WHERE id <= ?", (number - keep,))
         return number
+
+    @property
+    def keep(self) -> int:
+        """How many verdicts are kept: what the last process said that did."""
+        rows = self._rows("SELECT number FROM kept")
+        return int(rows[0][0]) if rows else USUAL
 
     def delivered(self, source: str) -> tuple[int, str]:
         """The number and time of a ledger's last row that was kept; 0 where there is none."""

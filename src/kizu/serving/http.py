@@ -216,7 +216,11 @@ def _history(service: Service) -> APIRouter:
     @routes.get("/{id}/photograph", responses=_refusals("unknown") | _file("application/octet-stream"))
     def photograph(id: IdInPath) -> Response:
         """The photograph of a verdict, as it was sent."""
-        return Response(find(id, History.photograph), media_type="application/octet-stream")
+        find(id, History.entry)
+        content = None if service.history is None else service.history.photograph(id)
+        if content is None:
+            raise Refusal("unknown", f"The photograph of verdict {id} was not kept")
+        return Response(content, media_type="application/octet-stream")
 
     @routes.get("/{id}/thumbnail", responses=_refusals("unknown") | _file("image/jpeg"))
     def thumbnail(id: IdInPath) -> Response:

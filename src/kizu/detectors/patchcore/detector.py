@@ -106,7 +106,8 @@ class PatchCore(Detector):
             layers_by_bank = graph.pooled_layers(pixels)
             if not coresets:
                 grid = layers_by_bank[0][0].shape[2:]
-                self.remarks += graph.taps[0][1].remarks((grid[0], grid[1]))
+                if not any(graph.config.patchsizes):
+                    self.remarks += graph.taps[0][1].remarks((grid[0], grid[1]))
                 images = len(photos) * (1 + copies)
                 coresets = _streaming_coresets(graph.config, layers_by_bank, images, context.memory_bytes)
             for coreset, layers in zip(coresets, layers_by_bank, strict=True):

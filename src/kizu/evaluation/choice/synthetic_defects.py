@@ -192,16 +192,18 @@ def _large_piece(kind: str, photo: Rgb, other: Rgb, places: npt.NDArray[np.int64
     half = math.ceil(1.6 * radius) + 2
     alpha = _blob(half, radius, rng)
     inside, seam = alpha > 0.5, (alpha > 0.05) & (alpha < 0.95)
-    best, least = (photo, alpha, 0, 0), math.inf
+    best, least = None, math.inf
     for row, column in places[rng.integers(len(places), size=PIECES)]:
         origin = (row, column) if kind == EXCHANGED else rng.integers(photo.shape[:2])
         here, there = _square(photo, row, column, half), _square(source, origin[0], origin[1], half)
         difference = _largest(np.abs(there - here))
+        if not (inside.any() and seam.any()):  # of a photograph of a few pixels
+            break
         shown = difference[seam].mean() / max(VISIBLE, difference[inside].mean())
         if shown < least:
             piece = (here + alpha[..., None] * (there - here)).round().astype(np.uint8)
             best, least = (piece, alpha, row, column), shown
-    return _pasted(kind, photo, *best)
+    return MadeUp(kind, photo, np.zeros(photo.shape[:2], np.bool_)) if best is None else _pasted(kind, photo, *best)
 
 
 def _largest(values: Values) -> Values:

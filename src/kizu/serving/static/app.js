@@ -10,13 +10,15 @@ const IMAGE = /\.(png|jpe?g|jpe|jfif|bmp|dib|tiff?|webp|gif|p[pgbn]m|jp2|j2k|avi
 
 const MAX_REGIONS = 20; // regions that a lower threshold lists
 const PAGE = 60; // verdicts that are fetched at a time
-const NEWS = 5000; // milliseconds between looks for verdicts from elsewhere
+const NEWS = 5000; // milliseconds between looks for verdicts from elsewhere,
+const MOST = 1000; // and how many of them are fetched at most
 
 let models = [];
 let current = null; // the entry on show
 let promised = null; // what the threshold on show promises
 const viewer = new Viewer($("canvas"), $("frame"), placeBadges);
 const scale = new Scale($("plot"), $("threshold"), (value) => {
+  if (!current?.result) return;
   history.follow(current.model, value); // it stays for the next photograph
   follow(value);
 });
@@ -37,14 +39,14 @@ function modelOf(entry) {
 
 /** How far an entry's score is from the threshold, in units of how far good parts usually are. */
 function doubt({ model, verdict }, moved) {
-  const good = models.find((one) => one.name === model)?.good_scores ?? [];
   const level = moved ?? verdict.threshold;
-  const middle = good.length ? [...good].sort((a, b) => a - b)[good.length >> 1] : 0;
+  const middle = models.find((one) => one.name === model)?.middle ?? 0;
   return Math.abs(verdict.score - level) / (Math.abs(level - middle) || 1);
 }
 
 async function start() {
   models = await json("v1/models");
+  for (const one of models) one.middle = [...one.good_scores].sort((a, b) => a - b)[one.good_scores.length >> 1];
   $("model").replaceChildren(...models.map((one) => new Option(one.name)));
   $("model-choice").hidden = models.length < 2;
   $("model-name").textContent = models.length < 2 ? models[0].name : "";
@@ -60,24 +62,35 @@ const kept = ({ id, model, verdict, feedback }) => ({ id, model, name: verdict.i
 
 /** The verdicts before those that there are. */
 async function older() {
-  const before = history.ids.length ? `&before=${Math.min(...history.ids)}` : "";
-  const found = await json(`v1/verdicts?limit=${PAGE}${before}`);
-  history.add(found.map(kept), true);
-  $("older").hidden = found.length < PAGE;
+  $("older").disabled = true;
+  try {
+    const before = history.ids.length ? `&before=${Math.min(...history.ids)}` : "";
+    const found = await json(`v1/verdicts?limit=${PAGE}${before}`);
+    seen = Math.max(seen, ...found.map(({ id }) => id));
+    history.add(found.map(kept));
+    $("older").hidden = found.length < PAGE;
+  } finally {
+    $("older").disabled = false;
+  }
 }
 
 /** Verdicts that came from elsewhere meanwhile: from kizu watch, or from another page. */
 async function news() {
-  if (busy) return;
-  const newest = Math.max(0, ...history.ids);
-  const [last] = await json("v1/verdicts?limit=1");
-  if (!last || last.id <= newest) return;
-  const found = await json(`v1/verdicts?limit=${PAGE}`);
-  const known = new Set(history.ids);
-  history.add(found.filter(({ id }) => id > newest && !known.has(id)).map(kept));
+  if (judging) return;
+  const upTo = seen;
+  let found = await json("v1/verdicts?limit=1");
+  if (!found.length || found[0].id <= upTo) return;
+  seen = found[0].id;
+  const fresh = [...found];
+  while (found.length && found.at(-1).id > upTo + 1 && fresh.length < MOST) {
+    found = await json(`v1/verdicts?limit=${PAGE}&before=${found.at(-1).id}`);
+    fresh.push(...found.filter(({ id }) => id > upTo));
+  }
+  history.add(fresh.map(kept));
 }
 
-let busy = false;
+let judging = 0; // photographs that are being judged: their verdicts are not news
+let seen = 0; // the latest verdict that was fetched
 const ready = start();
 
 // ---- photographs in
@@ -88,10 +101,11 @@ async function judge(files) {
   leaveCamera();
   await ready;
   let shown = false;
-  busy = true;
+  const chosen = model().name;
+  judging += 1;
   for (const [number, file] of pictures.entries()) {
     if (pictures.length > 1) history.busy(`Judging ${number + 1} of ${pictures.length} …`);
-    const entry = { file, model: model().name, name: file.webkitRelativePath || file.name };
+    const entry = { file, model: chosen, name: file.webkitRelativePath || file.name };
     try {
       await look(entry, true);
       history.add([entry]);
@@ -101,16 +115,15 @@ async function judge(files) {
       say(error.message);
     }
   }
-  busy = false;
+  judging -= 1;
   history.busy("");
 }
 
 /** What another model says of the photograph on show. */
 async function judgeAgain() {
   $("empty-promise").textContent = model().statement;
-  if (!current?.photograph || current.model === model().name) return;
-  const { photograph, name } = current;
-  await judge([new File([photograph], name, { type: photograph.type || "image/png" })]);
+  if (!current?.photograph || current.model === model().name || !$("viewfinder").hidden) return;
+  await judge([new File([current.photograph], current.name, { type: "image/png" })]); // the server finds out what it is
 }
 
 /** Fill an entry with the server's answer. */
@@ -135,12 +148,14 @@ const picture = (file) => createImageBitmap(file, { imageOrientation: "from-imag
 // ---- one photograph on show
 
 async function open(entry) {
+  const before = current;
   current = entry;
   history.select(entry);
   if (!entry.result) {
     try {
       await look(entry, false);
     } catch (error) {
+      if (current === entry) history.select((current = before?.result ? before : null)); // what is still on show
       return say(error.message);
     }
     if (current !== entry) return;
@@ -340,6 +355,15 @@ function say(sentence) {
   silence = setTimeout(() => ($("toast").hidden = true), 8000);
 }
 
+/** Move what is near, where the photograph has the keyboard; whether it was so. */
+function pan(event, right, down) {
+  if (event.target !== $("canvas") || !viewer.zoomed) return false;
+  event.preventDefault();
+  const step = 0.2 / viewer.view.zoom;
+  viewer.move(right * step, down * step);
+  return true;
+}
+
 const bare = (on) => viewer.set({ bare: on });
 
 for (const id of ["files", "folder"]) {
@@ -382,8 +406,10 @@ addEventListener("paste", (event) => event.clipboardData.files.length && judge(e
 addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey || event.target.matches("input, select")) return;
   const keys = {
-    ArrowLeft: () => history.step(-1),
-    ArrowRight: () => history.step(1),
+    ArrowLeft: () => pan(event, -1, 0) || history.step(-1),
+    ArrowRight: () => pan(event, 1, 0) || history.step(1),
+    ArrowUp: () => pan(event, 0, -1),
+    ArrowDown: () => pan(event, 0, 1),
     g: () => mark("good"),
     b: () => mark("bad"),
     h: () => bare(true),

@@ -37,15 +37,18 @@ export class History {
     return this.entries.map((entry) => entry.id).filter(Boolean);
   }
 
-  /** Put entries, the latest first, before those that there are, or behind them. */
-  add(entries, older = false) {
-    for (const entry of entries) {
+  /** Take entries in, each once. */
+  add(entries) {
+    const known = new Set(this.ids);
+    const fresh = entries.filter((entry) => !entry.id || !known.has(entry.id));
+    for (const entry of fresh) {
+      entry.place = entry.id ?? Math.max(0, ...this.entries.map((other) => other.place)) + 0.5; // not kept by the server
       this.row(entry);
       this.judge(entry);
       if (entry.file) createImageBitmap(entry.seen).then((seen) => this.picture(entry, seen));
       else blob(`v1/verdicts/${entry.id}/thumbnail`).then((small) => this.load(entry, small)).catch(() => {});
     }
-    this.entries = older ? [...this.entries, ...entries] : [...entries, ...this.entries];
+    this.entries = [...fresh, ...this.entries].sort((one, other) => other.place - one.place);
     this.section.hidden = this.entries.length === 0;
     for (const old of this.entries.slice(FRESH)) if (old.id && old !== this.selected) old.result = null;
     this.arrange();
@@ -104,19 +107,27 @@ export class History {
     if (ORDERS[order]) this.shown.sort(ORDERS[order]);
     const rows = this.shown.map((entry) => entry.row);
     const same = rows.length === this.strip.children.length && rows.every((row, at) => row === this.strip.children[at]);
-    if (!same) this.strip.replaceChildren(...rows);
+    if (!same) {
+      const focused = this.strip.contains(document.activeElement) ? document.activeElement : null;
+      this.strip.replaceChildren(...rows);
+      if (focused?.isConnected) focused.focus({ preventScroll: true });
+    }
+    const index = this.shown.indexOf(this.selected);
+    if (index >= 0) this.index = index;
     this.count();
   }
 
   select(entry) {
     for (const other of this.entries) other.row.toggleAttribute("aria-current", other === entry);
-    if (entry.row) this.strip.scrollLeft = entry.row.offsetLeft - (this.strip.clientWidth - entry.row.offsetWidth) / 2;
+    if (entry?.row) this.strip.scrollLeft = entry.row.offsetLeft - (this.strip.clientWidth - entry.row.offsetWidth) / 2;
     this.selected = entry;
+    this.index = this.shown?.indexOf(entry) ?? -1;
   }
 
   /** The next one to the right, or to the left. */
   step(by) {
-    const next = this.shown[this.shown.indexOf(this.selected) + by];
+    const there = this.shown[this.index] === this.selected; // or it left the choice, and another is in its place
+    const next = this.shown[this.index + (there || by < 0 ? by : 0)];
     if (next) this.chosen(next);
   }
 

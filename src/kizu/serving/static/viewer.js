@@ -147,6 +147,10 @@ export class Viewer {
     return this.frame.clientWidth / this.size.width;
   }
 
+  get ready() {
+    return Boolean(this.photograph) && this.frame.clientWidth > 0;
+  }
+
   fit() {
     this.view = { zoom: 1, x: 0.5, y: 0.5 };
     this.draw();
@@ -154,6 +158,7 @@ export class Viewer {
 
   /** Pixel by pixel around a place on the screen, or all of it again. */
   toggle(at) {
+    if (!this.ready) return;
     if (this.zoomed) this.fit();
     else this.zoomTo(Math.max(2, 1 / this.factor), at);
   }
@@ -172,6 +177,7 @@ export class Viewer {
 
   /** Change the zoom; what is at this place on the screen (pixels of the frame) stays there. */
   zoomTo(zoom, at = [this.frame.clientWidth / 2, this.frame.clientHeight / 2]) {
+    if (!this.ready) return;
     const before = this.place(at);
     this.view.zoom = Math.min(Math.max(zoom, 1), Math.max(DEEPEST, DEEPEST / this.factor));
     const after = this.place(at);
@@ -215,6 +221,7 @@ export class Viewer {
     );
     canvas.addEventListener("dblclick", (event) => this.toggle(at(event)));
     canvas.addEventListener("pointerdown", (event) => {
+      if (event.button) return;
       canvas.setPointerCapture(event.pointerId);
       pointers.set(event.pointerId, at(event));
       this.set({ bare: pointers.size === 1 && !this.zoomed });

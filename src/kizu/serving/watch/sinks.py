@@ -1,6 +1,7 @@
 """Where verdicts go besides the ledger, each to a sink of its own, by a courier that makes up for what was missed."""
 
 import csv
+import glob
 import io
 import threading
 import time
@@ -163,8 +164,11 @@ class HistorySink:
         self._history, self._folders = history, folders
         self._source = str(ledger.resolve())
         number, when = history.delivered(self._source)
-        known = any(row["number"] == number and row["time"] == when for row, _ in rows(ledger))
-        self.delivered = number if known else 0  # a ledger that was begun anew has nothing there
+        last, known = 0, False
+        for row, _ in rows(ledger):
+            last, known = row["number"], known or (row["number"] == number and row["time"] == when)
+        number = number if known else 0  # a ledger that was begun anew has nothing there
+        self.delivered = max(number, last - history.keep)  # what would be dropped at once is not brought
 
     def wants(self, row: Row) -> bool:
         return bool(row["verdict"] != "error")
@@ -183,12 +187,25 @@ class HistorySink:
         self._history.close()
 
     def _photograph(self, row: Row) -> bytes:
-        """The file that was judged, wherever it is now; empty where it is gone, or too large to be kept."""
-        for path in (Path(folder, row["image"]) for folder in self._folders):
-            with suppress(OSError):
-                if (size := path.stat().st_size) == row["bytes"] and size <= MAX_KEPT:
-                    return path.read_bytes()
+        """The file that was judged, wherever it is now; empty where it is gone, or too large to be kept.
+
+        It is known by its size and time of change, which moving it does not alter: its name may be another's by now.
+        """
+        state = row["bytes"], row["modified"]
+        for folder in self._folders:
+            path = Path(folder, row["image"])
+            for candidate in (path, *sorted(path.parent.glob(f"{glob.escape(path.stem)}-*{path.suffix}"))):
+                with suppress(OSError):
+                    if _state(candidate) == state and state[0] <= MAX_KEPT:
+                        content = candidate.read_bytes()
+                        if _state(candidate) == state:
+                            return content
         return b""
+
+
+def _state(path: Path) -> tuple[int, int]:
+    state = path.stat()
+    return state.st_size, state.st_mtime_ns
 
 
 def _line(cells: Sequence[object]) -> bytes:
