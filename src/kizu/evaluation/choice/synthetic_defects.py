@@ -9,6 +9,7 @@ Cut-and-paste defects: Li et al., CutPaste, CVPR 2021; foreign textures: Zavrtan
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -106,8 +107,13 @@ def _drawn(photo: Rgb, other: Rgb, poses: Poses, rng: np.random.Generator) -> Ma
     if rng.random() < WHOLE:
         kind = WHOLE_KINDS[rng.integers(len(WHOLE_KINDS))]
         for _ in range(WHOLE_TRIES):
-            made = _misplaced(photo, rng) if kind == MISPLACED else _large_piece(kind, photo, other, places, rng)
-            if poses.is_strange(made.pixels) if kind == MISPLACED else _is_visible(photo, made.pixels, made.mask):
+            if kind == MISPLACED:
+                made, bare = _misplaced(photo, rng)
+                if poses.is_strange(bare):
+                    return made
+                continue
+            made = _large_piece(kind, photo, other, places, rng)
+            if _is_visible(photo, made.pixels, made.mask):
                 return made
     return _painted(photo, other, places, list(KINDS)[rng.integers(len(KINDS))], rng)
 
@@ -164,8 +170,11 @@ def _square(photo: Rgb, row: int, column: int, half: int) -> Values:
     return photo[rows[:, None], columns].astype(np.float32)
 
 
-def _misplaced(photo: Rgb, rng: np.random.Generator) -> MadeUp:
-    """The whole part turned or shifted, with the photograph mirrored beyond its margin."""
+def _misplaced(photo: Rgb, rng: np.random.Generator) -> tuple[MadeUp, Rgb]:
+    """The whole part turned or shifted, with the photograph mirrored beyond its margin; and with the margin continued.
+
+    What is mirrored may show the part again, which would be strange in whatever pose it lies: the second says that.
+    """
     height, width = photo.shape[:2]
     turn, right, down = 0.0, 0.0, 0.0
     if rng.random() < 0.5:
@@ -174,12 +183,14 @@ def _misplaced(photo: Rgb, rng: np.random.Generator) -> MadeUp:
         angle, far = rng.uniform(0, 2 * math.pi), rng.uniform(SHIFT, 3 * SHIFT)
         right, down = width * far * math.cos(angle), height * far * math.sin(angle)
     around = math.ceil(0.5 * max(height, width))
-    padded = np.pad(photo, ((around, around), (around, around), (0, 0)), mode="symmetric")
-    moved = Image.fromarray(padded).rotate(turn, Image.Resampling.BILINEAR, translate=(round(right), round(down)))
-    pixels = np.asarray(moved)[around:-around, around:-around]
-    return MadeUp(
-        MISPLACED, np.ascontiguousarray(pixels), _largest(np.abs(pixels.astype(np.float32) - photo)) > VISIBLE
-    )
+
+    def moved(mode: Literal["symmetric", "edge"]) -> Rgb:
+        padded = Image.fromarray(np.pad(photo, ((around, around), (around, around), (0, 0)), mode=mode))
+        shifted = padded.rotate(turn, Image.Resampling.BILINEAR, translate=(round(right), round(down)))
+        return np.ascontiguousarray(np.asarray(shifted)[around:-around, around:-around])
+
+    pixels = moved("symmetric")
+    return MadeUp(MISPLACED, pixels, _largest(np.abs(pixels.astype(np.float32) - photo)) > VISIBLE), moved("edge")
 
 
 def _large_piece(kind: str, photo: Rgb, other: Rgb, places: npt.NDArray[np.int64], rng: np.random.Generator) -> MadeUp:
