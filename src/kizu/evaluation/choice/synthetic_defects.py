@@ -9,7 +9,7 @@ Cut-and-paste defects: Li et al., CutPaste, CVPR 2021; foreign textures: Zavrtan
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,13 +25,14 @@ STRENGTHS = 0.25, 1.0  # how much of the defect covers the part
 VISIBLE = 8.0  # grey levels by which a defect must differ from the part, on average, so that a person sees it,
 ROUGHER = 1.5  # and how many times as much as the part differs there from itself, smoothed
 TRIES = 30  # until one is visible; the last is taken anyway
-WHOLE_TRIES = 8  # until the whole part lies wrongly enough; otherwise another kind is drawn
+WHOLE_TRIES = 8  # until a piece is visibly another; otherwise another kind is drawn
 BORDER = 0.03  # of the shorter side: the margin that shows what lies behind a part
 WHOLE = 0.4  # share of the defects that concern the part as a whole
 LARGE = 0.12, 0.4  # radii of a piece that is exchanged for that of another part or place
 PIECES = 24  # of which that is taken whose seam shows least
-TURN, SHIFT = 6.0, 0.04  # degrees, and share of the sides, by which a misplaced part lies wrongly at least
+TURN, SHIFT = 12.0, 0.08  # degrees, and share of the sides, by which a misplaced part lies wrongly at least
 STRANGER = 1.25  # times as far from all good photographs as any of these from the others: a part that lies wrongly
+TURNED, ANGLES = 16, (40.0, 140.0, 250.0)  # photographs, turned by so many degrees, that say whether any pose is usual
 POSE_SIDE = 32  # pixels of the pictures that poses are compared by
 PARTS = 0.03, 0.85  # a part covers no less and no more of its photograph; otherwise the whole photograph is the part
 
@@ -84,6 +85,8 @@ class Poses:
         squares = norms[:, None] + norms - 2 * (self.pictures @ self.pictures.T)
         np.fill_diagonal(squares, np.inf)
         self.usual = math.sqrt(max(0.0, float(squares.min(1).max())) / self.pictures.shape[1])
+        turned = [_posed(photo, angle, (0, 0), "edge") for photo in photos[:TURNED] for angle in ANGLES]
+        self.any = sum(map(self.is_strange, turned)) < len(turned) / 2  # whether parts lie in any pose
 
     def is_strange(self, photo: Rgb) -> bool:
         """Whether no good part lies like this one."""
@@ -106,12 +109,11 @@ def _drawn(photo: Rgb, other: Rgb, poses: Poses, rng: np.random.Generator) -> Ma
     places = np.argwhere(part_of(photo))
     if rng.random() < WHOLE:
         kind = WHOLE_KINDS[rng.integers(len(WHOLE_KINDS))]
-        for _ in range(WHOLE_TRIES):
-            if kind == MISPLACED:
-                made, bare = _misplaced(photo, rng)
-                if poses.is_strange(bare):
-                    return made
-                continue
+        if kind == MISPLACED and not poses.any:
+            made, bare = _misplaced(photo, rng)
+            if poses.is_strange(bare):
+                return made
+        for _ in range(0 if kind == MISPLACED else WHOLE_TRIES):
             made = _large_piece(kind, photo, other, places, rng)
             if _is_visible(photo, made.pixels, made.mask):
                 return made
@@ -182,15 +184,16 @@ def _misplaced(photo: Rgb, rng: np.random.Generator) -> tuple[MadeUp, Rgb]:
     else:
         angle, far = rng.uniform(0, 2 * math.pi), rng.uniform(SHIFT, 3 * SHIFT)
         right, down = width * far * math.cos(angle), height * far * math.sin(angle)
-    around = math.ceil(0.5 * max(height, width))
+    pixels, bare = (_posed(photo, turn, (round(right), round(down)), mode) for mode in ("symmetric", "edge"))
+    return MadeUp(MISPLACED, pixels, _largest(np.abs(pixels.astype(np.float32) - photo)) > VISIBLE), bare
 
-    def moved(mode: Literal["symmetric", "edge"]) -> Rgb:
-        padded = Image.fromarray(np.pad(photo, ((around, around), (around, around), (0, 0)), mode=mode))
-        shifted = padded.rotate(turn, Image.Resampling.BILINEAR, translate=(round(right), round(down)))
-        return np.ascontiguousarray(np.asarray(shifted)[around:-around, around:-around])
 
-    pixels = moved("symmetric")
-    return MadeUp(MISPLACED, pixels, _largest(np.abs(pixels.astype(np.float32) - photo)) > VISIBLE), moved("edge")
+def _posed(photo: Rgb, turn: float, shift: tuple[int, int], beyond: Any) -> Rgb:
+    """Turned and shifted; what lies beyond the margin is as NumPy's pad says."""
+    around = math.ceil(0.5 * max(photo.shape[:2]))
+    padded = Image.fromarray(np.pad(photo, ((around, around), (around, around), (0, 0)), mode=beyond))
+    shifted = padded.rotate(turn, Image.Resampling.BILINEAR, translate=shift)
+    return np.ascontiguousarray(np.asarray(shifted)[around:-around, around:-around])
 
 
 def _large_piece(kind: str, photo: Rgb, other: Rgb, places: npt.NDArray[np.int64], rng: np.random.Generator) -> MadeUp:
