@@ -11,10 +11,11 @@ import sys
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+import click
 import pytest
 from PIL import Image
 
-from kizu.cli.main import GROUPS
+from kizu.cli.main import GROUPS, cli
 from processes import kizu, python
 from test_detectors import part
 
@@ -149,6 +150,30 @@ def test_commands_that_are_named_exist():
     named = {(path.name, word) for path in texts for word in re.findall(r"`kizu ([a-z]+)", path.read_text())}
     known = {command.name for commands in GROUPS.values() for command in commands}
     assert len(named) > 40 and {(page, word) for page, word in named if word not in known} == set()
+
+
+OTHERS = {"--now", "--unit", "--stop-timeout", "--options"}  # systemd's, docker's, and what stands for any
+
+
+def options_of(command):
+    """Every way to write an option of a command, and of the commands below it."""
+    context = click.Context(command)
+    options = [param for param in command.get_params(context) if isinstance(param, click.Option)]
+    names = {flag.replace("_", "-") for option in options for flag in (*option.opts, *option.secondary_opts)}
+    if isinstance(command, click.Group):
+        below = [command.get_command(context, name) for name in command.list_commands(context)]
+        names = names.union(*map(options_of, below))
+    return names
+
+
+def test_options_that_are_named_exist():
+    """Those of kizu's commands, of the scripts in benchmarks/, and of the programs that services.md speaks of."""
+    scripts = "".join(path.read_text() for path in (ROOT / "benchmarks").glob("*.py"))
+    known = options_of(cli) | set(re.findall(r"--[a-z][\w-]+", scripts)) | OTHERS
+    for page in PAGES:
+        spans = re.findall(r"`([^`\n]+)`|^\$ (kizu .*)", page.read_text(), re.MULTILINE)
+        named = {flag for span in spans for flag in re.findall(r"(?<![\w-])--[a-z][\w-]+", "".join(span))}
+        assert {flag for flag in named if flag.replace("_", "-") not in known} == set(), page.name
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed")

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import kizu
+from kizu.serving.history import HISTORY, History
 from processes import kizu as command
 from services import encoded, serving, small_model
 from test_detectors import part
@@ -191,7 +192,15 @@ def test_what_watch_judged_is_on_the_page_and_can_be_marked(browser, tmp_path):
     folder, strange = small_model(tmp_path / "disc"), small_model(tmp_path / "strange", 40)
     incoming, store = tmp_path / "incoming", tmp_path / "store"
     incoming.mkdir()
-    with opened(browser, folder, "--keep", 9, "--store", store, log=tmp_path / "log") as page:
+    with opened(browser, folder, "--keep", 99, "--store", store, log=tmp_path / "log") as page:
+        judge(page, "mine.png", part(72))
+        history = History(store / HISTORY)
+        (mine,) = history.last(1)
+        for _ in range(70):  # more than are fetched at a time, between two looks
+            history.add(mine.time, "disc", "", mine.verdict, history.photograph(mine.id), history.thumbnail(mine.id))
+        history.close()
+        judge(page, "later.png", part(73))  # which the page knows before it hears of the others
+        page.locator("#tally", has_text="of 72 stopped").wait_for()
         for name, model, picture in (("night.png", folder, part(99, spot=True)), ("far.png", strange, part(71))):
             (incoming / name).write_bytes(encoded(picture))
             command("watch", incoming, "--model", model, "--once", "--settle", 0, "--store", store, cwd=tmp_path)

@@ -4,9 +4,11 @@ import json
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 import kizu
 from kizu.calibration.threshold import calibrate
+from kizu.cli.main import cli
 from kizu.evaluation.robustness import CORRUPTIONS, check_robustness
 from kizu.inference.prediction import Photo
 from processes import kizu as command
@@ -135,6 +137,17 @@ def test_tune_shows_the_trade_sets_a_marked_level_and_takes_it_back(trained, tmp
     assert "At most" in command("tune", model, "--reset").stdout or "carry at best" in command("info", model).stdout
     assert kizu.load(model).threshold == calibrate(tuned.calibration_scores, 0.02)
     assert "false alarms" in (tmp_path / "page" / "tune.csv").read_text()
+
+
+def test_what_needs_somebody_is_red_on_a_terminal_alone(trained, monkeypatch):
+    words = ["predict", str(trained / "model"), str(trained / "bad"), str(trained / "good")]
+    runner = CliRunner()
+    red = "\x1b[31m\x1b[1mstop \x1b[0m"
+    shown = runner.invoke(cli, words, color=True).stdout
+    assert shown.count(red) == shown.count("stop") > 0 and "\x1b" not in shown.replace(red, "")
+    assert "\x1b" not in runner.invoke(cli, words).stdout
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert "\x1b" not in runner.invoke(cli, words, color=True).stdout
 
 
 def test_predict_says_why_and_check_writes_its_page(trained, tmp_path):

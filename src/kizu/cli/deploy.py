@@ -151,6 +151,8 @@ def watch(folder: str | None, model: str, camera: str | None, quiet: bool, **opt
         raise OptionError("kizu watch takes either a folder or --camera SOURCE")
     if folder is not None and not Path(folder).is_dir():
         raise OptionError(f"{folder} is not a folder")
+    if folder is None and options["store"]:
+        raise OptionError("--store keeps photographs of a folder; a camera's frames are in no file")
     aside = Path(options["move_bad"]) if options["move_bad"] else None
     if folder is not None and aside is not None and aside.resolve() == Path(folder).resolve():
         raise OptionError(f"--move-bad {aside} is the folder that is watched: give another")
@@ -235,8 +237,6 @@ def _sinks(ledger: Path, folders: Sequence[Path], options: dict[str, Any]) -> "l
     if options["csv_file"]:
         sinks.append(CsvSink(Path(options["csv_file"]), ledger))
     if options["store"]:
-        if not folders:
-            raise OptionError("--store keeps photographs of a folder; a camera's frames are in no file")
         sinks.append(HistorySink(History(Path(options["store"]) / HISTORY, options["keep"]), ledger, folders))
     if options["webhook"]:
         sinks.append(WebhookSink(options["webhook"], ledger, only))

@@ -117,6 +117,6 @@ def _sentence(kind: type[BaseModel], problem: ErrorDetails) -> str:
         return str(message)
     if problem["type"] == "extra_forbidden":
         hint = did_you_mean(str(where[0]), kind.model_fields)
-        return f"`{where[0]}` is not a setting of {kind.__name__.removesuffix('Config')}.{hint}".removesuffix(".")
+        return f"`{where[0]}` is not a setting of {kind.__name__.removesuffix('Config')}" + (f".{hint}" if hint else "")
     value = f'"{problem["input"]}"' if isinstance(problem["input"], str) else problem["input"]
     return f"`{where[0]}={value}`: {message[0].lower()}{message[1:]}"

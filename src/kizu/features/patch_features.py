@@ -1,5 +1,7 @@
 """From layer maps to patch features: neighbourhood pooling, alignment, channel pooling (PatchCore, §3.1)."""
 
+from typing import Self
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -40,6 +42,12 @@ class PatchFeatures(nn.Module):
         self.again = again
         self.pretrain_embed_dimension = pretrain_embed_dimension
         self.target_embed_dimension = target_embed_dimension
+
+    @classmethod
+    def weighted(cls, size: int) -> Self:
+        """Neighbourhoods of an odd size whose places count 1 2 … 2 1 on either axis: means of means."""
+        first = size // 4 * 2 + 1
+        return cls(first, again=size + 1 - first)
 
     def forward(self, maps: list[Tensor]) -> Tensor:
         """[(B, C_l, H_l, W_l)] → (B, D, H_0, W_0)."""

@@ -224,22 +224,21 @@ class EnsembleGraph(nn.Module):
 
 
 def _taps(config: PatchCoreConfig, layers: int) -> list[tuple[slice, PatchFeatures]]:
-    """For each bank the layers that it is of, and how patches are made of them.
-
-    A patchsize of a layer's own weights its places, from the middle to the edge, as 1 2 3 2 1: means of means.
-    """
+    """For each bank the layers that it is of, and how patches are made of them."""
+    usual = PatchFeatures(
+        config.patchsize,
+        config.pretrain_embed_dimension,
+        config.target_embed_dimension,
+        config.patchstride,
+        config.patchsize_aggregate,
+    )
     if config.fusion == "stack":
-        dimensions = config.pretrain_embed_dimension, config.target_embed_dimension
-        return [
-            (slice(None), PatchFeatures(config.patchsize, *dimensions, config.patchstride, config.patchsize_aggregate))
-        ]
-    taps = []
-    for number, size in enumerate(config.patchsizes or (None,) * layers):
-        first = config.patchsize if size is None else size // 4 * 2 + 1
-        again = 1 if size is None else size + 1 - first
-        patches = PatchFeatures(first, None, None, config.patchstride, config.patchsize_aggregate, again)
-        taps.append((slice(number, number + 1), patches))
-    return taps
+        return [(slice(None), usual)]
+    sizes = config.patchsizes or (None,) * layers
+    return [
+        (slice(number, number + 1), usual if size is None else PatchFeatures.weighted(size))
+        for number, size in enumerate(sizes)
+    ]
 
 
 def _numbered(members: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -86,7 +86,7 @@ class Poses:
         np.fill_diagonal(squares, np.inf)
         self.usual = math.sqrt(max(0.0, float(squares.min(1).max())) / self.pictures.shape[1])
         turned = [_posed(photo, angle, (0, 0), "edge") for photo in photos[:TURNED] for angle in ANGLES]
-        self.any = sum(map(self.is_strange, turned)) < len(turned) / 2  # whether parts lie in any pose
+        self.any_is_usual = sum(map(self.is_strange, turned)) < len(turned) / 2
 
     def is_strange(self, photo: Rgb) -> bool:
         """Whether no good part lies like this one."""
@@ -107,17 +107,26 @@ def with_defect(photo: Rgb, other: Rgb, poses: Poses, seed: Sequence[int]) -> Ma
 
 def _drawn(photo: Rgb, other: Rgb, poses: Poses, rng: np.random.Generator) -> MadeUp:
     places = np.argwhere(part_of(photo))
-    if rng.random() < WHOLE:
-        kind = WHOLE_KINDS[rng.integers(len(WHOLE_KINDS))]
-        if kind == MISPLACED and not poses.any:
-            made, bare = _misplaced(photo, rng)
-            if poses.is_strange(bare):
-                return made
-        for _ in range(0 if kind == MISPLACED else WHOLE_TRIES):
-            made = _large_piece(kind, photo, other, places, rng)
-            if _is_visible(photo, made.pixels, made.mask):
-                return made
+    if rng.random() < WHOLE and (made := _whole(photo, other, places, poses, rng)):
+        return made
     return _painted(photo, other, places, list(KINDS)[rng.integers(len(KINDS))], rng)
+
+
+def _whole(
+    photo: Rgb, other: Rgb, places: npt.NDArray[np.int64], poses: Poses, rng: np.random.Generator
+) -> MadeUp | None:
+    """A defect of the part as a whole; None where the one that is drawn would be none."""
+    kind = WHOLE_KINDS[rng.integers(len(WHOLE_KINDS))]
+    if kind == MISPLACED:
+        if poses.any_is_usual:
+            return None
+        made, bare = _misplaced(photo, rng)
+        return made if poses.is_strange(bare) else None
+    for _ in range(WHOLE_TRIES):
+        made = _large_piece(kind, photo, other, places, rng)
+        if _is_visible(photo, made.pixels, made.mask):
+            return made
+    return None
 
 
 def _is_visible(before: Rgb, after: Rgb, mask: npt.NDArray[np.bool_]) -> bool:
@@ -206,18 +215,18 @@ def _large_piece(kind: str, photo: Rgb, other: Rgb, places: npt.NDArray[np.int64
     half = math.ceil(1.6 * radius) + 2
     alpha = _blob(half, radius, rng)
     inside, seam = alpha > 0.5, (alpha > 0.05) & (alpha < 0.95)
-    best, least = None, math.inf
+    best, least = MadeUp(kind, photo, np.zeros(photo.shape[:2], np.bool_)), math.inf
+    if not (inside.any() and seam.any()):  # of a photograph of a few pixels
+        return best
     for row, column in places[rng.integers(len(places), size=PIECES)]:
         origin = (row, column) if kind == EXCHANGED else rng.integers(photo.shape[:2])
         here, there = _square(photo, row, column, half), _square(source, origin[0], origin[1], half)
         difference = _largest(np.abs(there - here))
-        if not (inside.any() and seam.any()):  # of a photograph of a few pixels
-            break
         shown = difference[seam].mean() / max(VISIBLE, difference[inside].mean())
         if shown < least:
             piece = (here + alpha[..., None] * (there - here)).round().astype(np.uint8)
-            best, least = (piece, alpha, row, column), shown
-    return MadeUp(kind, photo, np.zeros(photo.shape[:2], np.bool_)) if best is None else _pasted(kind, photo, *best)
+            best, least = _pasted(kind, photo, piece, alpha, row, column), shown
+    return best
 
 
 def _largest(values: Values) -> Values:

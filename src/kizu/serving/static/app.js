@@ -77,15 +77,15 @@ async function older() {
 /** Verdicts that came from elsewhere meanwhile: from kizu watch, or from another page. */
 async function news() {
   if (judging) return;
-  const upTo = seen;
-  let found = await json("v1/verdicts?limit=1");
-  if (!found.length || found[0].id <= upTo) return;
-  seen = found[0].id;
-  const fresh = [...found];
-  while (found.length && found.at(-1).id > upTo + 1 && fresh.length < MOST) {
-    found = await json(`v1/verdicts?limit=${PAGE}&before=${found.at(-1).id}`);
-    fresh.push(...found.filter(({ id }) => id > upTo));
+  const found = await json("v1/verdicts?limit=1");
+  while (found.length && found.at(-1).id > seen + 1 && found.length < MOST) {
+    const before = await json(`v1/verdicts?limit=${PAGE}&before=${found.at(-1).id}`);
+    if (!before.length) break;
+    found.push(...before);
   }
+  const fresh = found.filter(({ id }) => id > seen);
+  if (judging || !fresh.length) return;
+  seen = fresh[0].id;
   history.add(fresh.map(kept));
 }
 

@@ -10,7 +10,7 @@ from kizu.data import files
 from kizu.errors import DataError
 from kizu.serving.watch.growing_file import GrowingFile
 
-__all__ = ["Identity", "Ledger", "Row", "rows"]
+__all__ = ["Identity", "Ledger", "Row", "rows", "state_of"]
 
 Identity = tuple[str, int, int]  # of a photograph: name, bytes, time of change in nanoseconds
 Row = dict[str, Any]
@@ -76,6 +76,12 @@ def rows(path: Path, start: int = 0) -> Iterator[tuple[Row, int]]:
                     f"{path} holds {line[:40]!r}, which is no verdict of kizu watch: give another `output`"
                 ) from None
             yield row, end
+
+
+def state_of(path: Path) -> tuple[int, int]:
+    """What a file's identity has besides its name, which moving it does not alter: bytes and time of change."""
+    state = path.stat()
+    return state.st_size, state.st_mtime_ns
 
 
 def _fingerprint(identity: Identity) -> bytes:

@@ -18,7 +18,7 @@ from kizu.serving.batcher import Upload
 from kizu.serving.history import History
 from kizu.serving.responses import thumbnail
 from kizu.serving.watch.growing_file import GrowingFile
-from kizu.serving.watch.ledger import Row, rows
+from kizu.serving.watch.ledger import Row, rows, state_of
 
 __all__ = ["Courier", "CsvSink", "HistorySink", "Sink", "Undelivered"]
 
@@ -196,16 +196,11 @@ class HistorySink:
             path = Path(folder, row["image"])
             for candidate in (path, *sorted(path.parent.glob(f"{glob.escape(path.stem)}-*{path.suffix}"))):
                 with suppress(OSError):
-                    if _state(candidate) == state and state[0] <= MAX_KEPT:
+                    if state_of(candidate) == state and state[0] <= MAX_KEPT:
                         content = candidate.read_bytes()
-                        if _state(candidate) == state:
+                        if state_of(candidate) == state:
                             return content
         return b""
-
-
-def _state(path: Path) -> tuple[int, int]:
-    state = path.stat()
-    return state.st_size, state.st_mtime_ns
 
 
 def _line(cells: Sequence[object]) -> bytes:

@@ -12,7 +12,7 @@ from kizu.errors import BadImage, OutputError
 from kizu.inference.inspector import Inspector
 from kizu.inference.verdict import Verdict
 from kizu.serving.watch.incoming import Arrival, Arrivals
-from kizu.serving.watch.ledger import Ledger, Row
+from kizu.serving.watch.ledger import Ledger, Row, state_of
 from kizu.serving.watch.ledger import rows as read_rows
 from kizu.serving.watch.sinks import Courier, Sink
 
@@ -92,7 +92,7 @@ class Watcher:
         if self._stopped_folder is None or path is None or row["verdict"] != "stop":
             return
         try:
-            if _state(path) != (row["bytes"], row["modified"]):
+            if state_of(path) != (row["bytes"], row["modified"]):
                 return
             target = self._stopped_folder / row["image"]
             if target.exists() and path.samefile(target):
@@ -134,11 +134,6 @@ def _row(arrival: Arrival, verdict: Verdict, model: str) -> Row:
     when = datetime.now(UTC).isoformat(timespec="milliseconds")
     about = {"model": model, "bytes": size, "modified": modified}
     return {"time": when, **verdict.model_dump(mode="json"), **about, **arrival.facts}
-
-
-def _state(path: Path) -> tuple[int, int]:
-    state = path.stat()
-    return state.st_size, state.st_mtime_ns
 
 
 def _free(path: Path) -> Path:
