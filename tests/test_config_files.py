@@ -60,7 +60,11 @@ def test_wrong_files_get_a_sentence(photos):
         ("e.json", "[1]", "holds no options"),
         ("f.toml", "coreset = 7", "--coreset 7"),
         ("g.yaml", "on: true", "True is no option of kizu train patchcore"),
-        ("h.json", json.dumps({"method": "simplenet", "config": {}}), "is of simplenet, and has nothing for"),
+        (
+            "h.json",
+            json.dumps({"method": "simplenet", "config": {}}),
+            "is a run of simplenet: its settings do not fit kizu train patchcore",
+        ),
         ("i.toml", 'category = "none"\nbad = "scratched"\nms = 30\nauto = true', "--bad scratched: there is no folder"),
     ):
         (photos / name).write_text(text)

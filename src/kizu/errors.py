@@ -116,7 +116,7 @@ EXTRAS = {
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """ " Did you mean size?", for what is nearest to a name that is not known; empty where nothing is near."""
+    """A sentence that asks whether the nearest known name was meant, behind a space; empty where none is near."""
     near = difflib.get_close_matches(name, known, n=1)
     return f" Did you mean {near[0]}?" if near else ""
 

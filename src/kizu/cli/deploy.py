@@ -120,7 +120,9 @@ def _checked_key(given: str | None) -> str | None:
 )
 @click.option("--csv", "csv_file", metavar="FILE", help="The verdicts as a table too.")
 @click.option("--store", metavar="DIR", help="The folder of kizu serve --store: its page shows the verdicts too.")
-@click.option("--keep", type=click.IntRange(1), help="With --store: how many of them. Default: as the server, or 1000.")
+@click.option(
+    "--keep", type=click.IntRange(1), help="With --store: how many verdicts stay there. Default: as the server."
+)
 @click.option("--webhook", metavar="URL", envvar="KIZU_WEBHOOK", show_envvar=True, help="POST each verdict there.")
 @click.option(
     "--mqtt",

@@ -160,11 +160,11 @@ def _settings(path: Path, ctx: click.Context) -> dict[str, Any]:
         reason = " ".join(str(error).split())
         raise DataError(f"{path} is not {path.suffix.removeprefix('.').upper() or 'JSON'} ({reason})") from None
     if not isinstance(values, dict):
-        raise DataError(f"{path} holds no options: a name and a value a line are wanted, as in  size = 320")
+        raise DataError(f"{path} holds no options: it wants a line for each, as in  size = 320")
     if not (isinstance(values.get("config"), dict) and isinstance(values.get("method"), str)):
         return values
     if values["method"] != ctx.command.name:
-        raise OptionError(f"{path} is of {values['method']}, and has nothing for {_name(ctx)}")
+        raise OptionError(f"{path} is a run of {values['method']}: its settings do not fit {_name(ctx)}")
     return _changed(values)
 
 

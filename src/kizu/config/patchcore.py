@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from kizu.config.backbone_names import without_seed
-from kizu.config.base import BackboneConfig, Numbers
+from kizu.config.base import BackboneConfig, Names, Numbers
 
 __all__ = ["PatchCoreConfig"]
 
@@ -20,6 +20,11 @@ class PatchCoreConfig(BackboneConfig):
     its name has its own patchsize, whose middle counts most, and may be there several times: layer2,layer2:5.
     """
 
+    layers: Names = Field(
+        (),
+        description="Layers that features are taken from: layer2,layer3, or block numbers of a transformer. layer2:5 "
+        "has a patchsize of its own, and a memory bank. Default: those of reduction 8 and 16.",
+    )
     patchsize: int = Field(3, ge=1, le=15, description="Side of the neighbourhood that is averaged into a patch.")
     pretrain_embed_dimension: int | None = Field(
         None,

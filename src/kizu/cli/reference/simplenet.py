@@ -181,7 +181,7 @@ def _config(main: dict[str, Any], network: dict[str, Any], data: dict[str, Any])
     ):
         click.echo(
             f"--embedding_size {network['embedding_size']}: the projection gets so many channels, and the published "
-            "program, which ignores this flag, cannot load it. --as-original ignores it too",
+            "program, which ignores the flag, cannot load the model. --as-original ignores it too",
             err=True,
         )
     settings = {

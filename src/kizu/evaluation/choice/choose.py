@@ -68,9 +68,8 @@ class Choice:
         if best is first:
             return f"{_words(best.settings)}, in the photographs' proportions: {by}, no change was clearly better."
         found = f"it finds {percent(best.found)} of them, where {percent(first.found)} were found before"
-        if best.found <= first.found:
-            found = f"it sees wrong wholes, and finds no less for certain: {percent(best.found)} of them"
-        return f"Chosen {by}: {_words(best.settings)}; {found}."
+        more = "" if best.found > first.found else ", which may be chance, and sees more of the whole part"
+        return f"Chosen {by}: {_words(best.settings)}; {found}{more}."
 
     def to_json(self) -> dict[str, Any]:
         """Everything, as run.json and the report keep it."""
@@ -143,7 +142,7 @@ class _Course:
         free = "size" not in self.config.model_fields_set and self.config.resize is None
         size = in_proportion(self.config.size, self.material.shape) if free else self.config.size
         self.trials.append(self._tried({"size": size} if size != self.config.size else {}))
-        # made-up defects know less of wrong wholes than real ones do, and these are what is seen by it
+        # favoured, because fewer made-up defects than real ones are wholes that are wrong, which it sees
         if wider and (change := seen_wider(self.config)):
             self._consider(change, favoured=True)
         if change := in_any_pose(self.config):
@@ -188,7 +187,7 @@ class _Course:
         else:
             verdict, self.best = "taken", len(self.trials) - 1
             if favoured and more < SURE * error:
-                verdict = "taken, because it sees wrong wholes, and finds no less for certain"
+                verdict = "taken, because that may be chance, and more of the whole part is seen"
         self.reasons.append(f"{_words(change)}: finds {100 * more:+.1f} % (± {100 * error:.1f}), {verdict}.")
         return verdict.startswith("taken")
 
