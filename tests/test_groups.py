@@ -10,7 +10,9 @@ from PIL import Image
 
 import kizu
 from kizu.calibration.groups import highest, named, recognised
+from kizu.cli.description import describe_model
 from kizu.detectors import DETECTORS, detector_class
+from kizu.serving.responses import promise_at
 from processes import kizu as command
 from test_detectors import SETTINGS, part
 
@@ -94,6 +96,8 @@ def test_every_method_counts_parts(method, folder, tmp_path):
     assert any("12 parts" in remark for remark in detector.remarks)
     folder_of_model = detector.save(tmp_path / "model")
     assert kizu.load(folder_of_model).threshold == detector.threshold
+    assert describe_model(folder_of_model)["promise"] == detector.threshold.statement
+    assert "good parts of several photographs each" in promise_at(detector, detector.threshold.value * 1.01).statement
     if method == "patchcore":  # a threshold by hand, and back
         command("tune", folder_of_model, "--threshold", 9, "--set")
         command("tune", folder_of_model, "--reset")

@@ -16,9 +16,9 @@ import pytest
 
 from kizu.data import image
 from kizu.errors import OutputError
-from kizu.evaluation import report
 from kizu.evaluation.evaluate import CategoryResult, ImageScore, Outlier, PatchPair, Picture
-from kizu.evaluation.report import MAX_BYTES, RunSummary, render, write
+from kizu.evaluation.pages import report
+from kizu.evaluation.pages.report import MAX_BYTES, RunSummary, render, write
 
 KEYS = ("image_auroc", "image_ap", "image_f1max", "pg2", "pb2", "pixel_auroc", "pixel_ap", "pixel_f1max", "au_pro")
 SUMMARY = RunSummary(

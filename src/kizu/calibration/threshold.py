@@ -7,8 +7,9 @@ Beta(j, n + 1 − j).
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, Self
 
 from kizu.errors import OptionError
 
@@ -27,6 +28,12 @@ class Threshold:
     count: int  # good images behind it
     tuned: str = ""  # the sentence that says on which labelled images it was set instead
     grouped: bool = False  # whether each of these is a part with several photographs
+
+    @classmethod
+    def from_json(cls, saved: Mapping[str, Any]) -> Self:
+        """The threshold that a model.json holds."""
+        value, grouped = from_finite(saved["value"]), saved.get("grouped", False)
+        return cls(value, saved["rate"], saved["count"], saved["tuned"], grouped)
 
     @property
     def supported(self) -> float:

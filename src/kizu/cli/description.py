@@ -17,10 +17,7 @@ def describe_model(folder: Path) -> dict[str, Any]:
     """What model.json says, as sentences. Raises `ModelError` when it cannot be read."""
     try:
         about = json.loads((folder / "model.json").read_text(encoding="utf-8"))
-        stored, training = about["threshold"], about["training"]
-        value = float("inf") if stored["value"] is None else stored["value"]
-        threshold = Threshold(value, stored["rate"], stored["count"], stored["tuned"])
-        config = about["config"]
+        threshold, training, config = Threshold.from_json(about["threshold"]), about["training"], about["config"]
         return {
             "model": str(folder),
             "method": about["method"],

@@ -9,9 +9,14 @@ import logging
 import click
 
 from kizu import __version__
-from kizu.cli import deploy, doctor, export, models, predict, quality, train
+from kizu.cli import deploy, doctor, export, models, predict, train
 from kizu.cli.faults import exit_with
 from kizu.cli.options import config_file_option
+from kizu.cli.quality.check import check
+from kizu.cli.quality.compare import compare
+from kizu.cli.quality.drift import drift
+from kizu.cli.quality.report import report
+from kizu.cli.quality.tune import tune
 from kizu.cli.reference.commands import import_models, reference
 from kizu.detectors.ram import allow_tuning
 
@@ -19,9 +24,9 @@ __all__ = ["cli", "main"]
 
 GROUPS = {
     "Learn": (train.train, train.distill, models.update, models.merge, predict.evaluate, train.demo),
-    "Judge": (predict.predict, quality.check, quality.drift, quality.tune),
+    "Judge": (predict.predict, check, drift, tune),
     "On the line": (export.export, export.verify, deploy.serve, deploy.watch),
-    "Look": (predict.data, models.info, doctor.doctor),
+    "Look": (report, compare, predict.data, models.info, doctor.doctor),
     "Coming from the originals": (reference, import_models),
 }
 

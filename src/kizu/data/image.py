@@ -1,5 +1,6 @@
 """Read, resize, colour and write images. The one place where a file becomes RGB uint8."""
 
+import base64
 import ctypes
 import io
 import logging
@@ -19,8 +20,10 @@ from PIL import Image, ImageDraw, ImageFile, ImageFont, PngImagePlugin, Unidenti
 from kizu.data import files
 from kizu.errors import BadImage
 
-__all__ = ["MAX_PIXELS", "MIN_SIDE", "SUFFIXES", "Float", "Source", "encode", "framed", "give_back_large", "heat"]
+__all__ = ["MAX_PIXELS", "MIN_SIDE", "SUFFIXES", "Float", "Source", "data_uri", "encode", "framed"]
 __all__ += [
+    "give_back_large",
+    "heat",
     "is_marked",
     "name_of",
     "opened",
@@ -31,6 +34,7 @@ __all__ += [
     "resize",
     "resize_map",
     "size_of",
+    "small",
     "suffix_of",
     "taken_at",
     "write",
@@ -47,6 +51,7 @@ SUFFIXES |= {".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".avif", ".tga"}
 _ENDINGS = {"PNG": ".png", "JPEG": ".jpg", "MPO": ".jpg", "BMP": ".bmp", "DIB": ".dib", "TIFF": ".tif", "WEBP": ".webp"}
 _ENDINGS |= {"GIF": ".gif", "PPM": ".ppm", "JPEG2000": ".jp2", "AVIF": ".avif", "TGA": ".tga"}
 MIN_SIDE = 8
+SMALL_SIDE = 400  # pixels of the longer side of a picture on a page
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 MARK = "kizu picture"
 MARK_WITHIN = 128  # bytes from the start of a file
@@ -162,6 +167,12 @@ def resize(rgb: RGB, size: tuple[int, int]) -> RGB:
     return np.asarray(image.resize((size[1], size[0]), Image.Resampling.BILINEAR, reducing_gap=3.0))
 
 
+def small(rgb: RGB, side: int = SMALL_SIDE) -> RGB:
+    """A picture whose longer side has so many pixels at most, for a page."""
+    factor = min(1.0, side / max(rgb.shape[:2]))
+    return resize(rgb, (max(1, round(rgb.shape[0] * factor)), max(1, round(rgb.shape[1] * factor))))
+
+
 def resize_map(values: Float, size: tuple[int, int]) -> Float:
     """Resize a float map (H, W) to (height, width), bilinear, half-pixel centres."""
     if values.shape == size:
@@ -221,6 +232,11 @@ def encode(rgb: npt.NDArray[np.uint8] | npt.NDArray[np.uint16], format: str = "P
     buffer = io.BytesIO()
     Image.fromarray(rgb).save(buffer, format=format, **options)
     return buffer.getvalue()
+
+
+def data_uri(rgb: RGB) -> str:
+    """A picture (H, W, 3) as a page holds it."""
+    return "data:image/webp;base64," + base64.b64encode(encode(rgb, "WEBP", quality=82)).decode()
 
 
 def write(path: str | os.PathLike[str], rgb: npt.NDArray[np.uint8], *, durable: bool = False) -> None:

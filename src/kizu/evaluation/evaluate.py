@@ -1,6 +1,5 @@
 """A detector over a test split: per-image rows, per-category results."""
 
-import base64
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -301,12 +300,12 @@ def _picture(sample: Sample, prediction: "Prediction", root: Path, why: str) -> 
     anomaly_map = image.resize_map(prediction.anomaly_map, size)
     low, high = prediction.detector.heat_map_range
     glow = image.overlay(photo, anomaly_map, low, high, prediction.detector.pixel_threshold)
-    shown, heat, overlay = (_data_uri(part) for part in (photo, image.heat(anomaly_map, low, high), glow))
+    shown, heat, overlay = (image.data_uri(part) for part in (photo, image.heat(anomaly_map, low, high), glow))
     pairs = []
     if prediction.is_anomalous or prediction.regions:
         for evidence in prediction.why()[:MAX_PAIRS]:
             query, match = (
-                "" if crop is None else _data_uri(crop) for crop in (evidence.query_crop, evidence.match_crop)
+                "" if crop is None else image.data_uri(crop) for crop in (evidence.query_crop, evidence.match_crop)
             )
             pairs.append(PatchPair(evidence.region, query, match, evidence.nearest.image, evidence.nearest.distance))
     return Picture(sample.name(root), why, shown, heat, overlay, pairs)
@@ -317,10 +316,6 @@ def _outliers(detector: "Inspector") -> list[Outlier]:
     outliers: list[Outlier] = []
     for suspect in sorted(detector.training.get("suspects", ()), key=lambda suspect: -float(suspect["score"])):
         picture = detector.picture(suspect["number"]) if len(outliers) < MAX_OUTLIERS else None
-        small = "" if picture is None else _data_uri(image.resize(picture, (PICTURE_SIDE // 2, PICTURE_SIDE // 2)))
+        small = "" if picture is None else image.data_uri(image.resize(picture, (PICTURE_SIDE // 2, PICTURE_SIDE // 2)))
         outliers.append(Outlier(suspect["name"], suspect["score"], small))
     return outliers
-
-
-def _data_uri(rgb: npt.NDArray[np.uint8]) -> str:
-    return "data:image/webp;base64," + base64.b64encode(image.encode(rgb, "WEBP", quality=82)).decode()

@@ -266,7 +266,7 @@ def _finish(run: Run, about: dict[str, Any], results: Sequence[CategoryResult], 
 def write_tables(folder: Path, about: dict[str, Any], results: Sequence[CategoryResult]) -> None:
     """results.csv, predictions.csv and report.html."""
     from kizu.detectors import detector_class
-    from kizu.evaluation import report
+    from kizu.evaluation.pages import report
 
     files.write_text(folder / "results.csv", results_csv(results))
     files.write_text(folder / "predictions.csv", predictions_csv(results))

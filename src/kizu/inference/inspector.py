@@ -198,10 +198,7 @@ class Inspector(ABC):
 
     def restore_thresholds(self, about: dict[str, Any]) -> None:
         """Take thresholds, facts and training from a model.json."""
-        saved = about["threshold"]
-        self.threshold = Threshold(
-            from_finite(saved["value"]), saved["rate"], saved["count"], saved["tuned"], saved.get("grouped", False)
-        )
+        self.threshold = Threshold.from_json(about["threshold"])
         self.calibration_scores, self.map_peaks = about["calibration_scores"], about["map"]["peaks"]
         self.pixel_threshold, self.heat_map_range = from_finite(about["map"]["level"]), tuple(about["map"]["scale"])
         self.facts, self.training = about["facts"], about["training"]

@@ -77,7 +77,7 @@ def promise_at(model: Inspector, value: float) -> Promise:
         statement = model.threshold.statement
         return Promise(threshold=value, expected=None, bound=None, statement=statement, map_level=None)
     expected = p_value(math.nextafter(value, math.inf), good)
-    threshold = Threshold(value, expected, len(good))
+    threshold = Threshold(value, expected, len(good), grouped=model.threshold.grouped)
     pixel_threshold = calibrate(model.map_peaks, min(expected, len(good) / (len(good) + 1))).value
     if value > max(good) > 0:
         pixel_threshold *= value / max(good)

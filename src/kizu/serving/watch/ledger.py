@@ -1,8 +1,10 @@
 """The ledger: verdicts as lines of JSON, each written once, whatever happens to the process that writes them."""
 
+import glob
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ from kizu.data import files
 from kizu.errors import DataError
 from kizu.serving.watch.growing_file import GrowingFile
 
-__all__ = ["Identity", "Ledger", "Row", "rows", "state_of"]
+__all__ = ["Identity", "Ledger", "Row", "photograph_of", "rows", "state_of"]
 
 Identity = tuple[str, int, int]  # of a photograph: name, bytes, time of change in nanoseconds
 Row = dict[str, Any]
@@ -82,6 +84,23 @@ def state_of(path: Path) -> tuple[int, int]:
     """What a file's identity has besides its name, which moving it does not alter: bytes and time of change."""
     state = path.stat()
     return state.st_size, state.st_mtime_ns
+
+
+def photograph_of(row: Row, folders: Sequence[Path], max_bytes: int) -> bytes:
+    """The file that was judged, wherever in the folders it is now; empty where it is gone or too large.
+
+    It is known by its size and time of change, which moving it does not alter: its name may be another's by now.
+    """
+    state = row["bytes"], row["modified"]
+    for folder in folders:
+        path = Path(folder, row["image"])
+        for candidate in (path, *sorted(path.parent.glob(f"{glob.escape(path.stem)}-*{path.suffix}"))):
+            with suppress(OSError):
+                if state_of(candidate) == state and state[0] <= max_bytes:
+                    content = candidate.read_bytes()
+                    if state_of(candidate) == state:
+                        return content
+    return b""
 
 
 def _fingerprint(identity: Identity) -> bytes:

@@ -1,12 +1,10 @@
 """Where verdicts go besides the ledger, each to a sink of its own, by a courier that makes up for what was missed."""
 
 import csv
-import glob
 import io
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Protocol
@@ -18,7 +16,7 @@ from kizu.serving.batcher import Upload
 from kizu.serving.history import History
 from kizu.serving.responses import thumbnail
 from kizu.serving.watch.growing_file import GrowingFile
-from kizu.serving.watch.ledger import Row, rows, state_of
+from kizu.serving.watch.ledger import Row, photograph_of, rows
 
 __all__ = ["Courier", "CsvSink", "HistorySink", "Sink", "Undelivered"]
 
@@ -175,7 +173,7 @@ class HistorySink:
 
     def deliver(self, row: Row) -> None:
         verdict = Verdict(**{name: row[name] for name in Verdict.model_fields})
-        when, content = datetime.fromisoformat(row["time"]).timestamp(), self._photograph(row)
+        when, content = datetime.fromisoformat(row["time"]).timestamp(), photograph_of(row, self._folders, MAX_KEPT)
         try:
             picture = thumbnail(Upload(content, row["image"])) if content else b""
         except BadImage:  # it was changed since it was judged
@@ -185,22 +183,6 @@ class HistorySink:
 
     def close(self) -> None:
         self._history.close()
-
-    def _photograph(self, row: Row) -> bytes:
-        """The file that was judged, wherever it is now; empty where it is gone, or too large to be kept.
-
-        It is known by its size and time of change, which moving it does not alter: its name may be another's by now.
-        """
-        state = row["bytes"], row["modified"]
-        for folder in self._folders:
-            path = Path(folder, row["image"])
-            for candidate in (path, *sorted(path.parent.glob(f"{glob.escape(path.stem)}-*{path.suffix}"))):
-                with suppress(OSError):
-                    if state_of(candidate) == state and state[0] <= MAX_KEPT:
-                        content = candidate.read_bytes()
-                        if state_of(candidate) == state:
-                            return content
-        return b""
 
 
 def _line(cells: Sequence[object]) -> bytes:

@@ -16,8 +16,8 @@ from kizu.calibration.threshold import p_value
 from kizu.data import files, image
 from kizu.evaluation import loco_metrics
 from kizu.evaluation.evaluate import CategoryResult, ImageScore, Picture
-from kizu.evaluation.html import templates
 from kizu.evaluation.metrics import metric_plugins
+from kizu.evaluation.pages.html import templates
 
 __all__ = ["MAX_BYTES", "RunSummary", "render", "write"]
 

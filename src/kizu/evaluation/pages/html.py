@@ -1,4 +1,4 @@
-"""Pages of a finding, its charts and tables: what check, drift and tune write. One self-contained HTML file each."""
+"""Pages of a finding, its charts, tables and pictures, one self-contained HTML file each."""
 
 import math
 import os
@@ -9,7 +9,7 @@ from typing import Any
 from kizu.data import files
 from kizu.errors import require
 
-__all__ = ["Chart", "Page", "Section", "chart", "templates", "write"]
+__all__ = ["Chart", "Figure", "Page", "Section", "chart", "templates", "write"]
 
 ALERTS = ("broken", "alarm")  # cells that stand out
 
@@ -28,11 +28,22 @@ class Chart:
 
 
 @dataclass(frozen=True)
+class Figure:
+    """A picture with what is to be said of it."""
+
+    source: str  # a data URI; empty where there is no picture
+    caption: str
+    kind: str  # stop, pass: the caption's colour
+    lines: Sequence[str]
+
+
+@dataclass(frozen=True)
 class Section:
     heading: str
     text: str
     rows: Sequence[dict[str, Any]] = ()
     charts: Sequence[Chart] = ()
+    figures: Sequence[Figure] = ()
 
 
 @dataclass(frozen=True)
@@ -50,7 +61,7 @@ def templates() -> Any:
     jinja2 = require("jinja2")
     return jinja2.Environment(
         loader=jinja2.ChoiceLoader(
-            [jinja2.PackageLoader("kizu.evaluation"), jinja2.PackageLoader("kizu.serving", "static")]
+            [jinja2.PackageLoader("kizu.evaluation.pages"), jinja2.PackageLoader("kizu.serving", "static")]
         ),
         autoescape=True,
         undefined=jinja2.StrictUndefined,

@@ -1,0 +1,218 @@
+"""The command tune: where defects are known, a threshold that suits; or one set by hand."""
+
+import getpass
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from kizu.calibration.threshold import by_hand, calibrate, percent
+from kizu.cli import terminal
+from kizu.cli.models import held
+from kizu.cli.options import json_option, quiet_option
+from kizu.data import files
+from kizu.errors import OptionError
+from kizu.inference.model_folder import model_folder
+
+if TYPE_CHECKING:
+    from kizu.evaluation.operating_point import Costs, OperatingPoint
+    from kizu.inference.inspector import Inspector
+
+__all__ = ["tune"]
+
+CURVE_POINTS = 400  # points of a drawn curve
+
+
+@click.command()
+@click.argument("model")
+@click.argument("good", required=False)
+@click.argument("bad", required=False)
+@click.option("--miss-cost", default=100.0, show_default=True, help="What a missed defect costs, in false alarms.")
+@click.option("--defective", default=0.01, show_default=True, help="Share of the parts that are defective.")
+@click.option("--threshold", type=float, help="This threshold instead of the cheapest.")
+@click.option("--set", "write", is_flag=True, help="Set the threshold in the model, marked as tuned on labels.")
+@click.option("--reset", is_flag=True, help="Back to the threshold from good images alone.")
+@click.option("--output", metavar="DIR", help="Write tune.csv and tune.html there.")
+@quiet_option
+@json_option
+def tune(model: str, good: str | None, bad: str | None, output: str | None, **options: Any) -> None:
+    """Where defects are known: false alarms against misses, what they cost, and a threshold that suits.
+
+    GOOD and BAD are photographs that the model did not learn from. Nothing changes without --set. Without them,
+    --threshold 1.5 --set sets a threshold by hand; the model keeps who did it, when, and what it was before.
+
+    \b
+    Example:  kizu tune results/project/group/run checked/good checked/bad --miss-cost 50 --set
+    """
+    folder = model_folder(model)
+    changes = options["write"] or options["reset"]
+    with held(folder) if changes else nullcontext():
+        if options["reset"]:
+            _reset(folder)
+        elif good is None and options["threshold"] is not None and options["write"]:
+            _set_by_hand(folder, options["threshold"])
+        else:
+            _tune(folder, good, bad, output, options)
+
+
+def _reset(folder: Path) -> None:
+    from kizu import load
+
+    detector = load(folder)
+    grouped = detector.threshold.grouped
+    detector.threshold = replace(calibrate(detector.calibration_scores, detector.threshold.rate), grouped=grouped)
+    detector.save(folder)
+    click.echo(f"{folder}: {detector.threshold.statement}")
+
+
+def _set_by_hand(folder: Path, value: float) -> None:
+    from kizu import load
+
+    detector = load(folder)
+    whose = f" by {getpass.getuser()} at {datetime.now().astimezone():%Y-%m-%d %H:%M %z}"
+    detector.threshold = by_hand(value, detector.threshold, detector.calibration_scores, whose)
+    detector.save(folder)
+    click.echo(f"{folder}: {detector.threshold.statement}")
+
+
+def _tune(folder: Path, good: str | None, bad: str | None, output: str | None, options: dict[str, Any]) -> None:
+    from kizu import load
+    from kizu.evaluation.operating_point import Costs, cheapest_point, operating_points, point_at, set_operating_point
+    from kizu.inference.batch import image_paths, predict_files
+
+    if good is None or bad is None:
+        raise OptionError(
+            "kizu tune takes a folder of good and one of defective photographs, or --threshold and --set, or --reset"
+        )
+    if options["miss_cost"] < 0 or not 0 <= options["defective"] <= 1:
+        raise OptionError("--miss-cost must not be negative, and --defective is a share between 0 and 1")
+    detector = load(folder)
+    costs = Costs(options["miss_cost"], options["defective"])
+    scores: list[list[float]] = []
+    failed = False
+    with terminal.progress(options["quiet"] or options["as_json"]) as progress:
+        for name, place in (("Good", good), ("Defective", bad)):
+            rows = predict_files(detector, image_paths([place]), progress=progress(name))
+            scores.append([row.score for row in rows if row.score is not None])
+            failed |= any(row.error for row in rows)
+            for row in rows:
+                if row.error:
+                    click.echo(f"error  {row.image}: {row.error}", err=True)
+    good_scores, bad_scores = scores
+    curve = operating_points(good_scores, bad_scores, costs)
+    now = point_at(detector.threshold.value, good_scores, bad_scores, costs)
+    chosen = cheapest_point(curve)
+    if options["threshold"] is not None:
+        chosen = point_at(options["threshold"], good_scores, bad_scores, costs)
+    if options["write"]:
+        set_operating_point(detector, chosen)
+        detector.save(folder)
+    _show_trade(detector, curve, chosen, now, (good_scores, bad_scores), costs, output, options)
+    if failed:
+        click.get_current_context().exit(1)
+
+
+def _show_trade(
+    detector: "Inspector",
+    curve: "Sequence[OperatingPoint]",
+    chosen: "OperatingPoint",
+    now: "OperatingPoint",
+    scores: tuple[Sequence[float], Sequence[float]],
+    costs: "Costs",
+    output: str | None,
+    options: dict[str, Any],
+) -> None:
+    """Table, JSON, page of what tune found."""
+    import numpy as np
+
+    from kizu.evaluation.metrics import presorted_bad, presorted_good
+    from kizu.evaluation.operating_point import point_at
+
+    good, bad = (np.array(some, dtype=float) for some in scores)
+    pg2, pb2 = presorted_good(good, bad), presorted_bad(good, bad)
+    named = {"in use": now, "cheapest" if options["threshold"] is None else "chosen": chosen}
+    for share in (0.0, 0.02, 0.05, 0.1):
+        lowest = float(np.sort(bad)[int(share * len(bad))])
+        named[f"misses ≤ {percent(share)}"] = point_at(float(np.nextafter(lowest, -np.inf)), *scores, costs)
+    rows = [_point_row(name, point) for name, point in named.items()]
+    sentences = [
+        f"While at most 2 % of the defects are missed, {percent(pg2)} of the good parts pass (PG2); while at most 2 % "
+        f"of the good parts are stopped, {percent(pb2)} of the defects are (PB2).",
+        f"A missed defect costs as much as {costs.miss:g} false alarms; {percent(costs.defective)} of parts have one.",
+        detector.threshold.statement
+        if options["write"]
+        else "Nothing was changed; --set puts the threshold into the model.",
+    ]
+    if output:
+        table = [_point_row("", point) for point in curve]
+        files.write_csv(Path(output) / "tune.csv", table[0], [row.values() for row in table])
+        thresholds = np.linspace(curve[0].threshold, curve[-1].threshold, CURVE_POINTS)
+        drawn = [point_at(float(threshold), *scores, costs) for threshold in thresholds]
+        _tune_page(Path(output) / "tune.html", drawn, chosen, now, rows, sentences)
+    if options["as_json"]:
+        values = {"pg2": pg2, "pb2": pb2, "chosen": vars(chosen), "in_use": vars(now), "set": options["write"]}
+        terminal.print_json({**values, "statement": detector.threshold.statement})
+        return
+    terminal.print_table(rows)
+    click.echo("\n" + "\n".join(sentences))
+
+
+def _point_row(name: str, point: "OperatingPoint") -> dict[str, str]:
+    row = {"choice": name} if name else {}
+    return row | {
+        "threshold": f"{point.threshold:.6g}",
+        "false alarms": f"{point.false_alarms} of {point.good}",
+        "misses": f"{point.misses} of {point.bad}",
+        "cost of 1,000 parts": f"{point.cost:.1f}",
+    }
+
+
+def _tune_page(
+    path: Path,
+    curve: "Sequence[OperatingPoint]",
+    chosen: "OperatingPoint",
+    now: "OperatingPoint",
+    rows: list[dict[str, str]],
+    sentences: Sequence[str],
+) -> None:
+    from kizu.evaluation.experiment import command_line
+    from kizu.evaluation.pages.html import Page, Section, chart, write
+
+    thresholds = [point.threshold for point in curve]
+    marks = [(chosen.threshold, "cheapest"), (now.threshold, "in use")]
+    charts = [
+        chart(
+            "What goes wrong",
+            "Share of good parts stopped (dark) and of defects missed (orange) ↑. Threshold →",
+            thresholds,
+            [[point.false_alarm_rate for point in curve], [point.miss_rate for point in curve]],
+            per_cent=True,
+            down=marks,
+        ),
+        chart(
+            "What it costs",
+            "Cost of 1,000 parts ↑. Threshold →",
+            thresholds,
+            [[point.cost for point in curve]],
+            down=marks,
+        ),
+    ]
+    page = Page(
+        title="False alarms against misses",
+        finding=f"At its cheapest it stops {chosen.false_alarms} of {chosen.good} good parts "
+        f"and misses {chosen.misses} of {chosen.bad} defects.",
+        lead=" ".join(sentences),
+        caveats=[
+            "A threshold that was chosen on labelled photographs looks better on them than it is. Judge it on others "
+            "before you rely on it."
+        ],
+        sections=[
+            Section("The choices", "Every threshold trades one mistake against the other.", rows, charts),
+        ],
+        command=command_line(),
+    )
+    write(path, page)
