@@ -13,9 +13,10 @@ from kizu.config import EfficientADConfig, PatchCoreConfig, SimpleNetConfig
 from kizu.evaluation.choice import choose as choosing
 from kizu.evaluation.choice.candidates import in_proportion, other_size
 from kizu.evaluation.choice.synthetic_defects import KINDS, MISPLACED, WHOLE_KINDS, Poses, part_of, with_defect
-from kizu.evaluation.choice.trials import Material, surprise
+from kizu.evaluation.choice.trials import Material, strange_when_turned, surprise
 from processes import kizu as command
 from test_detectors import GOOD, part
+from test_groups import photograph
 
 ALIGNED = Poses([part(number) for number in range(12)])
 SMALL = PatchCoreConfig(size=64)
@@ -131,6 +132,7 @@ def test_a_change_is_kept_where_it_is_clearly_better(monkeypatch):
         return choosing.Trial(settings, surprises, value, value, 10.0, 0.1)
 
     monkeypatch.setattr(choosing, "run_trial", trial)
+    monkeypatch.setattr(choosing, "strange_when_turned", lambda detector, material: 0.75)
     choice = kizu.choose(GOOD)
     assert choice.config.size == (448, 448) and choice.config.rotate_degrees == 0
     assert [row["settings"] for row in choice.rows] == [
@@ -151,6 +153,30 @@ def test_a_change_is_kept_where_it_is_clearly_better(monkeypatch):
     assert wide.config.size == (224, 448) and wide.sentence.startswith("size 224x448, in the photographs' proportions")
     hurried = kizu.choose(GOOD, minutes=1e-9)
     assert len(hurried.trials) == 1 and all("not tried" in reason for reason in hurried.reasons)
+
+
+def test_poses_are_told_by_good_parts_that_are_turned(monkeypatch):
+    """Where they look usual, turned copies are kept unless they find clearly less; where strange, none are tried."""
+    top = np.arange(96)[:, None, None] < 48
+    lying = [np.where(top, photograph(number, 0), 30).astype(np.uint8) for number in range(40)]
+    turned = [np.rot90(photo, number % 4).copy() for number, photo in enumerate(lying)]
+    strange = {}
+    for name, photos in (("one pose", lying), ("any pose", turned)):
+        material = Material.of([kizu.Photo(photo) for photo in photos], 0)
+        detector = kizu.PatchCore(SMALL).fit(material.learn)
+        strange[name] = strange_when_turned(detector, material)
+    assert strange["one pose"] > choosing.STRANGE and strange["any pose"] < choosing.USUAL
+
+    def trial(detector, settings, material, progress):
+        surprises = np.float32(0.5 + 0.02 * (np.arange(16) % 3 - 0.8) * ("rotate_degrees" in settings))
+        return choosing.Trial(settings, surprises, 0.5, 0.5, 10.0, 0.1)
+
+    monkeypatch.setattr(choosing, "run_trial", trial)
+    config = PatchCoreConfig(size=64, layers="blocks.2")
+    for value, degrees, words in ((0.5, 180, "look usual"), (0.75, 0, "may be chance"), (0.95, 0, "look strange")):
+        monkeypatch.setattr(choosing, "strange_when_turned", lambda detector, material, value=value: value)
+        choice = kizu.choose(GOOD, config)
+        assert choice.config.rotate_degrees == degrees and words in choice.reasons[0]
 
 
 def test_too_few_photographs_and_a_method_without_a_pretrained_network(tmp_path):

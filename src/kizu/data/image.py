@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw, ImageFile, ImageFont, PngImagePlugin, Unidenti
 from kizu.data import files
 from kizu.errors import BadImage
 
-__all__ = ["MAX_PIXELS", "MIN_SIDE", "SUFFIXES", "Float", "Source", "data_uri", "encode", "framed"]
+__all__ = ["MAX_PIXELS", "MIN_SIDE", "RGB", "SUFFIXES", "Float", "Source", "data_uri", "encode", "framed"]
 __all__ += [
     "give_back_large",
     "heat",

@@ -2,7 +2,7 @@
 
 From the given settings on, one thing is changed at a time, and kept where it finds clearly more of the made-up defects.
 What may be chance, among so few photographs, is left as it was. Only what sees wider is kept unless it finds clearly
-less.
+less, and copies in any pose where good parts that are turned look as usual as they were.
 """
 
 import os
@@ -18,13 +18,14 @@ from kizu.detectors.base import items_of
 from kizu.detectors.patchcore.detector import PatchCore
 from kizu.errors import OptionError
 from kizu.evaluation.choice.candidates import in_any_pose, in_proportion, other_size, seen_wider
-from kizu.evaluation.choice.trials import Material, Trial, gain, run_trial
+from kizu.evaluation.choice.trials import Material, Trial, gain, run_trial, strange_when_turned
 
 __all__ = ["Choice", "choose"]
 
 Settings = dict[str, Any]
 LARGER, SMALLER = 1.4, 0.8  # factors of both sides
 SURE = 2.0  # standard errors by which a change must be better
+USUAL, STRANGE = 0.65, 0.9  # of good parts that are turned, as `strange_when_turned` says it
 WORTH = 0.03  # of what there is to be found, that a change must find besides
 MAX_AREA = 2.6  # times the default's pixels, for an input that nobody bounded by its time
 UNIT = 320 * 320  # pixels of a photograph, for counting the work
@@ -68,7 +69,7 @@ class Choice:
         if best is first:
             return f"{_words(best.settings)}, in the photographs' proportions: {by}, no change was clearly better."
         found = f"it finds {percent(best.found)} of them, where {percent(first.found)} were found before"
-        more = "" if best.found > first.found else ", which may be chance, and sees more of the whole part"
+        more = "" if best.found > first.found else ", which may be chance"
         return f"Chosen {by}: {_words(best.settings)}; {found}{more}."
 
     def to_json(self) -> dict[str, Any]:
@@ -141,17 +142,26 @@ class _Course:
         """What sees more first, then poses, since these matter most; then sizes, of which large ones take long."""
         free = "size" not in self.config.model_fields_set and self.config.resize is None
         size = in_proportion(self.config.size, self.material.shape) if free else self.config.size
-        self.trials.append(self._tried({"size": size} if size != self.config.size else {}))
+        trial, detector = self._tried({"size": size} if size != self.config.size else {})
+        self.trials.append(trial)
         # favoured, because fewer made-up defects than real ones are wholes that are wrong, which it sees
         if wider and (change := seen_wider(self.config)):
-            self._consider(change, favoured=True)
+            self._consider(change, favoured="more of the whole part is seen")
         if change := in_any_pose(self.config):
-            self._consider(change)
+            self._consider_poses(change, detector)
         if free:
             while (larger := self._larger()) and self._consider({"size": larger}):
                 pass
             if self._size == size and (smaller := other_size(size, SMALLER)):
                 self._consider({"size": smaller})
+
+    def _consider_poses(self, change: Settings, detector: PatchCore) -> None:
+        """Copies in any pose, where good parts that are turned do not look strange."""
+        strange = strange_when_turned(detector, self.material)
+        if strange > STRANGE:
+            self.reasons.append(f"{_words(change)}: not tried, because good parts look strange when they are turned.")
+        else:
+            self._consider(change, favoured="good parts look usual when they are turned" if strange < USUAL else "")
 
     def _larger(self) -> tuple[int, int] | None:
         size = other_size(self._size, LARGER)
@@ -163,17 +173,17 @@ class _Course:
         size: tuple[int, int] = self.trials[self.best].settings.get("size", self.config.size)
         return size
 
-    def _consider(self, change: Settings, *, favoured: bool = False) -> bool:
+    def _consider(self, change: Settings, *, favoured: str = "") -> bool:
         """Try a change of the best settings, if there is time; whether it is kept.
 
-        It is, if it clearly finds more; a change that is favoured, unless it clearly finds less.
+        It is, if it clearly finds more; a change that is favoured, for the reason given, unless it clearly finds less.
         """
         best = self.trials[self.best]
         settings = {**best.settings, **change}
         if refusal := self._out_of_reach(settings):
             self.reasons.append(f"{_words(change)}: not tried, {refusal}.")
             return False
-        trial = self._tried(settings)
+        trial, _ = self._tried(settings)
         self.trials.append(trial)
         more, error = gain(trial, best)
         if self.limits.milliseconds is not None and trial.milliseconds > self.limits.milliseconds:
@@ -187,11 +197,11 @@ class _Course:
         else:
             verdict, self.best = "taken", len(self.trials) - 1
             if favoured and more < SURE * error:
-                verdict = "taken, because that may be chance, and more of the whole part is seen"
+                verdict = f"taken, because that may be chance, and {favoured}"
         self.reasons.append(f"{_words(change)}: finds {100 * more:+.1f} % (± {100 * error:.1f}), {verdict}.")
         return verdict.startswith("taken")
 
-    def _tried(self, settings: Settings) -> Trial:
+    def _tried(self, settings: Settings) -> tuple[Trial, PatchCore]:
         config = build(PatchCoreConfig, {**self.config.model_dump(exclude_unset=True), **settings})
         name = f"Trying {_words(settings) or 'the settings'}"
         detector = PatchCore(config)
@@ -201,7 +211,7 @@ class _Course:
         self.work_left -= work
         self.work_done += work
         self.seconds += trial.seconds
-        return trial
+        return trial, detector
 
     def _work(self, settings: Settings) -> float:
         """What a trial takes, in photographs of `UNIT` pixels that go through the network."""

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from kizu.calibration.copies import first_of_each_part
 from kizu.calibration.groups import highest, named, recognised
 from kizu.calibration.threshold import calibrate, p_value
-from kizu.data.image import Float
+from kizu.data.image import RGB, Float
 from kizu.data.preprocessing import Preprocessing, Readable, batches
 from kizu.data.progress import Progress, silent
 from kizu.detectors.base import Detector
@@ -25,7 +25,7 @@ from kizu.evaluation.choice.synthetic_defects import Poses, with_defect
 from kizu.evaluation.metrics import image_metrics
 from kizu.inference.prediction import Photo, path_of
 
-__all__ = ["Material", "Trial", "gain", "run_trial", "surprise"]
+__all__ = ["Material", "Trial", "gain", "run_trial", "strange_when_turned", "surprise"]
 
 LEARN, HELD_OUT = 64, 40  # photographs at most
 HELD_OUT_SHARE = 1 / 3
@@ -124,6 +124,19 @@ def run_trial(detector: Detector, settings: dict[str, Any], material: Material, 
     )
 
 
+def strange_when_turned(detector: Detector, material: Material) -> float:
+    """How strange good parts look to a detector when they are turned by a quarter: 0.5 not at all, 1 all of them.
+
+    It is the AUROC of photographs that were not learned from, turned either way, against the same as they are; of their
+    squares in the middle, because a quarter exchanges the sides.
+    """
+    squares = [_middle(item.read(ENOUGH)[0]) for item in material.held_out]
+    plain = _scores(detector, [Photo(square) for square in squares])
+    turned = _scores(detector, [Photo(np.rot90(square, turn).copy()) for square in squares for turn in (1, 3)])
+    metrics, _ = image_metrics([*plain, *turned], [False] * len(plain) + [True] * len(turned))
+    return metrics["image_auroc"] or 0.0
+
+
 def gain(trial: Trial, other: Trial) -> tuple[float, float]:
     """By how much more a trial finds than another one, and the standard error of that over the defects."""
     differences = trial.surprises - other.surprises
@@ -143,6 +156,12 @@ def surprise(good: Sequence[float], defects: Sequence[float]) -> Float:
 def _scores(detector: Detector, items: Sequence[Readable]) -> list[float]:
     read = batches(items, detector.preprocessing, batch_size=4, workers=detector.workers)
     return [float(score) for batch in read for score in detector(batch.pixels)[0]]
+
+
+def _middle(photo: RGB) -> RGB:
+    side = min(photo.shape[:2])
+    top, left = (photo.shape[0] - side) // 2, (photo.shape[1] - side) // 2
+    return photo[top : top + side, left : left + side]
 
 
 def _milliseconds(detector: Detector, items: Sequence[Readable]) -> float:
