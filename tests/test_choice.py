@@ -13,7 +13,7 @@ from kizu.config import EfficientADConfig, PatchCoreConfig, SimpleNetConfig
 from kizu.evaluation.choice import choose as choosing
 from kizu.evaluation.choice.candidates import in_proportion, other_size
 from kizu.evaluation.choice.synthetic_defects import KINDS, MISPLACED, WHOLE_KINDS, Poses, part_of, with_defect
-from kizu.evaluation.choice.trials import Material, strange_when_turned, surprise
+from kizu.evaluation.choice.trials import Material, Trial, gain, run_trial, strange_when_turned, surprise
 from processes import kizu as command
 from test_detectors import GOOD, part
 from test_groups import photograph
@@ -121,15 +121,32 @@ def test_simplenet_is_chosen_for_too():
     assert isinstance(choice.config, SimpleNetConfig) and choice.config.meta_epochs == 1
 
 
+def told(settings, surprises):
+    """A trial that found what is given."""
+    trial = Trial(settings, [0.0] * 9, [], [1.0] * len(surprises), 0.02, 10.0, 0.1)
+    trial.__dict__["surprises"] = np.float32(surprises)
+    return trial
+
+
+def test_a_hopeless_trial_ends_after_half_of_the_material():
+    material = Material.of([kizu.Photo(photograph(number, 0)) for number in range(15)], 0)
+    whole = run_trial(kizu.PatchCore(SMALL), {}, material)
+    asked = []
+    half = run_trial(kizu.PatchCore(SMALL), {}, material, hopeless=lambda trial: not asked.append(trial))
+    assert len(whole.defects) == len(material.defects) == 20 and len(half.defects) == 8 and len(half.held_out) == 2
+    assert half.defects == whole.defects[:8] and half.learned == whole.learned and asked == [half]
+    assert np.array_equal(whole.within(half).surprises, surprise([*half.learned, *half.held_out], half.defects))
+    assert gain(half, whole) == (0.0, 0.0)
+
+
 def test_a_change_is_kept_where_it_is_clearly_better(monkeypatch):
     """The course alone, with trials that are what this test says of them."""
     found = {(): 0.5, (448, 448): 0.7, (627, 627): 0.9}
 
-    def trial(detector, settings, material, progress):
+    def trial(detector, settings, material, progress, hopeless):
         value = found.get(tuple(settings.get("size", ())), 0.5) - 0.2 * ("rotate_degrees" in settings)
         value -= 0.1 * ("layers" in settings)
-        surprises = np.float32(value + 0.01 * np.arange(-8, 8) / 8)
-        return choosing.Trial(settings, surprises, value, value, 10.0, 0.1)
+        return told(settings, value + 0.01 * np.arange(-8, 8) / 8)
 
     monkeypatch.setattr(choosing, "run_trial", trial)
     monkeypatch.setattr(choosing, "strange_when_turned", lambda detector, material: 0.75)
@@ -143,7 +160,7 @@ def test_a_change_is_kept_where_it_is_clearly_better(monkeypatch):
     ]
     assert choice.rows[3][""] == "chosen" and [reason.rpartition(", ")[2] for reason in choice.reasons] == [
         "because it is less.",
-        "because it may be chance.",
+        "because it is less.",
         "taken.",
     ]
     assert "size 448x448" in choice.sentence and "69.9 %" in choice.sentence
@@ -167,9 +184,8 @@ def test_poses_are_told_by_good_parts_that_are_turned(monkeypatch):
         strange[name] = strange_when_turned(detector, material)
     assert strange["one pose"] > choosing.STRANGE and strange["any pose"] < choosing.USUAL
 
-    def trial(detector, settings, material, progress):
-        surprises = np.float32(0.5 + 0.02 * (np.arange(16) % 3 - 0.8) * ("rotate_degrees" in settings))
-        return choosing.Trial(settings, surprises, 0.5, 0.5, 10.0, 0.1)
+    def trial(detector, settings, material, progress, hopeless):
+        return told(settings, 0.5 + 0.02 * (np.arange(16) % 3 - 0.8) * ("rotate_degrees" in settings))
 
     monkeypatch.setattr(choosing, "run_trial", trial)
     config = PatchCoreConfig(size=64, layers="blocks.2")

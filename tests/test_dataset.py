@@ -1,3 +1,4 @@
+import json
 import time
 import zlib
 from collections import Counter
@@ -131,6 +132,18 @@ def cifar10(root: Path) -> dict[str, int]:
     }
 
 
+def annotated(root: Path) -> dict[str, int]:
+    photos(root / "images", 10)
+    images = [{"id": number, "file_name": path.name} for number, path in enumerate(sorted((root / "images").iterdir()))]
+    marks = [
+        {"image_id": 0, "category_id": 1, "bbox": [1, 1, 3, 2]},
+        {"image_id": 1, "category_id": 1, "bbox": [2, 3, 4, 4]},
+    ]
+    export = {"images": images, "annotations": marks, "categories": [{"id": 1, "name": "dent"}]}
+    (root / "instances.json").write_text(json.dumps(export))
+    return {f"{root.name} train good": 6, f"{root.name} test good": 2, f"{root.name} test dent": 2, "masks": 0}
+
+
 def folder(root: Path) -> dict[str, int]:
     photos(root / "OK", 10)
     photos(root / "NG" / "scratch", 2)
@@ -148,7 +161,7 @@ def folder(root: Path) -> dict[str, int]:
     }
 
 
-BUILDERS: list[Callable[[Path], dict[str, int]]] = [mvtec, loco, btad, visa, ksdd, ksdd2, cifar10, folder]
+BUILDERS: list[Callable[[Path], dict[str, int]]] = [mvtec, loco, btad, visa, ksdd, ksdd2, cifar10, annotated, folder]
 
 
 @pytest.mark.parametrize("build", BUILDERS, ids=lambda build: build.__name__)
@@ -161,7 +174,7 @@ def test_layout_is_recognised_and_complete(tmp_path: Path, build: Callable[[Path
     for sample in dataset.samples:
         shape = sample.read()[1]
         region = sample.mask(shape)
-        assert region is None if sample.is_anomalous and not sample.masks else region.any() == sample.is_anomalous
+        assert region is None if sample.is_anomalous and not sample.has_mask else region.any() == sample.is_anomalous
     inspection = inspect(dataset)
     assert sum(row["images"] for row in inspection.rows) == len(dataset.samples)
     assert not any("mask" in warning for warning in inspection.warnings)

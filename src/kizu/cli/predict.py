@@ -116,8 +116,9 @@ def evaluate(model: str, data: str, output: str | None, save_maps: bool, **optio
 def data(path: str, **options: Any) -> None:
     """Say what a folder of images is: layout, splits, counts, and what looks wrong.
 
-    Recognised: MVTec AD and LOCO, VisA, BTAD, MPDD, KolektorSDD and SDD2, CIFAR-10 (binary), and plain folders of good
-    images, with or without defective ones and masks.
+    Recognised: MVTec AD and LOCO, VisA, BTAD, MPDD, KolektorSDD and SDD2, CIFAR-10 (binary), images with what COCO,
+    Label Studio, VIA, CVAT or Lookout for Vision say of them, and plain folders of good images, with or without
+    defective ones and masks.
 
     \b
     Example:  kizu data mvtec

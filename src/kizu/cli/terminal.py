@@ -25,6 +25,7 @@ __all__ = [
     "messages",
     "print_facts",
     "print_json",
+    "print_repetitions",
     "print_results",
     "print_table",
     "print_verdicts",
@@ -142,6 +143,24 @@ def print_results(results: "Sequence[CategoryResult]", folder: Path | None, opti
                 click.echo(f"  Not judged: {row.image} {flagged(row.error)}")
     if folder is not None:
         click.echo(f"\nResults: {folder}\nReport:  {folder / 'report.html'}")
+
+
+def print_repetitions(runs: "Sequence[tuple[Path, Sequence[CategoryResult]]]", options: dict[str, Any]) -> None:
+    """Several trainings of the same: mean and spread, and where each is."""
+    from kizu.evaluation.repetition import summary_rows
+
+    rows = summary_rows([results for _, results in runs])
+    if options["as_json"]:
+        each = [
+            {"folder": str(folder), "categories": [{"category": r.category, **r.metrics} for r in results]}
+            for folder, results in runs
+        ]
+        print_json({"summary": rows, "runs": each})
+        return
+    print_table(rows)
+    click.echo("\nMean ± standard deviation over the runs; verdicts of all runs together.")
+    for folder, _ in runs:
+        click.echo(f"Results: {folder}")
 
 
 def _result_row(result: "CategoryResult", names: dict[str, str]) -> dict[str, str]:

@@ -84,6 +84,14 @@ def _train_command(method: str) -> click.Command:
     @click.argument("data", required=False, metavar="DATA")
     @data_options
     @run_options
+    @click.option(
+        "--seeds", metavar="LIST", help="Train once for each seed, as in 0-4: mean and spread of the figures."
+    )
+    @click.option(
+        "--folds",
+        type=click.IntRange(2, 100),
+        help="Cross-validation: train so many times, each time judging another part of the good images.",
+    )
     @click.option("--print-config", is_flag=True, help="Print the settings as a file for --config, and end.")
     @quiet_option
     @json_option
@@ -117,7 +125,7 @@ def _train_command(method: str) -> click.Command:
 
 
 def _learn(method: str, config: "Config", data: str, options: dict[str, Any]) -> None:
-    from kizu.evaluation import experiment
+    from kizu.evaluation import experiment, repetition
     from kizu.evaluation.run_folder import check_name
 
     for place in ("project", "group"):
@@ -129,17 +137,24 @@ def _learn(method: str, config: "Config", data: str, options: dict[str, Any]) ->
     if not (options["quiet"] or options["as_json"]):
         click.echo(terminal.summary(dataset), err=True)
     quiet = options["quiet"] or options["as_json"]
-    with terminal.progress(quiet) as progress, terminal.messages(quiet, warnings_only=True):
-        finished, results = experiment.train(
-            method,
-            config,
-            dataset,
-            Path(options["output"]) / options["project"] / options["group"],
-            experiment.RunOptions(
-                **{field.name: options[field.name] for field in dataclasses.fields(experiment.RunOptions)}
-            ),
-            progress=progress,
-        )
+    seeds, folds = repetition.seeds_in(options["seeds"]) if options["seeds"] else [], options["folds"] or 0
+    chosen = {field.name: options[field.name] for field in dataclasses.fields(experiment.RunOptions)}
+    runs = []
+    for one in repetition.repetitions(config, dataset, seeds, folds, options["group_by"]):
+        name = f"{options['name'] or 'run'}-{one.suffix}" if one.suffix else options["name"]
+        with terminal.progress(quiet) as progress, terminal.messages(quiet, warnings_only=True):
+            finished, results = experiment.train(
+                method,
+                one.config,
+                one.data,
+                Path(options["output"]) / options["project"] / options["group"],
+                experiment.RunOptions(**{**chosen, "name": name}),
+                progress=progress,
+            )
+        runs.append((finished.folder, results))
+    if seeds or folds:
+        terminal.print_repetitions(runs, options)
+        return
     terminal.print_results(results, finished.folder, options)
     if options["profile"]:
         rows = [{"category": r.category, **{k: f"{v:.3f} s" for k, v in r.seconds.items()}} for r in results]

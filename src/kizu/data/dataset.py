@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kizu.data.folders import Folder, Names, is_mask_folder, walk
-from kizu.data.layouts import EXPECTED, RECOGNISERS, Contents, sole_folder, unnamed_folder
+from kizu.data.layouts import EXPECTED, RECOGNISERS
+from kizu.data.layouts.contents import Contents
+from kizu.data.layouts.plain import sole_folder, unnamed_folder
 from kizu.data.masks import Saturations, read_saturations
 from kizu.data.photographs import is_photograph
 from kizu.data.sample import Sample
@@ -209,7 +211,7 @@ def _about_other_masks(folder: Folder, samples: Sequence[Sample]) -> list[str]:
     places = [inner for inner in folder.tree() if is_mask_folder(inner)]
     found = {path for place in places for inner in place.tree() for path, _ in inner.others}
     found = {path for path in found if path.suffix.lower() in OTHER_MASKS}
-    if not found or not any(sample.is_anomalous and not sample.masks for sample in samples):
+    if not found or not any(sample.is_anomalous and not sample.has_mask for sample in samples):
         return []
     return [
         f"{len(found)} files of ground truth, such as {min(found).name}, are no images and were left out: a mask is an "

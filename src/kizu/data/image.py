@@ -21,6 +21,7 @@ from kizu.data import files
 from kizu.errors import BadImage
 
 __all__ = ["MAX_PIXELS", "MIN_SIDE", "RGB", "SUFFIXES", "Float", "Source", "data_uri", "encode", "framed"]
+__all__ += ["from_data_uri"]
 __all__ += [
     "give_back_large",
     "heat",
@@ -237,6 +238,11 @@ def encode(rgb: npt.NDArray[np.uint8] | npt.NDArray[np.uint16], format: str = "P
 def data_uri(rgb: RGB) -> str:
     """A picture (H, W, 3) as a page holds it."""
     return "data:image/webp;base64," + base64.b64encode(encode(rgb, "WEBP", quality=82)).decode()
+
+
+def from_data_uri(uri: str) -> RGB:
+    """The picture (H, W, 3) that a page holds."""
+    return read(base64.b64decode(uri.partition(",")[2]))
 
 
 def write(path: str | os.PathLike[str], rgb: npt.NDArray[np.uint8], *, durable: bool = False) -> None:

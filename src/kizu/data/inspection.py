@@ -12,7 +12,7 @@ from PIL import Image
 
 from kizu.data.dataset import Dataset
 from kizu.data.image import MIN_SIDE, size_of
-from kizu.data.layouts import NO_IMAGE_FOR_MASK
+from kizu.data.layouts.contents import NO_IMAGE_FOR_MASK
 from kizu.data.masks import read_doubted
 from kizu.data.sample import CIFAR_SIDE, Sample
 from kizu.errors import BadImage
@@ -48,7 +48,7 @@ def inspect(dataset: Dataset) -> Inspection:
     for (category, split, defect), samples in groups.items():
         usable = _usable(samples, headers)
         row: dict[str, str | int] = {"category": category, "split": split, "defect": defect, "images": len(samples)}
-        row["masks"] = sum(bool(sample.masks) for sample in samples)
+        row["masks"] = sum(sample.has_mask for sample in samples)
         rows.append(
             row | {"size": _sizes(usable), "channels": ", ".join(sorted({header.channels for header in usable}))}
         )
@@ -134,7 +134,7 @@ def _about_images(samples: list[Sample], headers: Headers) -> list[str]:
 
 def _about_masks(samples: list[Sample], headers: Headers, masks: Headers, root: Path) -> list[str]:
     anomalous = [sample for sample in samples if sample.is_anomalous]
-    unmasked = [sample.path for sample in anomalous if not sample.masks]
+    unmasked = [sample.path for sample in anomalous if not sample.has_mask]
     empty, misfits = [], []
     for sample in anomalous:
         image = headers.get(sample.path)

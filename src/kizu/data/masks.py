@@ -1,17 +1,29 @@
-"""Ground truth: masks of defects however they are stored, and how much of a defect has to be found (MVTec LOCO)."""
+"""Ground truth: masks of defects however they are stored or drawn, and how much has to be found (MVTec LOCO)."""
 
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image, ImageDraw
 
 from kizu.data.image import Source, name_of, opened
 from kizu.errors import BadImage, DataError
 
-__all__ = ["CONFIG_NAME", "Region", "Saturation", "Saturations", "read_doubted", "read_mask"]
+__all__ = [
+    "CONFIG_NAME",
+    "Polygon",
+    "Region",
+    "Runs",
+    "Saturation",
+    "Saturations",
+    "Shape",
+    "read_doubted",
+    "read_mask",
+]
 __all__ += ["read_mask_values", "read_regions", "read_saturations"]
 
 CONFIG_NAME = "defects_config.json"
@@ -33,6 +45,51 @@ class Saturation(NamedTuple):
 
 
 Saturations = Mapping[int, Saturation]  # a mask's value → what it stands for
+
+
+@dataclass(frozen=True)
+class Polygon:
+    """A region with straight edges, as a person drew it."""
+
+    points: tuple[tuple[float, float], ...]  # x, y
+    size: tuple[float, float] | None = None  # width and height that these are numbers of; None: the image's own
+
+    def drawn(self, shape: tuple[int, int]) -> npt.NDArray[np.bool_]:
+        """Its pixels in an image of this shape, (H, W); at least those that its border crosses."""
+        height, width = shape
+        across, down = (1.0, 1.0) if self.size is None else (width / self.size[0], height / self.size[1])
+        canvas = Image.new("L", (width, height))
+        scaled = [(x * across, y * down) for x, y in self.points]
+        if len(scaled) < 3:
+            ImageDraw.Draw(canvas).line(scaled * (3 - len(scaled)), fill=1)
+        else:
+            ImageDraw.Draw(canvas).polygon(scaled, fill=1, outline=1)
+        return np.asarray(canvas, bool)
+
+
+@dataclass(frozen=True)
+class Runs:
+    """A region as lengths of runs of pixels, the first of them outside, within a box of an image of `size`."""
+
+    lengths: tuple[int, ...]
+    box: tuple[int, int, int, int]  # left, top, width, height
+    size: tuple[int, int]  # width, height
+    by_columns: bool = False
+
+    def drawn(self, shape: tuple[int, int]) -> npt.NDArray[np.bool_]:
+        """Its pixels in an image of this shape, (H, W). Raises `ValueError` where the runs do not fill the box."""
+        left, top, width, height = self.box
+        inside = np.arange(len(self.lengths)) % 2 == 1
+        flat = np.repeat(inside, self.lengths)
+        pixels = flat.reshape(width, height).T if self.by_columns else flat.reshape(height, width)
+        whole = np.zeros((self.size[1], self.size[0]), bool)
+        whole[top : top + height, left : left + width] = pixels
+        if whole.shape == shape:
+            return whole
+        return np.asarray(Image.fromarray(whole).resize((shape[1], shape[0]), Image.Resampling.NEAREST), bool)
+
+
+Shape = Polygon | Runs
 
 
 class Region(NamedTuple):

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kizu.data.image import read_at_least
-from kizu.data.masks import read_mask
+from kizu.data.masks import Shape, read_mask
 from kizu.errors import BadImage, DataError
 
 __all__ = ["CIFAR_RECORD", "CIFAR_SIDE", "Sample"]
@@ -25,11 +25,17 @@ class Sample:
     split: str  # "train", "validation" or "test"
     defect: str  # "good" or the type of defect
     masks: tuple[Path, ...] = ()
+    shapes: tuple[Shape, ...] = ()  # regions of defects that are in no file of their own
     index: int | None = None  # record inside a packed file
 
     @property
     def is_anomalous(self) -> bool:
         return self.defect != "good"
+
+    @property
+    def has_mask(self) -> bool:
+        """Whether it is known where the defect is."""
+        return bool(self.masks or self.shapes)
 
     def name(self, root: Path) -> str:
         """Path relative to the data set, with forward slashes, and #record for a packed file."""
@@ -54,7 +60,7 @@ class Sample:
 
         Raises `DataError` when a mask's size is not `shape`, the image's.
         """
-        if self.is_anomalous and not self.masks:
+        if self.is_anomalous and not self.has_mask:
             return None
         union = np.zeros(shape, dtype=np.bool_)
         for path in self.masks if self.is_anomalous else ():
@@ -65,4 +71,6 @@ class Sample:
                     f"{shape[1]}×{shape[0]}: scale the mask to its image, or remove it."
                 )
             union |= region
+        for drawing in self.shapes if self.is_anomalous else ():
+            union |= drawing.drawn(shape)
         return union

@@ -232,7 +232,7 @@ def _usable(
         masks = [path for sample, _ in usable for path in sample.masks]
         notes += about_doubts({path: why for path in masks if (why := read_doubted(path)[1])})
     missing = len(predictions) - len(usable)
-    if missing and any(sample.masks for sample, _ in usable):
+    if missing and any(sample.has_mask for sample, _ in usable):
         notes.append(f"{missing} test images have no usable mask; pixel metrics leave them out.")
     return usable, notes
 
@@ -249,7 +249,12 @@ def _mask(sample: Sample, prediction: "Prediction") -> npt.NDArray[np.bool_]:
 
 
 def _regions(sample: Sample, prediction: "Prediction", saturations: Saturations | None) -> list[Region]:
-    return read_regions(sample.masks, prediction.shape, saturations) if sample.is_anomalous else []
+    if not sample.is_anomalous:
+        return []
+    drawn = [
+        Region(pixels, int(pixels.sum())) for shape in sample.shapes if (pixels := shape.drawn(prediction.shape)).any()
+    ]
+    return [*read_regions(sample.masks, prediction.shape, saturations), *drawn]
 
 
 @dataclass(frozen=True)

@@ -30,17 +30,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kizu.config import Config, build
-from kizu.data import files
+from kizu.data import files, image
 from kizu.data.dataset import Dataset, Sample
 from kizu.data.masks import Saturations
 from kizu.data.progress import Progress, silent
 from kizu.errors import DataError, KizuError, OptionError
 from kizu.evaluation import tracking
-from kizu.evaluation.evaluate import CategoryResult, evaluate
+from kizu.evaluation.evaluate import CategoryResult, Picture, evaluate
 from kizu.evaluation.run_folder import Run, open_run
 from kizu.evaluation.tables import predictions_csv, results_csv
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
     from kizu.detectors.base import Detector
 
 __all__ = [
@@ -310,6 +313,8 @@ def fingerprint(samples: Sequence[Sample]) -> str:
                 digest.update(hashlib.file_digest(file, "blake2b").digest())
         except OSError:
             digest.update(b"unreadable")
+    for shapes in sorted(repr(sample.shapes) for sample in samples if sample.shapes):
+        digest.update(shapes.encode())
     return digest.hexdigest()
 
 
@@ -367,6 +372,16 @@ def _tensorboard(folder: Path, results: Sequence[CategoryResult]) -> None:
                     import numpy as np
 
                     writer.add_histogram(f"scores/{label}", np.asarray(scores))
+            for picture in result.pictures:
+                writer.add_image(f"{picture.why}/{picture.image}", _views(picture), dataformats="HWC")
+
+
+def _views(picture: Picture) -> "npt.NDArray[np.uint8]":
+    """The photograph, its anomaly map, and both, side by side."""
+    import numpy as np
+
+    shown = (picture.photo, picture.heat, picture.overlay)
+    return np.concatenate([image.from_data_uri(view) for view in shown], axis=1)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ less, and copies in any pose where good parts that are turned look as usual as t
 
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,7 +50,8 @@ class Choice:
         return [
             {
                 "settings": _words(trial.settings) or "as they were",
-                "made-up defects found": percent(trial.found),
+                "made-up defects found": percent(trial.found)
+                + ("" if len(trial.defects) == self.defects else " of half"),
                 f"stopped at {one_in(rate)}": percent(trial.stopped),
                 "AUROC": f"{trial.image_auroc:.3f}",
                 "ms an image": f"{trial.milliseconds:.0f}",
@@ -137,6 +138,7 @@ class _Course:
         self.reasons: list[str] = []
         self.work_left = float(max(MIN_WORK, WORK_EACH * material.parts))  # in photographs of `UNIT` pixels
         self.work_done, self.seconds = 0.0, 0.0
+        self._larger_is_less = True  # as far as it was tried
 
     def run(self, *, wider: bool) -> None:
         """What sees more first, then poses, since these matter most; then sizes, of which large ones take long."""
@@ -152,7 +154,7 @@ class _Course:
         if free:
             while (larger := self._larger()) and self._consider({"size": larger}):
                 pass
-            if self._size == size and (smaller := other_size(size, SMALLER)):
+            if self._size == size and self._larger_is_less and (smaller := other_size(size, SMALLER)):
                 self._consider({"size": smaller})
 
     def _consider_poses(self, change: Settings, detector: PatchCore) -> None:
@@ -183,12 +185,19 @@ class _Course:
         if refusal := self._out_of_reach(settings):
             self.reasons.append(f"{_words(change)}: not tried, {refusal}.")
             return False
-        trial, _ = self._tried(settings)
+
+        def hopeless(trial: Trial) -> bool:
+            more, error = gain(trial, best)
+            return more + SURE * error < (0 if favoured else WORTH)
+
+        trial, _ = self._tried(settings, hopeless)
         self.trials.append(trial)
         more, error = gain(trial, best)
+        if "size" in change:
+            self._larger_is_less = more < 0
         if self.limits.milliseconds is not None and trial.milliseconds > self.limits.milliseconds:
             verdict = f"not taken, because a photograph takes {trial.milliseconds:.0f} ms"
-        elif favoured and more < -SURE * error:
+        elif more < -SURE * error:
             verdict = "not taken, because it is less"
         elif not favoured and more < SURE * error:
             verdict = "not taken, because it may be chance"
@@ -201,12 +210,18 @@ class _Course:
         self.reasons.append(f"{_words(change)}: finds {100 * more:+.1f} % (± {100 * error:.1f}), {verdict}.")
         return verdict.startswith("taken")
 
-    def _tried(self, settings: Settings) -> tuple[Trial, PatchCore]:
+    def _tried(
+        self, settings: Settings, hopeless: Callable[[Trial], bool] = lambda trial: False
+    ) -> tuple[Trial, PatchCore]:
         config = build(PatchCoreConfig, {**self.config.model_dump(exclude_unset=True), **settings})
         name = f"Trying {_words(settings) or 'the settings'}"
         detector = PatchCore(config)
         detector.workers = self.workers
-        trial = run_trial(detector, settings, self.material, lambda _, done, total: self.progress(name, done, total))
+
+        def progress(stage: str, done: int, total: int) -> None:
+            self.progress(name, done, total)
+
+        trial = run_trial(detector, settings, self.material, progress, hopeless)
         work = self._work(settings)
         self.work_left -= work
         self.work_done += work

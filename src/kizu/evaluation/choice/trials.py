@@ -6,9 +6,10 @@ on the same photographs and the same defects, so that small differences count.
 
 import statistics
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +28,8 @@ from kizu.inference.prediction import Photo, path_of
 
 __all__ = ["Material", "Trial", "gain", "run_trial", "strange_when_turned", "surprise"]
 
+Item = TypeVar("Item")
+
 LEARN, HELD_OUT = 64, 40  # photographs at most
 HELD_OUT_SHARE = 1 / 3
 DEFECTS_EACH = 4  # on each photograph that is held out
@@ -34,6 +37,7 @@ MIN_PARTS = 10
 LOOK = (64, 64)  # pixels of a first look at the photographs
 ENOUGH = (1280, 1280)  # pixels above which a photograph may be read smaller
 TIMED = 3  # photographs, one at a time
+MAX_TURNED = 20  # photographs that are turned
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,11 @@ class Material:
     parts: int  # different ones that there are photographs of
     groups: list[int]  # a number for each photograph to learn from, equal for those that belong together,
     held_out_groups: list[int]  # and for each that is held out
+
+    @property
+    def defects_of(self) -> list[list[Photo]]:
+        """The defects by the photograph that they are on."""
+        return [self.defects[n : n + DEFECTS_EACH] for n in range(0, len(self.defects), DEFECTS_EACH)]
 
     @classmethod
     def of(
@@ -93,35 +102,76 @@ class Trial:
     """Settings that were tried, and what they are worth."""
 
     settings: dict[str, Any]  # that differ from those that the choice began with
-    surprises: Float  # (D,): for each made-up defect the share of the rates of false alarms at which it is stopped
-    stopped: float  # share of the made-up defects that are stopped at the rate of false alarms that was asked for
-    image_auroc: float
+    learned: list[float]  # scores of the good parts that were learned from, each as if it were new,
+    held_out: list[float]  # of those that were not,
+    defects: list[float]  # and of the made-up defects
+    rate: float  # of false alarms that was asked for
     milliseconds: float  # for one photograph that has been read, on this machine
     seconds: float  # that the trial took
+
+    @cached_property
+    def surprises(self) -> Float:
+        """(D,): for each made-up defect the share of the rates of false alarms at which it is stopped."""
+        return surprise(self._good, self.defects)
 
     @property
     def found(self) -> float:
         """What decides: the share of the made-up defects that are stopped, on average over the rates."""
         return float(self.surprises.mean())
 
+    @property
+    def stopped(self) -> float:
+        """The share of the made-up defects that are stopped at the rate that was asked for."""
+        level = calibrate(self._good, self.rate).value
+        return sum(score > level for score in self.defects) / len(self.defects)
 
-def run_trial(detector: Detector, settings: dict[str, Any], material: Material, progress: Progress = silent) -> Trial:
-    """Learn from part of the material with a detector of these settings, and judge the rest."""
+    @property
+    def image_auroc(self) -> float:
+        labels = [False] * len(self._good) + [True] * len(self.defects)
+        return image_metrics([*self._good, *self.defects], labels)[0]["image_auroc"] or 0.0
+
+    def within(self, other: "Trial") -> "Trial":
+        """This trial by as much of the material as another one judged."""
+        if len(other.defects) == len(self.defects):
+            return self
+        return replace(self, held_out=self.held_out[: len(other.held_out)], defects=self.defects[: len(other.defects)])
+
+    @property
+    def _good(self) -> list[float]:
+        return [*self.learned, *self.held_out]
+
+
+def run_trial(
+    detector: Detector,
+    settings: dict[str, Any],
+    material: Material,
+    progress: Progress = silent,
+    hopeless: Callable[[Trial], bool] = lambda trial: False,
+) -> Trial:
+    """Learn from part of the material with a detector of these settings, and judge the rest.
+
+    Half of the rest is judged first; the trial ends with it, if it is `hopeless` by then.
+    """
     start = time.perf_counter()
     detector.fit(material.learn, keep_copies=True, group_by=material.groups, progress=progress)
-    held_out = highest(_scores(detector, material.held_out), material.held_out_groups)
-    good = [*detector.calibration_scores, *held_out]
-    defects = _scores(detector, material.defects)
-    metrics, _ = image_metrics([*good, *defects], [False] * len(good) + [True] * len(defects))
-    level = calibrate(good, detector.config.false_alarms).value
-    return Trial(
-        settings,
-        surprise(good, defects),
-        sum(score > level for score in defects) / len(defects),
-        metrics["image_auroc"] or 0.0,
-        _milliseconds(detector, material.held_out),
-        time.perf_counter() - start,
-    )
+    milliseconds = _milliseconds(detector, material.held_out)
+    half = len(material.held_out) // 2
+    held_out, defects = list[float](), list[float]()
+    for part in (slice(0, half), slice(half, None)):
+        held_out += _scores(detector, material.held_out[part])
+        defects += _scores(detector, [d for each in material.defects_of[part] for d in each])
+        trial = Trial(
+            settings,
+            list(detector.calibration_scores),
+            highest(held_out, material.held_out_groups[: len(held_out)]),
+            defects,
+            detector.config.false_alarms,
+            milliseconds,
+            time.perf_counter() - start,
+        )
+        if part.start == 0 and hopeless(trial):
+            break
+    return trial
 
 
 def strange_when_turned(detector: Detector, material: Material) -> float:
@@ -130,7 +180,9 @@ def strange_when_turned(detector: Detector, material: Material) -> float:
     It is the AUROC of photographs that were not learned from, turned either way, against the same as they are; of their
     squares in the middle, because a quarter exchanges the sides.
     """
-    squares = [_middle(item.read(ENOUGH)[0]) for item in material.held_out]
+    squares = [
+        _middle(item.read(ENOUGH)[0]) for item in _evenly(material.held_out, min(MAX_TURNED, len(material.held_out)))
+    ]
     plain = _scores(detector, [Photo(square) for square in squares])
     turned = _scores(detector, [Photo(np.rot90(square, turn).copy()) for square in squares for turn in (1, 3)])
     metrics, _ = image_metrics([*plain, *turned], [False] * len(plain) + [True] * len(turned))
@@ -138,8 +190,11 @@ def strange_when_turned(detector: Detector, material: Material) -> float:
 
 
 def gain(trial: Trial, other: Trial) -> tuple[float, float]:
-    """By how much more a trial finds than another one, and the standard error of that over the defects."""
-    differences = trial.surprises - other.surprises
+    """By how much more a trial finds than another one, and the standard error of that over the defects.
+
+    Of a trial that ended early, among the defects that it judged.
+    """
+    differences = trial.surprises - other.within(trial).surprises
     return float(differences.mean()), float(differences.std(ddof=1) / np.sqrt(len(differences)))
 
 
@@ -199,6 +254,6 @@ def _groups(items: Sequence[Readable], pictures: Sequence[npt.NDArray[np.uint8]]
     return groups or list(range(len(items)))
 
 
-def _evenly(numbers: Sequence[int], count: int) -> list[int]:
-    """So many of the numbers, from the first to the last."""
-    return [numbers[round(place)] for place in np.linspace(0, len(numbers) - 1, count)]
+def _evenly(items: Sequence[Item], count: int) -> list[Item]:
+    """So many of the items, from the first to the last."""
+    return [items[round(place)] for place in np.linspace(0, len(items) - 1, count)]
