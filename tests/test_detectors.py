@@ -15,7 +15,7 @@ from kizu.testing import photograph as part
 from teachers import TEACHER
 
 SETTINGS = {
-    "patchcore": {"size": 64, "coreset": 0.2},
+    "patchcore": {"size": 96, "coreset": 0.2},
     "simplenet": {
         "size": 96,
         "meta_epochs": 40,
@@ -27,7 +27,7 @@ SETTINGS = {
         "seed": 3,
     },
     "efficientad": {"teacher": str(TEACHER), "steps": 4},
-    "puad": {"size": 64, "base_settings": {"coreset": 0.2}},
+    "puad": {"size": 96, "base_settings": {"coreset": 0.2}},
 }
 WITH_BACKBONE = [method for method in DETECTORS if "backbone" in CONFIGS[method].model_fields]
 

@@ -75,6 +75,7 @@ def test_scores_of_training_images_leave_their_own_entries_out():
 
 
 def test_an_image_judged_as_new_meets_stand_ins_for_its_own_entries():
+    """Against a slow search: of the patches that an entry covers, the one farthest from what another image leaves."""
     train = photographs(6)
     detector = kizu.PatchCore(**PAPER, coreset=0.2).fit(train)
     bank = detector.graph.banks[0]
@@ -82,16 +83,32 @@ def test_an_image_judged_as_new_meets_stand_ins_for_its_own_entries():
     rows = detector.graph.embed(pixels)[0].flatten(2).transpose(1, 2).numpy()  # (images, P, D)
     entries, images = bank.entries.numpy(), bank.images.numpy()
     table = np.linalg.norm(rows[:, :, None] - entries, axis=3)  # (images, P, K)
-    table[images == np.arange(6)[:, None, None] + np.zeros_like(table, int)] = np.inf
-    home, distance = table.argmin(2), table.min(2)
+    home, radius = table.argmin(2), table.min(2).max()
+    own = images == np.arange(6)[:, None, None]
+    others = np.where(own, np.inf, table).min(2)
+    taken = 0
     for number, score in enumerate(detector.calibration_scores):
-        distances = [distance[number]]
+        left = np.where(images == number, np.inf, table).min(2)  # distances to the bank without this image's entries
+        distances = [others[number]]
         for entry in np.flatnonzero(images == number):
-            if (home == entry).any():
-                farthest = np.where(home == entry, distance, -1).argmax()
-                stand_in = rows.reshape(-1, rows.shape[2])[farthest]
+            covered = (home == entry) & (np.arange(6) != number)[:, None]
+            if covered.any() and np.where(covered, left, -1).max() > radius + 1e-4:
+                stand_in = rows.reshape(-1, rows.shape[2])[np.where(covered, left, -1).argmax()]
                 distances.append(np.linalg.norm(rows[number] - stand_in, axis=1))
+                taken += 1
         assert score == pytest.approx(np.min(distances, axis=0).max(), rel=1e-4)
+    assert taken > 3
+
+
+def test_training_images_score_as_if_the_bank_had_been_made_without_them():
+    """Each image again with a bank of the others, as the threshold wants it and no fit can afford."""
+    images = photographs(24)
+    settings = {"size": 64, "coreset": 0.05}
+    detector = kizu.PatchCore(**settings).fit(images)
+    without = [kizu.PatchCore(**settings).fit(images[:n] + images[n + 1 :]).predict(images[n]).score for n in range(24)]
+    differences = np.array(detector.calibration_scores) - without
+    assert abs(differences.mean()) < 0.35 * np.std(without)
+    assert np.median(detector.calibration_scores) == pytest.approx(np.median(without), rel=0.03)
 
 
 def test_a_layer_may_have_banks_of_several_patchsizes(tmp_path):

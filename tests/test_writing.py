@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from PIL import Image
 
 import kizu
 from kizu.data import files
+from kizu.evaluation import run_folder
+from kizu.evaluation.run_folder import open_run
 from processes import kizu as command
 from processes import python
 from services import KIZU, encoded, small_model
@@ -69,6 +72,8 @@ def test_a_folder_is_replaced_in_one_step_or_put_back(exchanges, tmp_path, monke
     killed = f"""
 import os, pathlib
 from kizu.data import files
+from kizu.evaluation import run_folder
+from kizu.evaluation.run_folder import open_run
 files._exchange = lambda one, other: False
 rename, times = pathlib.Path.rename, []
 pathlib.Path.rename = lambda self, other: os._exit(9) if times else times.append(rename(self, other))
@@ -144,6 +149,36 @@ def test_runs_that_are_running_are_left_alone(photos, tmp_path):
     (group / "run-3" / "unfinished").mkdir(parents=True)  # what a kill left of a run in version 0.1
     command(*words)
     assert (group / "run-3" / "report.html").exists() and hidden(group) == []
+
+
+def test_of_many_that_replace_a_run_at_once_each_has_its_own_or_is_told(tmp_path, monkeypatch):
+    """Eight at the same moment, again and again: whoever goes on finds its own settings from the first to the last."""
+    begin = run_folder._begin
+    monkeypatch.setattr(run_folder, "_begin", lambda *a, **o: (begin(*a, **o), time.sleep(0.003))[0])
+    with open_run(tmp_path, "run", {"n": -1}, resume=False, overwrite=False):
+        pass
+    for _ in range(12):
+        together, outcomes = threading.Barrier(8), []
+
+        def one(number, together=together, outcomes=outcomes):
+            together.wait()
+            try:
+                with open_run(tmp_path, "run", {"n": number}, resume=False, overwrite=True) as run:
+                    for _ in range(5):
+                        assert json.loads((run.unfinished / "run.json").read_text()) == {"n": number}
+                        time.sleep(0.002)
+                    outcomes.append("done")
+            except kizu.OptionError as error:
+                outcomes.append("told" if "running" in str(error) or "replaced" in str(error) else str(error))
+            except Exception as error:
+                outcomes.append(repr(error))
+
+        threads = [threading.Thread(target=one, args=(number,)) for number in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert set(outcomes) <= {"done", "told"} and "done" in outcomes
 
 
 # ----------------------------------------------------------------------------------------------- what cannot be written

@@ -2,8 +2,9 @@
 
 import json
 import shutil
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import count, takewhile
 from pathlib import Path
@@ -15,12 +16,16 @@ from kizu.evaluation.evaluate import CategoryResult
 
 __all__ = ["Run", "check_name", "open_run"]
 
+RETRIES, PAUSE = 20, 0.05  # seconds
+_RUNNING = "{} is still running, in another process: wait until it has ended, or choose another `name`"
+
 
 @dataclass(frozen=True)
 class Run:
     """Where a run writes to."""
 
     folder: Path
+    inode: int = 0  # of the folder, which tells it from another of the same name
 
     @property
     def unfinished(self) -> Path:
@@ -53,7 +58,7 @@ def open_run(parent: Path, name: str | None, about: dict[str, Any], *, resume: b
     rather than mix two runs, overwrite the wrong one, or touch one that is still running.
     """
     run = _claim(parent, about) if name is None and not resume else _named(parent, name, about, resume, overwrite)
-    with _held(run.folder):
+    with _kept(run):
         yield run
 
 
@@ -66,14 +71,29 @@ def check_name(name: str, setting: str) -> str:
 
 
 @contextmanager
+def _kept(run: Run) -> Iterator[None]:
+    """Hold the folder of one's own run. Raises `OptionError` where another process has replaced it since its begin."""
+    with ExitStack() as held:
+        for attempt in range(RETRIES):
+            try:
+                held.enter_context(files.locked(run.folder))
+                break
+            except BlockingIOError:  # by one that is about to find out that the folder is not its own
+                if attempt == RETRIES - 1:
+                    raise OptionError(_RUNNING.format(run.folder)) from None
+                time.sleep(PAUSE)
+        if run.folder.stat().st_ino != run.inode:
+            raise OptionError(f"{run.folder} was replaced by another process at the same moment: try again")
+        yield
+
+
+@contextmanager
 def _held(folder: Path) -> Iterator[None]:
     try:
         with files.locked(folder):
             yield
     except BlockingIOError:
-        raise OptionError(
-            f"{folder} is still running, in another process: wait until it has ended, or choose another `name`"
-        ) from None
+        raise OptionError(_RUNNING.format(folder)) from None
 
 
 def _claim(parent: Path, about: dict[str, Any]) -> Run:
@@ -98,7 +118,7 @@ def _named(parent: Path, name: str | None, about: dict[str, Any], resume: bool, 
         return _begin(folder, about, replace=False)
     with _held(folder):
         if resume:
-            return _resumed(Run(folder), about)
+            return _resumed(Run(folder, folder.stat().st_ino), about)
         if not overwrite:
             raise OptionError(
                 f"{folder} exists: choose another `name`, or replace it with `overwrite=True`, or go on with "
@@ -127,7 +147,8 @@ def _resumed(run: Run, about: dict[str, Any]) -> Run:
 def _begin(folder: Path, about: dict[str, Any], replace: bool) -> Run:
     with files.new_folder(folder, replace=replace) as temporary:
         files.write_text(Run(temporary).unfinished / "run.json", files.json_text(about))
-    return Run(folder)
+        inode = temporary.stat().st_ino
+    return Run(folder, inode)
 
 
 def _is_remnant(folder: Path) -> bool:

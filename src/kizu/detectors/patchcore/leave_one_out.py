@@ -1,9 +1,11 @@
 """Scores of training images as if each had not been learned from (leave one out), nor those that belong to it.
 
 A bank without an image's own entries has holes: of patches that are alike k-centre took only one, and where it took
-this image's, a bank made without the image would hold another's. So each entry has a stand-in: of the other images'
-patches that it is nearest to, the farthest, as k-centre takes what is farthest. An image is compared with the other
-images' entries and the stand-ins of its own.
+this image's, a bank made without the image would hold another's. K-centre takes what is farthest from all entries, as
+long as that is farther than the radius within which the bank covers all patches. So an entry has a stand-in where,
+without its image's entries, another image's patch would be left out by more than the radius: of the patches that the
+entry covers, the one that would be farthest out. An image is compared with the other images' entries and the stand-ins
+of its own.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -76,7 +78,7 @@ class LeaveOneOut:
             query_image_ids = torch.tensor(query_groups, device=rows.device).repeat_interleave(patches)
             neighbours = self.graph.neighbours(bank, rows, query_image_ids)
             bank.learn_scale(neighbours.distances[:, 0], neighbours.entries[:, 0])
-            self.stand_ins[number].learn(rows, neighbours.distances[:, 0], neighbours.entries[:, 0])
+            self.stand_ins[number].learn(rows, neighbours.distances[:, 0], neighbours.entries[:, 0], query_image_ids)
             if len(self.kept) == number:  # small tensors among large ones would scatter over the memory
                 shape = (len(self.image_ids), patches, neighbours.distances.shape[1])
                 self.kept.append((neighbours.distances.new_empty(shape), neighbours.entries.new_empty(shape)))
@@ -109,24 +111,43 @@ class LeaveOneOut:
 
 
 class _StandIns:
-    """For each entry of a bank, a patch of another image: the farthest of those to which the entry is the nearest."""
+    """For each entry of a bank, the patch of another image that would be farthest out without its image's entries."""
 
     def __init__(self, bank: Bank) -> None:
         self.bank = bank
         self.rows = torch.empty_like(bank.entries)  # (K, D)
-        self.distances = torch.full_like(bank.half_norms, -torch.inf)  # (K,)
+        self.distances = torch.full_like(bank.half_norms, -torch.inf)  # (K,) to what would be left of the bank
+        self.radius = 0.0  # within which the bank covers all patches so far
 
-    def learn(self, rows: Tensor, distances: Tensor, entries: Tensor) -> None:
-        """Take patches (N, D), of which these entries (N,) of other images are the nearest, where they are farther."""
-        distances = distances.masked_fill(distances.isinf(), -torch.inf)
-        self.distances.scatter_reduce_(0, entries, distances, "amax")
-        farthest_yet = (distances == self.distances[entries]) & distances.isfinite()
+    def learn(self, rows: Tensor, distances: Tensor, entries: Tensor, image_ids: Tensor) -> None:
+        """Consider patches (N, D) of images (N,), of which these entries (N,) are the nearest of other images."""
+        to_own = self._to_own(rows, image_ids)
+        covered = torch.minimum(distances, to_own)
+        known = covered[covered.isfinite()]
+        self.radius = max(self.radius, float(known.max()) if len(known) else 0.0)
+        outside = ((distances < to_own) & (to_own > self.radius)).nonzero()[:, 0]
+        if not len(outside):
+            return
+        rows, entries = rows[outside], entries[outside]
+        left = self.bank.search(rows, 1, self.bank.images[entries])[0][:, 0]
+        left = left.masked_fill(left.isinf(), -torch.inf)
+        self.distances.scatter_reduce_(0, entries, left, "amax")
+        farthest_yet = (left == self.distances[entries]) & left.isfinite()
         self.rows[entries[farthest_yet]] = rows[farthest_yet]
+
+    def _to_own(self, rows: Tensor, image_ids: Tensor) -> Tensor:
+        """How far patches (N, D) are from the nearest entry of their own image (N,)."""
+        distances = torch.full_like(rows[:, 0], torch.inf)
+        for image_id in image_ids.unique().tolist():
+            queries, own = (image_ids == image_id).nonzero()[:, 0], (self.bank.images == image_id).nonzero()[:, 0]
+            if len(own):
+                distances[queries] = nearest(rows[queries], self.bank.entries[own], 1)[0][:, 0]
+        return distances
 
     def improve(self, image_id: int, neighbours: Neighbours) -> Neighbours:
         """An image's neighbours, with the stand-ins of its own entries where these are nearer."""
         assert neighbours.queries is not None
-        own = ((self.bank.images == image_id) & self.distances.isfinite()).nonzero()[:, 0]
+        own = ((self.bank.images == image_id) & (self.distances > self.radius)).nonzero()[:, 0]
         if not len(own):
             return neighbours
         count = neighbours.distances.shape[1]

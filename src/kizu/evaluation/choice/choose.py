@@ -188,7 +188,7 @@ class _Course:
 
         def hopeless(trial: Trial) -> bool:
             more, error = gain(trial, best)
-            return more + SURE * error < (0 if favoured else WORTH)
+            return not favoured and more + SURE * error < WORTH
 
         trial, _ = self._tried(settings, hopeless)
         self.trials.append(trial)
