@@ -86,7 +86,7 @@ def test_a_p_value_is_small_exactly_where_the_part_is_stopped(good, score, rate)
 
 def test_the_measured_false_alarms_keep_the_promise_and_are_the_published_ones():
     root = Path(__file__).parents[1]
-    text = (root / "docs" / "verdicts.md").read_text()
+    text = (root / "docs" / "evidence.md").read_text()
     rows = [
         row
         for path in (root / "benchmarks" / "results").glob("false_alarms_*.csv")

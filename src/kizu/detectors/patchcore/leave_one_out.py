@@ -3,9 +3,9 @@
 A bank without an image's own entries has holes: of patches that are alike k-centre took only one, and where it took
 this image's, a bank made without the image would hold another's. K-centre takes what is farthest from all entries, as
 long as that is farther than the radius within which the bank covers all patches. So an entry has a stand-in where,
-without its image's entries, another image's patch would be left out by more than the radius: of the patches that the
-entry covers, the one that would be farthest out. An image is compared with the other images' entries and the stand-ins
-of its own.
+without its image's entries, another image's patch would be farther from all than the radius, nearly: of the patches
+that the entry covers, the one that would be farthest out. An image is compared with the other images' entries and the
+stand-ins of its own.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +21,7 @@ from kizu.detectors.patchcore.nearest import nearest
 __all__ = ["LeaveOneOut"]
 
 BATCH = 4  # images searched for at a time
+NEARLY = 0.98  # of the radius: without an image there are entries to spare, which would cover all a little better
 
 
 class LeaveOneOut:
@@ -125,7 +126,7 @@ class _StandIns:
         covered = torch.minimum(distances, to_own)
         known = covered[covered.isfinite()]
         self.radius = max(self.radius, float(known.max()) if len(known) else 0.0)
-        outside = ((distances < to_own) & (to_own > self.radius)).nonzero()[:, 0]
+        outside = ((distances < to_own) & (to_own > NEARLY * self.radius)).nonzero()[:, 0]
         if not len(outside):
             return
         rows, entries = rows[outside], entries[outside]
@@ -147,7 +148,7 @@ class _StandIns:
     def improve(self, image_id: int, neighbours: Neighbours) -> Neighbours:
         """An image's neighbours, with the stand-ins of its own entries where these are nearer."""
         assert neighbours.queries is not None
-        own = ((self.bank.images == image_id) & (self.distances > self.radius)).nonzero()[:, 0]
+        own = ((self.bank.images == image_id) & (self.distances > NEARLY * self.radius)).nonzero()[:, 0]
         if not len(own):
             return neighbours
         count = neighbours.distances.shape[1]
