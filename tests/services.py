@@ -15,10 +15,10 @@ from test_detectors import part
 KIZU = Path(sys.executable).with_name("kizu")
 
 
-def small_model(folder, first=0):
+def small_model(folder, first=0, size=64):
     """A PatchCore with thumbnails, fitted on twelve parts."""
     good = [part(first + seed) for seed in range(12)]
-    return kizu.PatchCore(size=64, coreset=0.2, thumbnails=True).fit(good).save(folder)
+    return kizu.PatchCore(size=size, coreset=0.2, thumbnails=True).fit(good).save(folder)
 
 
 def encoded(picture, format="PNG"):

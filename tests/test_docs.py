@@ -145,6 +145,15 @@ def test_the_published_table_is_the_measured_one(page):
         assert f"| {row['category'].replace('_', ' ')} | {cells} |" in text, row["category"]
 
 
+@pytest.mark.parametrize("page", ["README.md", "docs/missed-defects.md"])
+def test_the_published_table_of_chosen_settings_is_the_measured_one(page):
+    text = (ROOT / page).read_text()
+    for row in csv.DictReader((ROOT / "benchmarks" / "results" / "auto.csv").read_text().splitlines()):
+        if row["settings"] != "defaults":
+            cells = (row["category"].replace("_", " "), row["settings"].removeprefix("auto: "), row["image_auroc"])
+            assert f"| {' | '.join(cells)} | {row['au_pro']} | {row['stopped']} | {row['false alarms']} |" in text
+
+
 def test_commands_that_are_named_exist():
     texts = [*PAGES, *sorted((ROOT / "src").rglob("*.py")), *sorted((ROOT / "src").rglob("*.js"))]
     named = {(path.name, word) for path in texts for word in re.findall(r"`kizu ([a-z]+)", path.read_text())}
