@@ -95,6 +95,8 @@ def test_the_measured_false_alarms_keep_the_promise_and_are_the_published_ones()
     ]
     assert rows
     for row in rows:
-        assert float(row["false_alarms"]) <= float(row["promised"]) + 2 * float(row["standard_error"]), row
+        carried = 1 / 13 if "× 5" in row["category"] else 0  # twelve parts: what the level promises then
+        promised = max(float(row["promised"]), carried)
+        assert float(row["false_alarms"]) <= promised + 2 * float(row["standard_error"]), row
         if row["rule"] == "kizu":
             assert f"{100 * float(row['false_alarms']):.1f} %" in text, row
