@@ -20,6 +20,9 @@ LEFT, TOP, WIDE, HIGH = 20, 12, 24, 30  # of the defect on bad.png
 BOX = np.zeros((HEIGHT, WIDTH), bool)
 BOX[TOP : TOP + HIGH, LEFT : LEFT + WIDE] = True
 CORNERS = [(LEFT, TOP), (LEFT + WIDE, TOP), (LEFT + WIDE, TOP + HIGH), (LEFT, TOP + HIGH)]
+HUGE = {"image_id": 5, "category_id": 3, "segmentation": {"counts": [10**12], "size": [10**6, 10**6]}}
+ENTITIES = "".join(f'<!ENTITY e{n + 1} "{f"&e{n};" * 10}">' for n in range(12))
+BOMB = f'<!DOCTYPE a [<!ENTITY e0 "x">{ENTITIES}]><annotations>&e12;<image/></annotations>'
 GOOD = [f"good{number}.png" for number in range(5)]
 
 
@@ -155,7 +158,7 @@ def test_defects_among_the_images_to_learn_from_are_judged_and_not_learned_from(
     assert {s.path.name for s in found.select(split="validation")} == {"good4.png"}
     assert "unknown.png" not in {s.path.name for s in found.samples}
     assert any("unknown.png" in remark and "nobody said" in remark for remark in found.remarks)
-    assert any("1 images with defects lie among those to learn from" in note for note in found.notes)
+    assert any("Among the images to learn from 1 show defects" in note for note in found.notes)
 
 
 def test_folders_that_are_called_good_need_no_annotations(photos):
@@ -177,6 +180,7 @@ def test_folders_that_are_called_good_need_no_annotations(photos):
         ("a.xml", '<annotations><image name="x.png" width="a" height="1"/></annotations>', "annotations of CVAT"),
         ("a.manifest", '{"source-ref": "s3://a/x.png"', "annotations of Lookout"),
         ("a.json", json.dumps({**coco("box"), "images": []}), "names no image without a defect"),
+        ("a.json", json.dumps({**coco("box"), "annotations": [HUGE]}), "an image of 1000000 × 1000000 pixels"),
     ],
 )
 def test_damaged_annotations_are_told(photos, name, content, words):
@@ -185,7 +189,9 @@ def test_damaged_annotations_are_told(photos, name, content, words):
         dataset.find(photos)
 
 
-@pytest.mark.parametrize("content", ["{}", "[]", "[" * 100_000, "null", '{"a": 1}', "no JSON", '{"images": 3}', "<a/>"])
+@pytest.mark.parametrize(
+    "content", ["{}", "[]", "[" * 100_000, "null", '{"a": 1}', "no JSON", '{"images": 3}', "<a/>", BOMB]
+)
 def test_other_files_are_no_annotations(photos, content):
     for name in ("a.json", "a.xml", "a.manifest"):
         (photos / name).write_text(content)

@@ -21,8 +21,8 @@ from kizu.data import files
 from kizu.errors import BadImage
 
 __all__ = ["MAX_PIXELS", "MIN_SIDE", "RGB", "SUFFIXES", "Float", "Source", "data_uri", "encode", "framed"]
-__all__ += ["from_data_uri"]
 __all__ += [
+    "from_data_uri",
     "give_back_large",
     "heat",
     "is_marked",

@@ -28,7 +28,6 @@ Scores = npt.NDArray[np.float64]
 
 METRICS = {"image_auroc": "image AUROC", "pixel_auroc": "pixel AUROC", "au_pro": "AU-PRO"}
 TWO_SIDED = 1.959964  # standard errors for 95 % confidence
-NOT_SETTINGS = ("seed",)  # has a row of its own in every run
 
 
 @dataclass(frozen=True)
@@ -204,9 +203,8 @@ def _facts(run: RecordedRun) -> dict[str, str]:
         for category, choice in about.get("choices", {}).items()
         for name, value in choice.get("config", {}).items()
     }
-    config = {name: value for name, value in {**about["config"], **chosen}.items() if name not in NOT_SETTINGS}
-    facts = {"method": about["method"], "data": about["data"], "images": about.get("data_hash", ""), **config}
-    facts |= {"seed": about.get("seed"), **about.get("versions", {})}
+    facts = {"method": about["method"], "data": about["data"], "images": about.get("data_hash", "")}
+    facts |= {**about["config"], **chosen, **about.get("versions", {})}
     return {name.replace("_", " "): _plain(value) for name, value in facts.items()}
 
 

@@ -299,10 +299,8 @@ def _pictures(predictions: "Sequence[tuple[Sample, Prediction]]", root: Path, se
 
 def _picture(sample: Sample, prediction: "Prediction", root: Path, why: str) -> Picture:
     photo, _ = sample.read()
-    factor = min(1.0, PICTURE_SIDE / max(photo.shape[:2]))
-    size = max(1, round(photo.shape[0] * factor)), max(1, round(photo.shape[1] * factor))
-    photo = image.resize(photo, size)
-    anomaly_map = image.resize_map(prediction.anomaly_map, size)
+    photo = image.small(photo, PICTURE_SIDE)
+    anomaly_map = image.resize_map(prediction.anomaly_map, photo.shape[:2])
     low, high = prediction.detector.heat_map_range
     glow = image.overlay(photo, anomaly_map, low, high, prediction.detector.pixel_threshold)
     shown, heat, overlay = (image.data_uri(part) for part in (photo, image.heat(anomaly_map, low, high), glow))

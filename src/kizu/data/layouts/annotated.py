@@ -61,7 +61,7 @@ def annotated(folder: Folder, category: str, names: Names) -> Contents | None:
     tools = " and ".join(dict.fromkeys(annotations.tool for annotations in found))
     contents.notes.append(f"What is good and where defects are is taken from annotations of {tools}.")
     if moved:
-        contents.notes.append(f"{moved} images with defects lie among those to learn from; they are for testing.")
+        contents.notes.append(f"Among the images to learn from {moved} show defects; these are for testing.")
     if not {sample.split for sample in contents.samples if not sample.is_anomalous} - {"train"}:
         hold_out(contents, folder.path)
     return contents

@@ -18,6 +18,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 from xml.etree import ElementTree as Xml
 
 from kizu.data import files
+from kizu.data.image import MAX_PIXELS
 from kizu.data.masks import Polygon, Runs, Shape
 from kizu.errors import DataError
 
@@ -292,6 +293,8 @@ def _runs(
     lengths: list[int], box: tuple[int, int, int, int], size: tuple[int, int], *, by_columns: bool = False
 ) -> Runs:
     left, top, width, height = box
+    if size[0] * size[1] > MAX_PIXELS:
+        raise ValueError(f"an image of {size[0]} × {size[1]} pixels")
     fits = left >= 0 and top >= 0 and left + width <= size[0] and top + height <= size[1]
     if min(lengths, default=0) < 0 or sum(lengths) != width * height or not fits:
         raise ValueError(f"{sum(lengths)} pixels in runs for a box of {width} × {height}")
