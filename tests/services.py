@@ -1,5 +1,6 @@
 """A small model, and real `kizu serve` processes around it."""
 
+import os
 import resource
 import subprocess
 import sys
@@ -28,17 +29,23 @@ def encoded(picture, format="PNG"):
 
 
 @contextmanager
-def serving(*arguments, log, before="", files=None):
+def serving(*arguments, log, before="", files=None, env=None):
     """A server at any free port: the process and its address. It is killed at the end if it still runs.
 
-    Its Python does first what `before` says, and may open so many `files`.
+    Its Python does first what `before` says, and may open so many `files`; `env` is added to the environment.
     """
     command = [sys.executable, "-c", f"{before}\nfrom kizu.cli.main import main; main()"]
     command += ["serve", *map(str, arguments), "--port", "0"]
     limit = (lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))) if files else None
     with log.open("w") as errors:
         process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=log.parent, preexec_fn=limit
+            command,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            cwd=log.parent,
+            preexec_fn=limit,
+            env=os.environ | (env or {}),
         )
     try:
         line = process.stdout.readline()

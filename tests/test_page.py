@@ -123,10 +123,10 @@ def test_a_walk_from_a_dropped_photograph_to_a_false_alarm(browser, tmp_path):
 
 
 @contextmanager
-def opened(browser, *arguments, log, **settings):
+def opened(browser, *arguments, log, env=None, **settings):
     """A page of a server of its own; whatever it complains of fails the test."""
     complaints = []
-    with serving(*arguments, log=log) as (_, url):
+    with serving(*arguments, log=log, env=env) as (_, url):
         page = browser.new_page(**({"viewport": {"width": 1280, "height": 900}} | settings))
         page.on("pageerror", lambda error: complaints.append(str(error)))
         page.set_default_timeout(15_000)
@@ -186,6 +186,45 @@ def test_the_page_has_one_truth_whatever_is_moved_chosen_or_dropped(browser, tmp
         assert marked.read_bytes() == encoded(part(90))
         page.select_option("#choice", "marked")
         assert [name for name, _ in tiles(page)] == ["first.png"]
+
+
+def test_who_has_the_key_sets_the_threshold_for_everybody(browser, tmp_path):
+    folder = small_model(tmp_path / "disc", size=128)
+    before = kizu.load(folder)
+    keys = {"env": {"KIZU_THRESHOLD_KEY": KEY}}
+    with opened(browser, folder, "--keep", 9, "--store", tmp_path / "store", log=tmp_path / "log", **keys) as page:
+        judge(page, "spotted.png", part(99, spot=True))
+        assert page.locator("#set").is_hidden()  # nothing was moved
+        page.locator("#threshold").fill("1000")
+        page.wait_for_selector("h1:text-is('Pass')")
+        page.click("#set")
+        page.fill("#setting-name", "Ada Vogel")
+        page.fill("#setting-key", "not the key")
+        page.click("#setting-set")
+        page.get_by_text("needs the key for thresholds").wait_for()
+        assert kizu.load(folder).threshold == before.threshold
+        page.screenshot(path=tmp_path / "setting.png")
+        page.fill("#setting-key", KEY)
+        page.click("#setting-set")
+        page.wait_for_selector("#setting", state="hidden")
+
+        page.locator("#statement", has_text="Set by hand by Ada Vogel").wait_for()
+        page.locator("#because", has_text="When it was judged, it was stopped").wait_for()
+        after = kizu.load(folder)
+        assert after.threshold.value > before.threshold.value
+        assert f"before {before.threshold.value:.6g}" in after.threshold.statement
+        assert page.locator("#reset").is_hidden()
+        assert "Ada Vogel" in (tmp_path / "log").read_text()
+
+        page.click("#set")  # and back to what the good parts give
+        assert page.locator("#setting-set").is_hidden()
+        page.fill("#setting-key", KEY)
+        page.click("#setting-back")
+        page.wait_for_selector("h1:text-is('Stop')")
+        page.locator("#statement", has_text=before.threshold.statement).wait_for()
+        assert page.locator("#regions li").count() >= 1
+    assert kizu.load(folder).threshold == before.threshold
+    assert kizu.load(folder).pixel_threshold == before.pixel_threshold
 
 
 def test_what_watch_judged_is_on_the_page_and_can_be_marked(browser, tmp_path):

@@ -17,6 +17,7 @@ from fastapi.testclient import TestClient
 from PIL import Image
 
 import kizu
+from kizu.data import files
 from kizu.serving.hosted_model import folders_by_name
 from kizu.serving.http import application
 from kizu.serving.limits import Limits
@@ -39,9 +40,10 @@ def model(folder):
 
 
 @contextmanager
-def client(store, *, key=None, keep=0, models=None, **limits):
-    service = Service(models, Limits(**limits), store=store, keep=keep)
-    with TestClient(application(service, key=key), base_url="http://127.0.0.1") as web:
+def client(store, *, key=None, threshold_key=None, keep=0, models=None, **limits):
+    service = Service(models, Limits(**limits), store=store, keep=keep, sets_thresholds=threshold_key is not None)
+    guarded = application(service, key=key, threshold_key=threshold_key)
+    with TestClient(guarded, base_url="http://127.0.0.1") as web:
         web.service = service
         yield web
 
@@ -215,6 +217,48 @@ def test_another_threshold_promises_what_the_good_scores_say(web, model):
             assert peaks_above == min(above, len(good) - 1)
     told = web.get(f"/v1/models/disc/promise?threshold={model.threshold.value!r}").json()
     assert told["statement"] == model.threshold.statement and told["map_level"] == model.pixel_threshold
+
+
+def test_who_has_the_key_for_thresholds_sets_them_and_nobody_else(folder, model, tmp_path):
+    duty = tmp_path / "disc"
+    shutil.copytree(folder, duty)
+    place, unasked = "/v1/models/disc/threshold", {"by": "Ada", "version": "0", "value": 9}
+    user, engineer = ({"Authorization": f"Bearer {key}"} for key in ("for all of us", "for engineers"))
+    with client(tmp_path / "store", models={"disc": duty}, key="for all of us", threshold_key="for engineers") as web:
+        about = web.get("/v1/models/disc", headers=engineer).json()
+        assert about["settable"] and not about["tuned"]
+        told = {"by": "Ada", "version": about["version"]}
+        for headers, wrong, status in (
+            ({}, {}, 401),
+            (user, {}, 401),
+            (engineer, {"version": "another"}, 409),
+            (engineer, {"by": ""}, 422),
+            (engineer, {"by": "A\nB"}, 422),
+            (engineer, {"value": "nan"}, 422),
+            (engineer, {"value": "1e99"}, 422),
+        ):
+            assert web.put(place, params={**told, "value": 9, **wrong}, headers=headers).status_code == status, wrong
+        assert kizu.load(duty).threshold == model.threshold
+
+        with files.locked(duty):  # another command is at it
+            assert web.put(place, params={**told, "value": 9}, headers=engineer).status_code == 409
+        told = web.put(place, params={**told, "value": 9}, headers=engineer).json()
+        assert told["threshold"] == 9 and told["tuned"] and "Set by hand by Ada at 20" in told["statement"]
+        assert web.post("/v1/predict", content=BAD, headers=RAW | user).json()["results"][0]["verdict"] == "pass"
+        assert kizu.load(duty).threshold.statement == told["statement"]
+        told = web.put(place, params={"by": "Ada", "version": told["version"]}, headers=engineer).json()
+        assert told["statement"] == model.threshold.statement and told["map_level"] == model.pixel_threshold
+    with client(tmp_path / "store", models={"disc": duty}) as web:  # a server that lets nobody
+        assert not web.get("/v1/models/disc").json()["settable"]
+        assert web.put(place, params=unasked).status_code == 401
+
+
+def test_an_exported_models_threshold_is_not_set(exported_folder, tmp_path):
+    with client(tmp_path, models={"part": exported_folder}, threshold_key="for engineers") as web:
+        about = web.get("/v1/models/part").json()
+        params, headers = {"by": "Ada", "version": about["version"], "value": 9}, {"X-API-Key": "for engineers"}
+        refused = web.put("/v1/models/part/threshold", params=params, headers=headers)
+        assert not about["settable"] and refused.status_code == 409 and "export it again" in refused.json()["error"]
 
 
 def test_the_metrics_count_what_was_done(web):

@@ -9,12 +9,13 @@ Beta(j, n + 1 − j).
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 from typing import Any, Self
 
 from kizu.errors import OptionError
 
 __all__ = ["CONFIDENCE", "Threshold", "calibrate", "finite", "from_finite", "images_needed", "in_the_long_run"]
-__all__ += ["by_hand", "interval", "one_in", "p_value", "percent", "refuse", "upper"]
+__all__ += ["by_hand", "interval", "one_in", "p_value", "percent", "pixel_threshold_at", "refuse", "upper"]
 
 CONFIDENCE = 0.95
 
@@ -76,17 +77,28 @@ class Threshold:
         )
 
 
-def by_hand(value: float, before: Threshold, good: Sequence[float], whose: str = "") -> Threshold:
-    """A threshold that somebody chose; `good` are the scores behind the one before, `whose` says who chose it and when.
+def by_hand(value: float, before: Threshold, good: Sequence[float], set_by: str = "") -> Threshold:
+    """A threshold that somebody chose now; `good` are the scores behind the one before, `set_by` says who.
 
     Raises `OptionError` for a value that is no finite number.
     """
     if not math.isfinite(value):
         raise OptionError(f"`threshold={value}`: a threshold is a finite number")
+    whose = f" by {set_by} at {datetime.now().astimezone():%Y-%m-%d %H:%M %z}" if set_by else ""
     sentence = (
         f"Set by hand{whose} to {value:.6g}, before {before.value:.6g}: it will stop {in_the_long_run(value, good)}."
     )
     return replace(before, value=float(value), tuned=sentence)
+
+
+def pixel_threshold_at(value: float, good: Sequence[float], map_peaks: Sequence[float]) -> float:
+    """The pixel threshold that as few good images reach as have scores above a threshold of this value.
+
+    Above all good scores, both rise by the same factor.
+    """
+    expected = p_value(math.nextafter(value, math.inf), good)
+    level = calibrate(map_peaks, min(expected, len(good) / (len(good) + 1))).value
+    return level * value / max(good) if good and value > max(good) > 0 else level
 
 
 def in_the_long_run(value: float, good: Sequence[float]) -> str:

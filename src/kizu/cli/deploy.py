@@ -32,6 +32,11 @@ MIN_KEY_LENGTH = 8
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at; 0.0.0.0 is the whole net.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: any that is free.")
 @click.option("--api-key", envvar="KIZU_API_KEY", help="Ask for this key. Better given as KIZU_API_KEY.")
+@click.option(
+    "--threshold-key",
+    envvar="KIZU_THRESHOLD_KEY",
+    help="Who sends this key may set thresholds; without it nobody may. Better given as KIZU_THRESHOLD_KEY.",
+)
 @click.option("--store", default="served", show_default=True, metavar="DIR", help="Folder for feedback and verdicts.")
 @click.option("--keep", type=click.IntRange(0), default=0, show_default=True, help="Keep so many verdicts in SQLite.")
 @click.option("--batch", type=click.IntRange(1, 256), default=8, show_default=True, help="Photographs at once.")
@@ -50,7 +55,7 @@ MIN_KEY_LENGTH = 8
 @click.option("--allow-host", multiple=True, metavar="NAME", help="A name of this server, as a proxy passes it on.")
 @click.option("--root-path", default="", metavar="PATH", help="Where a proxy puts the server, as in /inspection.")
 @quiet_option
-def serve(models: tuple[str, ...], host: str, port: int, api_key: str | None, quiet: bool, **options: Any) -> None:
+def serve(models: tuple[str, ...], host: str, port: int, quiet: bool, **options: Any) -> None:
     """Answer requests for verdicts over HTTP, with a page for people at /.
 
     MODELS are folders of models or of runs, each as it is or as NAME=FOLDER. A folder that is replaced is read again,
@@ -67,7 +72,10 @@ def serve(models: tuple[str, ...], host: str, port: int, api_key: str | None, qu
     from kizu.serving.service import Service
 
     image.give_back_large()
-    key = _checked_key(api_key)
+    key = _checked_key("API key", "KIZU_API_KEY", options["api_key"])
+    threshold_key = _checked_key("key for thresholds", "KIZU_THRESHOLD_KEY", options["threshold_key"])
+    if threshold_key is not None and threshold_key == key:
+        raise OptionError("The API key and the key for thresholds are the same: then everybody may set thresholds")
     root_path = options["root_path"].rstrip("/")
     if not re.fullmatch(r"(/[\w.~-]+)*", root_path, re.ASCII):
         raise OptionError(f"--root-path {root_path} is no path: it is like /inspection")
@@ -83,7 +91,14 @@ def serve(models: tuple[str, ...], host: str, port: int, api_key: str | None, qu
     bound = listen(host, port)
     log_to_stderr(quiet)
     store = Path(options["store"])
-    service = Service(folders_by_name(models), limits, store=store, keep=options["keep"], batch=options["batch"])
+    service = Service(
+        folders_by_name(models),
+        limits,
+        store=store,
+        keep=options["keep"],
+        batch=options["batch"],
+        sets_thresholds=threshold_key is not None,
+    )
     address, number = bound.getsockname()[:2]
     shown = f"http://{f'[{address}]' if ':' in address else address}:{number}{root_path}/"
     log.info("started", extra={"facts": {"address": shown, "models": list(service.models), "process": os.getpid()}})
@@ -91,21 +106,22 @@ def serve(models: tuple[str, ...], host: str, port: int, api_key: str | None, qu
         log.warning("open", extra={"facts": {"advice": f"Anyone who reaches {shown} may use it: give it an --api-key"}})
     if not quiet:
         click.echo(f"{', '.join(service.models)} at {shown} (Ctrl-C stops)")
-    guarded = application(service, key=key, hosts=options["allow_host"], root_path=root_path)
+    hosts = options["allow_host"]
+    guarded = application(service, key=key, threshold_key=threshold_key, hosts=hosts, root_path=root_path)
     run(guarded, service, bound)
 
 
-def _checked_key(given: str | None) -> str | None:
-    """The API key, None where there shall be none. Raises `OptionError`."""
-    if given is None and "KIZU_API_KEY" not in os.environ:
+def _checked_key(name: str, variable: str, given: str | None) -> str | None:
+    """A key, None where there shall be none. Raises `OptionError`."""
+    if given is None and variable not in os.environ:
         return None
     if not given:
-        raise OptionError("The API key is empty: unset KIZU_API_KEY to serve without one")
+        raise OptionError(f"The {name} is empty: unset {variable} to serve without one")
     if len(given) < MIN_KEY_LENGTH:
-        raise OptionError(f"The API key is too short to be a secret: at least {MIN_KEY_LENGTH} characters")
+        raise OptionError(f"The {name} is too short to be a secret: at least {MIN_KEY_LENGTH} characters")
     if not re.fullmatch(r"[!-~]([ -~]*[!-~])?", given):
         raise OptionError(
-            "The API key goes through an HTTP header: ASCII letters, digits and signs, no space at an end"
+            f"The {name} goes through an HTTP header: ASCII letters, digits and signs, no space at an end"
         )
     return given
 

@@ -81,4 +81,4 @@ def set_operating_point(detector: "Inspector", point: OperatingPoint) -> None:
         f"set on, it stops {point.false_alarms} good ones and misses {point.misses} defects; it will stop "
         f"{in_the_long_run(point.threshold, detector.calibration_scores)}."
     )
-    detector.threshold = replace(detector.threshold, value=point.threshold, tuned=statement)
+    detector.set_threshold(replace(detector.threshold, value=point.threshold, tuned=statement))

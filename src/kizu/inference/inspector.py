@@ -4,13 +4,14 @@ import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from kizu.calibration.threshold import Threshold, by_hand, from_finite
+from kizu.calibration.threshold import Threshold, by_hand, calibrate, from_finite, pixel_threshold_at
 from kizu.data.image import Float, Source, read, resize
 from kizu.data.preprocessing import Batch, Preprocessing, Readable, batches, digests
 from kizu.data.sample import Sample
@@ -67,15 +68,26 @@ class Inspector(ABC):
             )
         self._threshold = threshold
 
-    def with_threshold(self, value: float) -> Self:
+    def with_threshold(self, value: float | None, *, set_by: str = "") -> Self:
         """The same model with a threshold that was chosen by hand; its statement says so, and what follows from it.
 
-        Raises `OptionError` for a value that is no finite number.
+        None is the one that the good images give. `set_by`, with the time, goes into the statement. The pixel threshold
+        moves with it. Raises `OptionError` for a value that is no finite number.
         """
         changed = object.__new__(type(self))
         changed.__dict__ |= self.__dict__  # with the graph as it is, which a copy of an exported model would open again
-        changed.threshold = by_hand(value, self.threshold, self.calibration_scores)
+        if value is None:
+            before = self.threshold
+            changed.threshold = replace(calibrate(self.calibration_scores, before.rate), grouped=before.grouped)
+            changed.pixel_threshold = calibrate(self.map_peaks, before.rate).value
+        else:
+            changed.set_threshold(by_hand(value, self.threshold, self.calibration_scores, set_by))
         return changed
+
+    def set_threshold(self, threshold: Threshold) -> None:
+        """Set the threshold, and the pixel threshold that goes with it."""
+        self.threshold = threshold
+        self.pixel_threshold = pixel_threshold_at(threshold.value, self.calibration_scores, self.map_peaks)
 
     @abstractmethod
     def __call__(self, pixels: npt.NDArray[np.uint8]) -> tuple[Float, Float]:

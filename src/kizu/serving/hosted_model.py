@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from kizu import load
+from kizu.data import files
 from kizu.errors import ModelError, OptionError
 from kizu.inference.model_folder import model_folder
 from kizu.serving.batcher import Batcher, LoadedModel
@@ -46,6 +47,16 @@ class HostedModel:
             self.queue.loaded, self._stamp = read_model(self.folder)
             return self.queue.loaded
 
+    def set_threshold(self, value: float | None, set_by: str, version: str) -> None:
+        """Write another threshold into the folder, if what it holds is still of this version; nothing is read again.
+
+        Raises `ModelError` where it is not, or cannot be changed; `BlockingIOError` where another process changes it.
+        """
+        with files.locked(self.folder):
+            if _version(self.folder) != version:
+                raise ModelError(f"{self.folder} was changed meanwhile: look at what it promises now, and set it then")
+            load(self.folder).with_threshold(value, set_by=set_by).save(self.folder)
+
     def was_replaced(self) -> bool:
         """Whether the folder holds something else than what was loaded, and has not changed since the last call."""
         now = _stamp(self.folder)
@@ -64,11 +75,11 @@ def read_model(folder: Path) -> tuple[LoadedModel, Stamp]:
     for _ in range(TRIES):
         before = _stamp(folder)
         try:
-            description = (folder / "model.json").read_bytes()
+            version = _version(folder)
             model = load(folder)
             if _stamp(folder) == before:
                 model.predict(np.zeros((*model.preprocessing.size, 3), np.uint8))
-                return LoadedModel(model, hashlib.blake2b(description, digest_size=6).hexdigest(), time.time()), before
+                return LoadedModel(model, version, time.time()), before
         except (ModelError, OSError):
             if _stamp(folder) == before and before:
                 raise
@@ -95,6 +106,10 @@ def folders_by_name(arguments: Iterable[str]) -> dict[str, Path]:
                 raise OptionError(f"Two models are called {called}: name one of them, as in other={folder}")
             folders[called] = folder
     return folders
+
+
+def _version(folder: Path) -> str:
+    return hashlib.blake2b((folder / "model.json").read_bytes(), digest_size=6).hexdigest()
 
 
 def _stamp(folder: Path) -> Stamp:

@@ -17,6 +17,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from kizu import __version__
+from kizu.calibration.threshold import finite
 from kizu.errors import OptionError
 from kizu.serving import connections
 from kizu.serving.feedback import Label
@@ -24,7 +25,7 @@ from kizu.serving.history import Entry, History
 from kizu.serving.limits import MEANINGS, STATUSES, Refusal, RefusalKind, read_uploads
 from kizu.serving.middleware import GuardMiddleware
 from kizu.serving.observability import CONTENT_TYPE, log
-from kizu.serving.responses import ResponseOptions, describe_model, promise_at
+from kizu.serving.responses import ResponseOptions, promise_at
 from kizu.serving.schemas import Collected, Health, KeptVerdict, Model, Predictions, Problem, Promise
 from kizu.serving.service import Service
 
@@ -68,9 +69,14 @@ def _refusals(*kinds: RefusalKind) -> dict[int | str, dict[str, Any]]:
 
 
 def application(
-    service: Service, *, key: str | None = None, hosts: Collection[str] = (), root_path: str = ""
+    service: Service,
+    *,
+    key: str | None = None,
+    threshold_key: str | None = None,
+    hosts: Collection[str] = (),
+    root_path: str = "",
 ) -> GuardMiddleware:
-    """The ASGI application: FastAPI behind the guard, which knows the `hosts` that stand for this server.
+    """The ASGI application: FastAPI behind the guard, which knows the keys and the `hosts` that stand for this server.
 
     Below a `root_path`, as in /inspection, it answers whether or not a proxy takes that away.
     """
@@ -106,6 +112,7 @@ def application(
     return GuardMiddleware(
         app,
         key=key,
+        threshold_key=threshold_key,
         limits=service.limits,
         counters=service.counters,
         budget=service.budget,
@@ -171,12 +178,12 @@ def _models(service: Service) -> APIRouter:
     @routes.get("")
     async def models() -> list[Model]:
         """The models that the server answers with."""
-        return [describe_model(name, hosted.loaded) for name, hosted in service.models.items()]
+        return [service.describe(hosted) for hosted in service.models.values()]
 
     @routes.get("/{name}", responses=_refusals("unknown"))
     async def model(name: str) -> Model:
         """One model."""
-        return describe_model(name, service.pick(name).loaded)
+        return service.describe(service.pick(name))
 
     @routes.get("/{name}/promise", responses=_refusals("unknown"))
     async def promise(name: str, threshold: Annotated[float, Query(ge=-1e30, le=1e30)]) -> Promise:
@@ -186,7 +193,30 @@ def _models(service: Service) -> APIRouter:
     @routes.post("/{name}/reload", responses=_refusals("unknown", "conflict"))
     async def reload(name: str) -> Model:
         """Read the model's folder again. Requests go on meanwhile; if it cannot be read, the loaded model stays."""
-        return describe_model(name, await service.reload(service.pick(name)))
+        hosted = service.pick(name)
+        await service.reload(hosted)
+        return service.describe(hosted)
+
+    @routes.put("/{name}/threshold", responses=_refusals("unknown", "conflict", "unwritable"))
+    async def threshold(
+        request: Request,
+        name: str,
+        version: Annotated[str, Query(max_length=40, description="The version that it is meant for.")],
+        by: Annotated[str, Query(min_length=1, max_length=60, description="Who sets it; kept with the threshold.")],
+        value: Annotated[
+            float | None, Query(ge=-1e30, le=1e30, description="Without it: back to what its good images give.")
+        ] = None,
+    ) -> Model:
+        """Set a model's threshold, in its folder, for all who use it. This needs the key for thresholds."""
+        if not request.state.sets_thresholds:
+            raise Refusal("unauthorized", "Setting a threshold needs the key for thresholds")
+        if not by.isprintable() or not by.strip():
+            raise Refusal("invalid", "by: a name, without line breaks and other signs that cannot be printed")
+        hosted = service.pick(name)
+        request.state.facts |= {"model": name, "before": finite(hosted.loaded.model.threshold.value), "by": by.strip()}
+        await service.set_threshold(hosted, value, by.strip(), version)
+        request.state.facts["threshold"] = finite(hosted.loaded.model.threshold.value)
+        return service.describe(hosted)
 
     return routes
 

@@ -39,7 +39,8 @@ class GuardMiddleware:
     """An ASGI application around another, below `root_path` or at the root.
 
     Without a key it answers only to addresses, localhost and the names in `hosts`. It never answers to other sites'
-    pages. The bodies of all requests together are held within `budget`.
+    pages. Who sends the `threshold_key` may do all, and set thresholds besides. The bodies of all requests together are
+    held within `budget`.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class GuardMiddleware:
         app: ASGIApp,
         *,
         key: str | None,
+        threshold_key: str | None = None,
         limits: Limits,
         counters: Counters,
         budget: Budget,
@@ -55,6 +57,7 @@ class GuardMiddleware:
     ) -> None:
         self._app = app
         self._key = key
+        self._threshold_key = threshold_key
         self._limits = limits
         self._counters = counters
         self._budget = budget
@@ -120,7 +123,9 @@ class GuardMiddleware:
         if self._key is None and name not in self._hosts and not _is_address(name):
             rule = "Without an API key this server answers to its address and localhost"
             raise Refusal("forbidden", f"{rule}, not to {host}")
-        if not (self._key is None or _is_open(path) or hmac.compare_digest(_given_key(request), self._key.encode())):
+        sets_thresholds = _has(request, self._threshold_key)
+        request.state.sets_thresholds = sets_thresholds
+        if not (self._key is None or _is_open(path) or sets_thresholds or _has(request, self._key)):
             raise Refusal("unauthorized", "This needs the API key, as in  Authorization: Bearer KEY")
         if self.accepted - self.answered > self._limits.requests:
             raise Refusal("busy", f"{self._limits.requests} requests are being answered: come again in a second")
@@ -142,10 +147,11 @@ def _is_open(path: str) -> bool:
     return path in OPEN or any(len(prefix) > 1 and prefix.endswith("/") and path.startswith(prefix) for prefix in OPEN)
 
 
-def _given_key(request: Request) -> bytes:
+def _has(request: Request, key: str | None) -> bool:
+    """Whether a request comes with this key, if there is one."""
     scheme, _, token = request.headers.get("authorization", "").partition(" ")
     given = token if scheme.lower() == "bearer" else request.headers.get("x-api-key", "")
-    return given.strip().encode()
+    return key is not None and hmac.compare_digest(given.strip().encode(), key.encode())
 
 
 def _site(text: str, header: str) -> SplitResult:

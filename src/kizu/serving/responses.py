@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from kizu.calibration.threshold import Threshold, calibrate, finite, p_value
+from kizu.calibration.threshold import Threshold, finite, p_value, pixel_threshold_at
 from kizu.data import image
 from kizu.inference.inspector import Inspector
 from kizu.inference.prediction import Evidence, Prediction
@@ -48,8 +48,8 @@ def to_response(upload: Upload, answer: Answer, options: ResponseOptions) -> Res
     return result
 
 
-def describe_model(name: str, loaded: LoadedModel) -> Model:
-    """A model and what it promises."""
+def describe_model(name: str, loaded: LoadedModel, *, settable: bool) -> Model:
+    """A model and what it promises; whether its threshold may be set."""
     model = loaded.model
     return Model(
         name=name,
@@ -64,23 +64,20 @@ def describe_model(name: str, loaded: LoadedModel) -> Model:
         map_level=finite(model.pixel_threshold),
         map_peaks=sorted(model.map_peaks),
         scale=model.heat_map_range,
+        tuned=bool(model.threshold.tuned),
+        settable=settable,
     )
 
 
 def promise_at(model: Inspector, value: float) -> Promise:
-    """What the good images behind the model's threshold promise of another threshold.
-
-    Its pixel threshold is one that as few good images reach; above all good scores, both rise by the same factor.
-    """
+    """What the good images behind the model's threshold promise of another threshold."""
     good = model.calibration_scores
     if not good:
         statement = model.threshold.statement
         return Promise(threshold=value, expected=None, bound=None, statement=statement, map_level=None)
     expected = p_value(math.nextafter(value, math.inf), good)
     threshold = Threshold(value, expected, len(good), grouped=model.threshold.grouped)
-    pixel_threshold = calibrate(model.map_peaks, min(expected, len(good) / (len(good) + 1))).value
-    if value > max(good) > 0:
-        pixel_threshold *= value / max(good)
+    pixel_threshold = pixel_threshold_at(value, good, model.map_peaks)
     if value == model.threshold.value:
         threshold, pixel_threshold = model.threshold, model.pixel_threshold
     return Promise(

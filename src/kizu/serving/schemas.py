@@ -38,6 +38,8 @@ class Model(BaseModel):
     map_level: float | None = Field(description="the pixel threshold: what is above it in the map is marked")
     map_peaks: list[float] = Field(description="each good image's largest map value, ascending")
     scale: tuple[float, float] = Field(description="map values that are drawn darkest and brightest")
+    tuned: bool = Field(description="whether it was set by hand or on labels, instead of by the good images alone")
+    settable: bool = Field(description="whether its threshold may be set, by who has the key for that")
 
 
 class Promise(BaseModel):

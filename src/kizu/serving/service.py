@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from kizu.data import image
 from kizu.errors import BadImage, KizuError, OutputError
+from kizu.inference.exported import Exported
 from kizu.inference.prediction import Prediction
 from kizu.inference.verdict import Verdict
 from kizu.serving.batcher import Answer, Batcher, LoadedModel, PixelGate, QueueFull, Upload
@@ -19,8 +20,8 @@ from kizu.serving.history import HISTORY, History
 from kizu.serving.hosted_model import HostedModel, read_model
 from kizu.serving.limits import Budget, Limits, Refusal, check, refusal_of
 from kizu.serving.observability import Counters, Sample, log
-from kizu.serving.responses import ResponseOptions, map_shape, thumbnail, to_response
-from kizu.serving.schemas import Collected, Predictions, Result
+from kizu.serving.responses import ResponseOptions, describe_model, map_shape, thumbnail, to_response
+from kizu.serving.schemas import Collected, Model, Predictions, Result
 
 __all__ = ["Service"]
 
@@ -35,11 +36,22 @@ class Service:
     """The hosted models and what is kept of their work. Close it at the end: it answers what waits."""
 
     def __init__(
-        self, folders: Mapping[str, Path], limits: Limits, *, store: Path, keep: int = 0, batch: int = 8
+        self,
+        folders: Mapping[str, Path],
+        limits: Limits,
+        *,
+        store: Path,
+        keep: int = 0,
+        batch: int = 8,
+        sets_thresholds: bool = False,
     ) -> None:
-        """Read the models in `folders`. Raises `KizuError` where one of them, or the history, cannot be read."""
+        """Read the models in `folders`, whose thresholds may be set where it `sets_thresholds`.
+
+        Raises `KizuError` where one of them, or the history, cannot be read.
+        """
         self.limits = limits
         self.store = store
+        self._sets_thresholds = sets_thresholds
         self.counters = Counters()
         self.budget = Budget(limits.memory)
         self._gate = PixelGate(limits.pixels)
@@ -103,6 +115,26 @@ class Service:
         if problem is not None and all(result.verdict == "error" for result in results):
             raise Refusal(problem.kind, "; ".join(result.error for result in results))
         return Predictions(model=hosted.name, version=loaded.version, results=results)
+
+    def describe(self, hosted: HostedModel) -> Model:
+        """A model, what it promises, and whether its threshold may be set here."""
+        settable = self._sets_thresholds and not isinstance(hosted.loaded.model, Exported)
+        return describe_model(hosted.name, hosted.loaded, settable=settable)
+
+    async def set_threshold(self, hosted: HostedModel, value: float | None, set_by: str, version: str) -> LoadedModel:
+        """Write another threshold into a model's folder, None for the one that its good images give, and read it again.
+
+        Raises `Refusal` where the folder holds another version, is in use by another command, or cannot be written.
+        """
+        try:
+            await asyncio.to_thread(hosted.set_threshold, value, set_by, version)
+        except BlockingIOError:
+            raise Refusal("conflict", f"Another command is changing {hosted.folder}: try again in a moment") from None
+        except OutputError as error:
+            raise Refusal("unwritable", str(error)) from None
+        except KizuError as error:
+            raise Refusal("conflict", str(error)) from None
+        return await self.reload(hosted)
 
     async def reload(self, hosted: HostedModel) -> LoadedModel:
         """Read a model again. Raises `Refusal` where that fails; the loaded one then stays."""

@@ -3,14 +3,12 @@
 import getpass
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import replace
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from kizu.calibration.threshold import by_hand, calibrate, percent
+from kizu.calibration.threshold import percent
 from kizu.cli import terminal
 from kizu.cli.models import held
 from kizu.cli.options import json_option, quiet_option
@@ -62,9 +60,7 @@ def tune(model: str, good: str | None, bad: str | None, output: str | None, **op
 def _reset(folder: Path) -> None:
     from kizu import load
 
-    detector = load(folder)
-    grouped = detector.threshold.grouped
-    detector.threshold = replace(calibrate(detector.calibration_scores, detector.threshold.rate), grouped=grouped)
+    detector = load(folder).with_threshold(None)
     detector.save(folder)
     click.echo(f"{folder}: {detector.threshold.statement}")
 
@@ -72,9 +68,7 @@ def _reset(folder: Path) -> None:
 def _set_by_hand(folder: Path, value: float) -> None:
     from kizu import load
 
-    detector = load(folder)
-    whose = f" by {getpass.getuser()} at {datetime.now().astimezone():%Y-%m-%d %H:%M %z}"
-    detector.threshold = by_hand(value, detector.threshold, detector.calibration_scores, whose)
+    detector = load(folder).with_threshold(value, set_by=getpass.getuser())
     detector.save(folder)
     click.echo(f"{folder}: {detector.threshold.statement}")
 

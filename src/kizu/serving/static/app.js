@@ -3,6 +3,7 @@
 import { blob, json, post } from "./api.js";
 import { History } from "./history.js";
 import { Scale } from "./scale.js";
+import { Setting } from "./setting.js";
 import { Viewer, bytes, decodeMap, regionsAbove } from "./viewer.js";
 
 const $ = (id) => document.getElementById(id);
@@ -22,12 +23,21 @@ const scale = new Scale($("plot"), $("threshold"), (value) => {
   history.follow(current.model, value); // it stays for the next photograph
   follow(value);
 });
+const setting = new Setting(async (changed) => {
+  await refresh();
+  history.forget(changed.name);
+  history.follow(changed.name, undefined);
+  if (current?.model === changed.name) await open(current);
+  say(`${changed.name}: ${changed.statement}`);
+});
 const history = new History($("history"), { doubt, chosen: (entry) => open(entry) });
 
 const model = () => models.find((one) => one.name === $("model").value) ?? models[0];
 const digits = (value) => (value === null ? "–" : Number(value).toPrecision(4));
 const rarely = (p) =>
   p >= 0.5 ? "Most good parts score as high" : `At most 1 good part in ${Math.floor(1 / p + 1e-9).toLocaleString("en-GB")} scores as high`;
+const inGood = (p) =>
+  p >= 0.5 ? "most good parts are as unusual" : `at most 1 good part in ${Math.floor(1 / p + 1e-9).toLocaleString("en-GB")} is as unusual`;
 
 /** A model that the server has, or what is known of another one by its verdict. */
 function modelOf(entry) {
@@ -45,8 +55,7 @@ function doubt({ model, verdict }, moved) {
 }
 
 async function start() {
-  models = await json("v1/models");
-  for (const one of models) one.middle = [...one.good_scores].sort((a, b) => a - b)[one.good_scores.length >> 1];
+  await refresh();
   $("model").replaceChildren(...models.map((one) => new Option(one.name)));
   $("model-choice").hidden = models.length < 2;
   $("model-name").textContent = models.length < 2 ? models[0].name : "";
@@ -56,6 +65,12 @@ async function start() {
   for (const { name } of models.length > 1 ? models : []) $("choice").append(new Option(`model: ${name}`));
   await older();
   setInterval(() => document.hidden || news().catch(() => {}), NEWS);
+}
+
+/** The models as the server has them now. */
+async function refresh() {
+  models = await json("v1/models");
+  for (const one of models) one.middle = one.good_scores[one.good_scores.length >> 1];
 }
 
 const kept = ({ id, model, verdict, feedback }) => ({ id, model, name: verdict.image, verdict, feedback });
@@ -139,6 +154,7 @@ async function look(entry, keep) {
   if (!(await picture(photograph))) wishes.set("view", true);
   const answer = await post(`v1/predict?${wishes}`, photograph);
   const [result] = answer.results;
+  if (answer.version !== modelOf(entry).version) await refresh(); // it was changed meanwhile
   const seen = result.view ? new Blob([bytes(result.view)], { type: "image/jpeg" }) : photograph;
   Object.assign(entry, { photograph, result, seen, verdict: entry.verdict ?? result, id: entry.id ?? result.id });
 }
@@ -184,6 +200,7 @@ async function follow(threshold) {
   const about = modelOf(entry);
   const moved = threshold !== about.threshold && !about.foreign;
   $("reset").hidden = !moved || about.threshold === null;
+  $("set").hidden = !about.settable || !(moved || about.tuned);
   scale.draw();
   const stop = result.score > threshold;
   $("verdict").textContent = stop ? "Stop" : "Pass";
@@ -191,12 +208,14 @@ async function follow(threshold) {
   $("because").textContent =
     `It scores ${digits(result.score)}, ${stop ? "above" : "not above"} the threshold of ${digits(threshold)}. ` +
     `${rarely(result.p_value)}.`;
+  if (!moved && stop !== (entry.verdict.verdict === "stop"))
+    $("because").textContent += ` When it was judged, it was ${stop ? "passed" : "stopped"}: the model was changed since.`;
   $("threshold").setAttribute("aria-valuetext", `${digits(threshold)}: ${stop ? "stop" : "pass"}`);
   promised = moved
     ? await json(`v1/models/${encodeURIComponent(about.name)}/promise?threshold=${threshold}`)
     : { threshold, statement: about.statement, map_level: about.map_level };
   if (current !== entry || (moved && scale.value !== threshold)) return;
-  $("statement").textContent = promised.statement + (moved ? " Moved on this page only: kizu tune sets it in the model." : "");
+  $("statement").textContent = promised.statement + (moved ? " Moved on this page only." : "");
   const mapLevel = promised.map_level ?? Infinity;
   viewer.set({ level: mapLevel, region: null });
   const lowered = viewer.map && mapLevel < (about.map_level ?? Infinity);
@@ -228,7 +247,7 @@ function listRegions(regions, result) {
     row.append(
       span("number", number + 1),
       span("what", `${region.box[2]} × ${region.box[3]} pixels`),
-      span("quiet", region.p_value >= 0.5 ? "as in most good parts" : `as in 1 of ${Math.floor(1 / region.p_value + 1e-9)} good parts`),
+      span("quiet", inGood(region.p_value)),
     );
     const point = (on) => () => viewer.set({ region: on ? region : null });
     for (const [event, on] of [["pointerenter", 1], ["focus", 1], ["pointerleave", 0], ["blur", 0]]) row.addEventListener(event, point(on));
@@ -389,6 +408,10 @@ $("reset").addEventListener("click", () => {
   history.follow(about.name, undefined);
   scale.set(about.threshold);
   follow(about.threshold);
+});
+$("set").addEventListener("click", () => {
+  const about = modelOf(current);
+  setting.open(about, scale.value === about.threshold ? null : scale.value, promised.statement);
 });
 $("model").addEventListener("change", judgeAgain);
 $("closer").addEventListener("click", () => viewer.toggle());

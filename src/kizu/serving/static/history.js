@@ -99,6 +99,11 @@ export class History {
     this.arrange();
   }
 
+  /** Forget what a model said beyond its verdicts: it was changed, and says it again when an entry is opened. */
+  forget(model) {
+    for (const entry of this.entries) if (entry.model === model) entry.result = null;
+  }
+
   /** Show those of a kind ("stopped", "model: disc"), in an order. */
   arrange({ choice = this.choice, order = this.order } = {}) {
     Object.assign(this, { choice, order });
