@@ -296,6 +296,24 @@ def test_simplenets_clip_line(network, layers, mvtec, tmp_path):
     assert {"results.csv", "models/0/ckpt.pth", "models/0/params.pkl"} <= files
 
 
+def test_simplenet_with_several_networks_trains_each_alone(mvtec, tmp_path):
+    networks = ("-b", "efficientnet_lite2", "-b", "efficientnet_lite2.seed-3", "-le", "0.blocks.2", "-le", "1.blocks.4")
+    dimensions = ("--pretrain_embed_dimension", 64, "--target_embed_dimension", 64, "--dsc_hidden", 32)
+    data = ("dataset", *SMALL, "-d", "bottle", "mvtec", mvtec)
+    command = ("reference", "simplenet", "--results_path", tmp_path, "--run_name", "two")
+    line(*command, "net", *networks, *dimensions, *data)
+    run = tmp_path / "project" / "group" / "two"
+    rows = table(run / "results.csv")
+    assert [row[0] for row in rows[1:]] == ["mvtec_bottle_network_0", "mvtec_bottle_network_1", "Mean"]
+    models = [run / "models" / str(number) / "mvtec_bottle" for number in (0, 1)]
+    layers = [read_plain(model / "params.pkl")["config"]["layers"] for model in models]
+    assert [list(names) for names in layers] == [["blocks.2"], ["blocks.4"]]
+    line(*command, "--test", "net", *networks, *dimensions, *data)
+    assert table(run / "results.csv") == rows
+    with pytest.raises(kizu.OptionError, match=r"whose layer it is, as in 0\.layer2"):
+        line(*command, "--overwrite", "net", *networks, "-le", "blocks.2", *dimensions, *data)
+
+
 def test_simplenets_published_protocol_and_every_parameter(mvtec, tmp_path):
     every = (
         *("--embedding_size", 64, "--aed_meta_epochs", 1, "--cos_lr", "--auto_noise", 0.3, "--proj_layer_type", 1),

@@ -129,7 +129,7 @@ def finish(parts: Sequence[tuple[str, dict[str, Any]]], **main: Any) -> None:
 
     network, data = groups(parts, ("net", "dataset"))
     folder = Path(main["results_path"]) / main["log_project"] / main["log_group"] / main["run_name"]
-    config = _config(main, network, data)
+    configs = _configs(main, network, data)
     found = data_set(data["name"], data["data_path"], data["subdatasets"])
     if not main["test"]:
         _clear(folder, main["overwrite"])
@@ -138,40 +138,73 @@ def finish(parts: Sequence[tuple[str, dict[str, Any]]], **main: Any) -> None:
     with terminal.progress(False) as progress, terminal.messages(False, warnings_only=True):
         on = device(main["gpu"])
         for number, category in enumerate(data["subdatasets"]):
-            name = f"{data['name']}_{category}"
-            detector = SimpleNet(config)
-            place(detector, on, data["num_workers"])
-            model, test = folder / "models" / str(number), found.select(category, "test")
-            if main["test"]:
-                published = folder / "models" / "0" / name  # where the published code leaves it
-                detector.load_from_path(published if published.exists() else model)
+            for network_number, config in enumerate(configs):
+                name = f"{data['name']}_{category}"
+                model = folder / "models" / str(number)
+                if len(configs) > 1:  # as the published code numbers them
+                    model = folder / "models" / str(network_number) / name
+                    name = f"{name}_network_{network_number}"
+                detector = SimpleNet(config)
                 place(detector, on, data["num_workers"])
-            else:
-                training, held_out = parted(found, category, data["train_val_split"])
-                _fit(detector, training, held_out, test, main["as_original"], progress(name))
-                detector.save_to_path(model)
-            row = scoring.as_published(name, detector, test, progress(name), pro=True) if main["as_original"] else None
-            if row is None or main["save_segmentation_images"]:
-                judged = scoring.judge(detector, test, progress(name))
-                row = row or scoring.measured(name, judged)
-                if main["save_segmentation_images"]:
-                    pictures = folder / "segmentation_images" / name
-                    scoring.write_segmentations(judged, pictures, each_alone=main["as_original"])
-            rows.append(row)
-            curves[name] = detector.curves
+                test = found.select(category, "test")
+                if main["test"]:
+                    published = folder / "models" / "0" / f"{data['name']}_{category}"
+                    detector.load_from_path(published if len(configs) == 1 and published.exists() else model)
+                    place(detector, on, data["num_workers"])
+                else:
+                    training, held_out = parted(found, category, data["train_val_split"])
+                    _fit(detector, training, held_out, test, main["as_original"], progress(name))
+                    detector.save_to_path(model)
+                rows.append(_row(name, detector, test, main, folder, progress(name)))
+                curves[name] = detector.curves
         files.write_text(folder / "results.csv", scoring.results_csv(rows))
         if not main["test"]:
             _tensorboard(folder / "tensorboard", rows, curves, "pro" if main["as_original"] else "anomaly-p-auroc")
     print_rows(rows, folder)
 
 
-def _config(main: dict[str, Any], network: dict[str, Any], data: dict[str, Any]) -> "SimpleNetConfig":
-    """What the flags say; with --as-original, what the published code makes of them."""
+def _row(
+    name: str,
+    detector: "SimpleNet",
+    test: "Sequence[Sample]",
+    main: dict[str, Any],
+    folder: Path,
+    progress: Any,
+) -> "Row":
+    """What the table has of a model; its pictures, where they are wanted."""
+    from kizu.cli.reference import scoring
+
+    row = scoring.as_published(name, detector, test, progress, pro=True) if main["as_original"] else None
+    if row is None or main["save_segmentation_images"]:
+        judged = scoring.judge(detector, test, progress)
+        row = row or scoring.measured(name, judged)
+        if main["save_segmentation_images"]:
+            pictures = folder / "segmentation_images" / name
+            scoring.write_segmentations(judged, pictures, each_alone=main["as_original"])
+    return row
+
+
+def _configs(main: dict[str, Any], network: dict[str, Any], data: dict[str, Any]) -> "list[SimpleNetConfig]":
+    """One for each network, which is trained alone: layers are then numbered, as in 0.layer2, and 1.layer3."""
+    names, layers = network["backbone_names"], network["layers_to_extract_from"]
+    weights = [*network["weights"], *[""] * (len(names) - len(network["weights"]))]
+    if len(names) == 1:
+        return [_config(main, network, data, names[0], layers, weights[0])]
+    strangers = [layer for layer in layers if layer.partition(".")[0] not in map(str, range(len(names)))]
+    if strangers:
+        raise OptionError(f"-le {strangers[0]}: with {len(names)} networks say whose layer it is, as in 0.layer2")
+    parts = [tuple(le.partition(".")[2] for le in layers if le.startswith(f"{n}.")) for n in range(len(names))]
+    triples = zip(names, parts, weights, strict=True)
+    return [_config(main, network, data, *triple) for triple in triples]
+
+
+def _config(
+    main: dict[str, Any], network: dict[str, Any], data: dict[str, Any], given: str, layers: Sequence[str], weights: str
+) -> "SimpleNetConfig":
+    """What the flags say of one network; with --as-original, what the published code makes of them."""
     from kizu.config import SimpleNetConfig, backbone_names, build
 
-    if len(network["backbone_names"]) != 1:
-        raise OptionError("-b: SimpleNet looks through one backbone")
-    name, seed = backbone_names.without_seed(network["backbone_names"][0])
+    name, seed = backbone_names.without_seed(given)
     original, noise = main["as_original"], network["auto_noise"]
     between = network["proj_layer_type"]
     if (
@@ -188,8 +221,8 @@ def _config(main: dict[str, Any], network: dict[str, Any], data: dict[str, Any])
         **{key: network[key] for key in AS_THEY_ARE},
         **{key: data[key] for key in STRENGTHS},
         "backbone": backbone_names.in_timm(name),
-        "layers": network["layers_to_extract_from"] or (("layer2", "layer3") if "resnet" in name else ()),
-        "weights": next(iter(network["weights"]), "") or None,
+        "layers": tuple(layers) or (("layer2", "layer3") if "resnet" in name else ()),
+        "weights": weights or None,
         "dsc_hidden": network["dsc_hidden"] or 0,
         "embedding_size": None if original else network["embedding_size"],
         "proj_layer_type": 0 if original and between == 1 else between,
