@@ -62,7 +62,7 @@ def compared(data: dataset.Dataset, category: str) -> list[dict[str, str]]:
     choice = kizu.choose(data.select(category, "train"))
     seconds = time.perf_counter() - start
     print(f"{category}: {choice.sentence}", *choice.reasons, sep="\n  ", file=sys.stderr)
-    chosen = words(choice.trials[choice.chosen].settings)
+    chosen = words(choice.settings)
     return [
         judged(data, category, "defaults", PatchCoreConfig(), None),
         judged(data, category, f"auto: {chosen}", choice.config, seconds),

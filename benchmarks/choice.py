@@ -3,11 +3,11 @@
 python benchmarks/choice.py                      the categories at hand, a table and benchmarks/results/choice.csv
 python benchmarks/choice.py DATA…                fewer
 
-The candidates are those that `kizu train --auto` tries, and a larger input alone. Each is judged on the made-up defects
-and, with the same model, on the test photographs, of which the choice knows nothing. The last rows of a category say
-how the ranks agree (Spearman), and how much the chosen candidate loses against the best one. Pill and transistor come a
-second time with each photograph turned by a random angle about its middle, and what lies behind the part continued at
-the margin.
+The candidates are those that `kizu train --auto` tries, what it takes of them together, and a larger input alone. Each
+is judged on the made-up defects and, with the same model, on the test photographs, of which the choice knows nothing.
+The last rows of a category say how the ranks agree (Spearman), and how much the chosen candidate loses against the best
+one. Pill and transistor come a second time with each photograph turned by a random angle about its middle, and what
+lies behind the part continued at the margin.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from kizu.data.files import write_csv
 from kizu.data.sample import Sample
 from kizu.detectors.patchcore.detector import PatchCore
 from kizu.evaluation.choice import choose as choosing
-from kizu.evaluation.choice.candidates import other_size
+from kizu.evaluation.choice.candidates import LARGER, other_size
 from kizu.evaluation.choice.trials import Material, Trial, run_trial, surprise
 from kizu.evaluation.experiment import machine
 from kizu.evaluation.metrics import image_metrics
@@ -41,7 +41,6 @@ from kizu.inference.prediction import Prediction
 
 TARGET = Path(__file__).parent / "results" / "choice.csv"
 TURNED = ("pill", "transistor")
-LARGER = 1.4
 
 
 def main() -> None:
@@ -94,15 +93,17 @@ def compared(data: dataset.Dataset, category: str, name: str = "") -> list[dict[
         choice = kizu.choose(data.select(category, "train"))
     first = tried[0][0]
     larger = {**first, "size": other_size(first.get("size", PatchCoreConfig().size), LARGER)}
-    if larger not in [settings for settings, *_ in tried]:
-        judged(PatchCore(build(PatchCoreConfig, larger)), larger, materials[0])
+    for others in (choice.settings, larger):
+        if others not in [settings for settings, *_ in tried]:
+            judged(PatchCore(build(PatchCoreConfig, others)), others, materials[0])
+    chosen = [settings for settings, *_ in tried].index(choice.settings)
     _, made_up, auroc, found = zip(*tried, strict=True)
     rows = [
-        row(name or category, words(of) + (" (chosen)" if place == choice.chosen else ""), *figures)
+        row(name or category, words(of) + (" (chosen)" if place == chosen else ""), *figures)
         for place, (of, *figures) in enumerate(tried)
     ]
     correlations = [float(spearmanr(made_up, figures).statistic) for figures in (auroc, found)]
-    losses = [max(figures) - figures[choice.chosen] for figures in (auroc, found)]
+    losses = [max(figures) - figures[chosen] for figures in (auroc, found)]
     rows.append(row(name or category, "rank correlation", None, *correlations))
     rows.append(row(name or category, "loss of the chosen one", None, *losses))
     return rows
@@ -118,9 +119,10 @@ def real(detector: PatchCore, test: Sequence[Sample]) -> tuple[float, float]:
 
 def words(settings: dict[str, Any]) -> str:
     """The candidate's name in the table."""
-    height, width = settings.get("size", PatchCoreConfig().size)
+    sizes = sorted(look.size for look in build(PatchCoreConfig, settings).looks)
     wider = ", wider" if "layers" in settings else ""
-    return f"{height}x{width}{wider}{', any pose' if 'rotate_degrees' in settings else ''}"
+    pose = ", any pose" if "rotate_degrees" in settings else ""
+    return " and ".join(f"{height}x{width}" for height, width in sizes) + wider + pose
 
 
 def row(category: str, name: str, made_up: float | None, auroc: float, found: float) -> dict[str, str]:

@@ -181,11 +181,12 @@ def test_openvino_says_the_same(patchcore, tmp_path):
         {"fusion": "stack", "local_scale": False, "top": 0, "reweight": 9, "neighbours": 3},
         {"backbone": "efficientnet_lite2,efficientnet_lite2", "layers": "0.blocks.2,0.blocks.4,1.blocks.1"},
         {"layers": "blocks.2,blocks.2:5,blocks.6"},
+        {"layers": "blocks.2@0.7,blocks.2,blocks.4", "size": 96},
     ],
-    ids=["Eq. 7 and three neighbours", "ensemble", "several patchsizes"],
+    ids=["Eq. 7 and three neighbours", "ensemble", "several patchsizes", "several sizes"],
 )
 def test_every_kind_of_patchcore_can_be_exported(settings, tmp_path):
-    detector = kizu.PatchCore(size=64, coreset=0.2, **settings).fit(GOOD[:6])
+    detector = kizu.PatchCore(**{"size": 64, "coreset": 0.2, **settings}).fit(GOOD[:6])
     exported = export(detector, tmp_path / "exported")
     for picture in PICTURES:
         assert exported.predict(picture).score == pytest.approx(detector.predict(picture).score, rel=1e-4)

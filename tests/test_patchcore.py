@@ -129,10 +129,44 @@ def test_a_layer_may_have_banks_of_several_patchsizes(tmp_path):
     inner = torch.einsum("bchwij,i,j->bchw", layer.unfold(2, 5, 1).unfold(3, 5, 1), window, window)
     torch.testing.assert_close(alone[1].graph.embed(pixels)[0][..., 2:-2, 2:-2], inner)
     for wrong in ("blocks.2:x", "blocks.2:4"):
-        with pytest.raises(kizu.OptionError, match=r"its own patchsize is an odd number up to 15, as in layer2:5"):
+        with pytest.raises(kizu.OptionError, match=r"a patchsize of its own is an odd number up to 15, as in layer2:5"):
             kizu.PatchCore(layers=wrong)
     with pytest.raises(kizu.OptionError, match=r'needs `fusion="separate"`'):
         kizu.PatchCore(layers="blocks.2:5", fusion="stack")
+
+
+def test_a_layer_may_look_at_a_smaller_photograph(tmp_path):
+    train, more, picture = photographs(6), photographs(3, seed=5), photographs(1, seed=9)[0]
+    settings = {"coreset": 0.2, "smoothing": 0}
+    names = "blocks.2@0.7", "blocks.2:5@0.7", "blocks.4", "blocks.6:1@0.7"
+    detector = kizu.PatchCore(**settings, size=96, layers=",".join(names)).fit(train)
+    pixels = torch.from_numpy(picture.transpose(2, 0, 1)[None].copy())
+    pixels = torch.nn.functional.interpolate(pixels.float(), (96, 96), mode="area").byte()
+    smaller = torch.nn.functional.interpolate(pixels.float(), (64, 64), mode="bilinear")
+    looks = backbone.create("efficientnet_lite2", ("blocks.2", "blocks.2", "blocks.6"))(smaller)
+    looks += backbone.create("efficientnet_lite2", ("blocks.4",))(pixels)
+    for found, expected in zip(detector.graph.backbone(pixels), looks, strict=True):
+        torch.testing.assert_close(found, expected)
+    assert [tuple(grid) for grid in detector.graph.grids] == [(8, 8), (8, 8), (2, 2), (6, 6)]
+
+    _, grid = detector.graph.score_images(pixels)  # each bank counts alike
+    neighbours = detector.graph.search(detector.graph.embed(pixels))
+    alone = [
+        detector.graph.patch_scores(bank, nearest, None).view(1, 1, *shape)
+        for bank, nearest, shape in zip(detector.graph.banks, neighbours, detector.graph.grids, strict=True)
+    ]
+    aligned = [torch.nn.functional.interpolate(scored, (8, 8), mode="bilinear") for scored in alone]
+    torch.testing.assert_close(grid, torch.cat(aligned, 1).mean(1))
+
+    before = detector.predict(picture).score
+    again = kizu.load(detector.save(tmp_path / "model"))
+    assert again.predict(picture).score == before
+    assert again.update(more).training["images"] == 9
+    for wrong in ("blocks.2@0.1", "blocks.2@1.5", "blocks.2@x", "blocks.2@0.7:5"):
+        with pytest.raises(kizu.OptionError, match="layers"):
+            kizu.PatchCore(layers=wrong)
+    with pytest.raises(kizu.OptionError, match=r'needs `fusion="separate"`'):
+        kizu.PatchCore(layers="blocks.2@0.7", fusion="stack")
 
 
 def test_with_local_scales_too_training_images_score_like_new_ones():

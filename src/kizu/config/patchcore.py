@@ -1,15 +1,27 @@
 """The settings of PatchCore."""
 
-from typing import Literal
+import re
+from typing import Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
 from kizu.config.backbone_names import without_seed
 from kizu.config.base import BackboneConfig, Names, Numbers
 
-__all__ = ["PatchCoreConfig"]
+__all__ = ["Look", "PatchCoreConfig"]
 
 PUBLISHED = '{} gives published scores: it needs `fusion="stack"`, `local_scale=False` and {}'
+LAYER = re.compile(r"(?P<name>[^:@]+)(:(?P<side>[1-9]\d?))?(@(?P<share>\d?\.?\d+))?", re.ASCII)
+MIN_SHARE = 0.25
+LOOK_STEP = 32  # pixels: sides of a smaller size are multiples of it, so that every layer's grid covers it
+
+
+class Look(NamedTuple):
+    """A size at which the network sees the photograph, and what is taken from it there."""
+
+    size: tuple[int, int]
+    layers: tuple[str, ...]
+    patchsizes: tuple[int | None, ...]  # of each layer, None: the usual one
 
 
 class PatchCoreConfig(BackboneConfig):
@@ -17,13 +29,15 @@ class PatchCoreConfig(BackboneConfig):
 
     An ensemble has several backbones, separated by commas; each layer starts with its backbone's number:
     0.layer2,0.layer3,1.layer2. A backbone with .seed-3 behind its name has its own seed. A layer with a number behind
-    its name has its own patchsize, whose middle counts most, and may be there several times: layer2,layer2:5.
+    its name has its own patchsize, whose middle counts most, and may be there several times: layer2,layer2:5. One with
+    a share behind its name looks at a smaller photograph: layer2,layer2@0.7 sees it at two sizes.
     """
 
     layers: Names = Field(
         (),
         description="Layers that features are taken from: layer2,layer3, or block numbers of a transformer. layer2:5 "
-        "has a patchsize of its own, and a memory bank. Default: those of reduction 8 and 16.",
+        "has a patchsize of its own, and a memory bank; layer2@0.7 sees the photograph at 0.7 of the size. "
+        "Default: those of reduction 8 and 16.",
     )
     patchsize: int = Field(3, ge=1, le=15, description="Side of the neighbourhood that is averaged into a patch.")
     pretrain_embed_dimension: int | None = Field(
@@ -97,26 +111,46 @@ class PatchCoreConfig(BackboneConfig):
 
     @model_validator(mode="after")
     def _neighbourhoods_fit(self) -> "PatchCoreConfig":
-        own = [layer for layer in self.layers if ":" in layer]
+        own = [layer for layer in self.layers if ":" in layer or "@" in layer]
         for layer in own:
-            name, _, size = layer.partition(":")
-            if not (name and size.isascii() and size.isdecimal()) or not 1 <= int(size) <= 15 or int(size) % 2 == 0:
-                raise ValueError(f'`layers="{layer}"`: its own patchsize is an odd number up to 15, as in layer2:5')
+            parts = LAYER.fullmatch(layer)
+            if parts is None or (parts["side"] and not (int(parts["side"]) % 2 and int(parts["side"]) <= 15)):
+                raise ValueError(
+                    f'`layers="{layer}"`: a patchsize of its own is an odd number up to 15, as in layer2:5'
+                )
+            if parts["share"] and not MIN_SHARE <= float(parts["share"]) <= 1:
+                raise ValueError(f'`layers="{layer}"`: a share of the size is from {MIN_SHARE} to 1, as in layer2@0.7')
         if own and self.fusion != "separate":
-            raise ValueError(f'`layers="{own[0]}"`: a patchsize of its own needs `fusion="separate"`')
-        if own and (self.patchstride > 1 or self.patchsize_aggregate):
+            raise ValueError(f'`layers="{own[0]}"`: a patchsize or size of its own needs `fusion="separate"`')
+        if any(":" in layer for layer in own) and (self.patchstride > 1 or self.patchsize_aggregate):
             raise ValueError(f'`layers="{own[0]}"` needs `patchstride=1`, and no `patchsize_aggregate`')
         return self
 
     @property
-    def tapped(self) -> tuple[str, ...]:
-        """The names of the layers, once for each bank; empty for the backbone's default ones."""
-        return tuple(layer.partition(":")[0] for layer in self.layers)
+    def looks(self) -> tuple[Look, ...]:
+        """At which sizes the photograph is looked at, and for which layers; without layers, for the default ones."""
+        if not self.layers:
+            return (Look(self.size, (), ()),)
+        parts = [LAYER.fullmatch(layer) for layer in self.layers]
+        found: dict[float, list[tuple[str, int | None]]] = {}
+        for layer, part in zip(self.layers, parts, strict=True):
+            name, side, share = (layer, None, None) if part is None else part.group("name", "side", "share")
+            found.setdefault(float(share or 1), []).append((name, int(side) if side else None))
+        return tuple(
+            Look(self._share_of_size(share), tuple(name for name, _ in layers), tuple(side for _, side in layers))
+            for share, layers in found.items()
+        )
+
+    def _share_of_size(self, share: float) -> tuple[int, int]:
+        if share == 1:
+            return self.size
+        height, width = (max(LOOK_STEP, LOOK_STEP * round(share * side / LOOK_STEP)) for side in self.size)
+        return height, width
 
     @property
     def patchsizes(self) -> tuple[int | None, ...]:
-        """The own patchsize of each of `tapped`, where it has one."""
-        return tuple(int(layer.partition(":")[2]) if ":" in layer else None for layer in self.layers)
+        """The own patchsize of each layer, where it has one, in the order of `looks`."""
+        return tuple(side for look in self.looks for side in look.patchsizes)
 
     @model_validator(mode="after")
     def _members_fit(self) -> "PatchCoreConfig":

@@ -223,7 +223,7 @@ def _parameters(path: Path) -> dict[str, Any]:
 
 def _patchcore_graph(config: PatchCoreConfig, path: Path) -> PatchCoreGraph:
     entries = torch.from_numpy(faiss_file.read(path))
-    graph = PatchCoreGraph(config, backbone.create(config.backbone, config.tapped, config.weights, config.size))
+    graph = PatchCoreGraph(config, backbone.create(config.backbone, config.layers, config.weights, config.size))
     with torch.inference_mode():
         features = graph.embed(torch.zeros(1, 3, *config.size, dtype=torch.uint8))[0]
     if features.shape[1] != entries.shape[1]:

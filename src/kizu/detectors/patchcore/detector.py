@@ -3,6 +3,7 @@
 import hashlib
 import math
 import statistics
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -20,7 +21,7 @@ from kizu.detectors.base import Detector
 from kizu.detectors.fitting import FitContext, FitResult
 from kizu.detectors.patchcore.coreset import StreamingCoreset
 from kizu.detectors.patchcore.feature_table import FeatureTable
-from kizu.detectors.patchcore.graph import EnsembleGraph, PatchCoreGraph
+from kizu.detectors.patchcore.graph import EnsembleGraph, PatchCoreGraph, seen_by
 from kizu.detectors.patchcore.leave_one_out import LeaveOneOut
 from kizu.detectors.patchcore.memory_bank import Bank
 from kizu.detectors.ram import budget, tidy
@@ -77,7 +78,7 @@ class PatchCore(Detector):
 
     def _learn_member(self, config: PatchCoreConfig, context: FitContext) -> _Member:
         """One backbone's memory banks and scores: section 3.2 of the paper, and the threshold that it leaves open."""
-        network = backbone.create(config.backbone, config.tapped, config.weights, config.size)
+        network = seen_by(config, lambda look: backbone.create(config.backbone, look.layers, config.weights, look.size))
         graph = PatchCoreGraph(config, network.to(self.device))
         with context.timed("features"):
             coresets = self._embed(graph, context)
@@ -179,6 +180,15 @@ class PatchCore(Detector):
         )
         share = place[0] / seen.shape[1], place[1] / seen.shape[0]
         return nearest_patch(outputs, tables, share, self.training["names"])
+
+    def search_seconds(self, pixels: npt.NDArray[np.uint8]) -> float:
+        """What the search takes of the time for a batch (B, 3, H, W); it grows with the bank."""
+        graph = self._first()
+        with torch.inference_mode():
+            embeddings = graph.embed(torch.from_numpy(pixels).to(self.device))
+            start = time.perf_counter()
+            graph.search(embeddings)
+            return time.perf_counter() - start
 
     def update(
         self,
@@ -331,7 +341,8 @@ def _fill_banks(graph: PatchCoreGraph, coresets: Sequence[StreamingCoreset], con
 
 
 def _restore(config: PatchCoreConfig, tensors: dict[str, Tensor], prefix: str) -> PatchCoreGraph:
-    graph = PatchCoreGraph(config, backbone.blank(config.backbone, config.tapped, config.size))
+    network = seen_by(config, lambda look: backbone.blank(config.backbone, look.layers, look.size))
+    graph = PatchCoreGraph(config, network)
     names = [f"{prefix}banks.{number}" for number in range(len(graph.taps))]
     buffers = ("entries", "images", "places", "sums", "counts", "centres", "sizes")
     banks = [Bank(*(tensors[f"{name}.{buffer}"] for buffer in buffers)) for name in names]

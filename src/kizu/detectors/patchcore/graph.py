@@ -1,6 +1,6 @@
 """From pixels to scores and maps, as the paper orders it: embedding, nearest neighbours, image score, anomaly map."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import cast
 
@@ -9,14 +9,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kizu.config import PatchCoreConfig
+from kizu.config.patchcore import Look
 from kizu.detectors.patchcore.memory_bank import Bank, Neighbours
 from kizu.detectors.patchcore.nearest import QuantisedIndex
-from kizu.features import backbone
 from kizu.features.anomaly_map import MapUpsampling
+from kizu.features.backbone import Backbone
 from kizu.features.patch_features import PatchFeatures, as_rows
+from kizu.features.several_sizes import SeveralSizes
 from kizu.inference.evidence import BankOutputs
 
-__all__ = ["EnsembleGraph", "PatchCoreGraph"]
+__all__ = ["EnsembleGraph", "PatchCoreGraph", "seen_by"]
 
 
 class PatchCoreGraph(nn.Module):
@@ -24,7 +26,7 @@ class PatchCoreGraph(nn.Module):
 
     banks: Sequence[Bank]  # one for each tap; an nn.ModuleList, so that they are saved with the graph
 
-    def __init__(self, config: PatchCoreConfig, network: backbone.Backbone) -> None:
+    def __init__(self, config: PatchCoreConfig, network: Backbone | SeveralSizes) -> None:
         super().__init__()
         self.config = config
         self.backbone = network
@@ -221,6 +223,14 @@ class EnsembleGraph(nn.Module):
         scores = [(s - mean) / std for (s, _), (mean, std) in zip(outcomes, self.score_stats, strict=True)]
         maps = [(m - mean) / std for (_, m), (mean, std) in zip(outcomes, self.map_stats, strict=True)]
         return torch.stack(scores).mean(0), torch.stack(maps).mean(0)
+
+
+def seen_by(config: PatchCoreConfig, make: Callable[[Look], Backbone]) -> Backbone | SeveralSizes:
+    """The backbone of these settings, `make` being what gives one for a look; for several looks, one for each."""
+    looks = config.looks
+    if [look.size for look in looks] == [config.size]:
+        return make(looks[0])
+    return SeveralSizes([make(look) for look in looks], [look.size for look in looks])
 
 
 def _taps(config: PatchCoreConfig, layers: int) -> list[tuple[slice, PatchFeatures]]:

@@ -6,9 +6,10 @@ from typing import Any
 from kizu.config import Augmented, PatchCoreConfig
 from kizu.features import backbone
 
-__all__ = ["in_any_pose", "in_proportion", "other_size", "seen_wider"]
+__all__ = ["LARGER", "SMALLER", "at_two_sizes", "in_any_pose", "in_proportion", "other_size", "seen_wider"]
 
 STEP = 32  # pixels: each side of an input is a multiple of it, so that every layer's grid covers it
+LARGER, SMALLER = 1.4, 0.8  # factors of both sides
 NEARLY_SQUARE = 1.25  # ratio of the sides up to which a photograph is squeezed into a square
 MIN_SIDE, MAX_SIDE = 192, 1024
 
@@ -39,6 +40,19 @@ def seen_wider(config: PatchCoreConfig) -> dict[str, Any] | None:
     layers = [name for layer in network.layers for name in (layer, f"{layer}:{config.patchsize + 2}")]
     banks = (*layers, *([] if network.coarser is None else [f"{network.coarser}:1"]))
     return {"layers": banks} | ({} if "coreset" in config.model_fields_set else {"coreset": config.coreset / 2})
+
+
+def at_two_sizes(config: PatchCoreConfig, size: tuple[int, int]) -> dict[str, Any] | None:
+    """`seen_wider` at this size, and the usual layers at a larger one, where small things are better seen.
+
+    None where the settings, the network or the bounds of a size leave no room for them.
+    """
+    wider, larger = seen_wider(config), other_size(size, LARGER)
+    if wider is None or larger is None:
+        return None
+    usual = backbone.blank(config.backbone, (), config.size).layers
+    layers = (*(f"{layer}@{1 / LARGER:.2f}" for layer in wider["layers"]), *usual)
+    return {**wider, "size": larger, "layers": layers}
 
 
 def in_any_pose(config: Augmented) -> dict[str, Any] | None:

@@ -1,8 +1,8 @@
 """Settings chosen for parts that nobody tuned for, from photographs of good ones alone.
 
 From the given settings on, one thing is changed at a time, and kept where it finds clearly more of the made-up defects.
-What may be chance, among so few photographs, is left as it was. Only what sees wider is kept unless it finds clearly
-less, and copies in any pose where good parts that are turned look as usual as they were.
+What may be chance, among so few photographs, is left as it was. Only what sees more, wider and at two sizes, is kept
+unless it finds clearly less, and copies in any pose where good parts that are turned look as usual as they were.
 """
 
 import os
@@ -17,18 +17,25 @@ from kizu.data.progress import Progress, silent
 from kizu.detectors.base import items_of
 from kizu.detectors.patchcore.detector import PatchCore
 from kizu.errors import OptionError
-from kizu.evaluation.choice.candidates import in_any_pose, in_proportion, other_size, seen_wider
+from kizu.evaluation.choice.candidates import (
+    LARGER,
+    SMALLER,
+    at_two_sizes,
+    in_any_pose,
+    in_proportion,
+    other_size,
+    seen_wider,
+)
 from kizu.evaluation.choice.trials import Material, Trial, gain, run_trial, strange_when_turned
 
 __all__ = ["Choice", "choose"]
 
 Settings = dict[str, Any]
-LARGER, SMALLER = 1.4, 0.8  # factors of both sides
 SURE = 2.0  # standard errors by which a change must be better
 USUAL, STRANGE = 0.65, 0.9  # of good parts that are turned, as `strange_when_turned` says it
 WORTH = 0.03  # of what there is to be found, that a change must find besides
-MAX_AREA = 2.6  # times the default's pixels, for an input that nobody bounded by its time
 UNIT = 320 * 320  # pixels of a photograph, for counting the work
+MAX_UNITS = 3.2  # of a photograph, at all its sizes together, where nobody bounded its time
 WORK_EACH, MIN_WORK = 10, 600  # photographs' worth of work for each good one, and at least
 
 
@@ -37,8 +44,9 @@ class Choice:
     """The chosen settings, and all that were tried for them."""
 
     config: Any
+    settings: Settings  # that differ from those that the choice began with
     trials: list[Trial]
-    chosen: int  # index of the trial that won
+    taken: list[int]  # indices of the trials whose changes are among them
     reasons: list[str]  # a sentence for each change that was considered
     photos: int
     defects: int
@@ -55,7 +63,7 @@ class Choice:
                 f"stopped at {one_in(rate)}": percent(trial.stopped),
                 "AUROC": f"{trial.image_auroc:.3f}",
                 "ms an image": f"{trial.milliseconds:.0f}",
-                "": "chosen" if number == self.chosen else "",
+                "": "taken" if number in self.taken else "",
             }
             for number, trial in enumerate(self.trials)
         ]
@@ -63,15 +71,17 @@ class Choice:
     @property
     def sentence(self) -> str:
         """What was chosen, and by what."""
-        best, first = self.trials[self.chosen], self.trials[0]
         by = f"by {self.defects} made-up defects on photographs of {self.photos} good parts"
-        if best is first and not first.settings:
+        if not self.settings:
             return f"The settings stay as they were: {by}, no change was clearly better."
-        if best is first:
-            return f"{_words(best.settings)}, in the photographs' proportions: {by}, no change was clearly better."
-        found = f"it finds {percent(best.found)} of them, where {percent(first.found)} were found before"
-        more = "" if best.found > first.found else ", which may be chance"
-        return f"Chosen {by}: {_words(best.settings)}; {found}{more}."
+        if not self.taken:
+            return f"{_words(self.settings)}, in the photographs' proportions: {by}, no change was clearly better."
+        first = percent(self.trials[0].found)
+        found = " and ".join(percent(self.trials[number].found) for number in self.taken)
+        with_it = "with the change" if len(self.taken) == 1 else "with each of the changes alone"
+        return (
+            f"Chosen {by}: {_words(self.settings)}. {first} of these defects were found before, and {found} {with_it}."
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Everything, as run.json and the report keep it."""
@@ -93,10 +103,11 @@ def choose(
 
     What `config` sets stays as it is. Photographs that belong together (`group_by`, as in `fit`) are not divided. The
     work is bounded by what a few trainings take, and after the first trial by `minutes`, if they are given. With
-    `milliseconds` nothing is chosen that needs more for a photograph on this machine; without them the input has at
-    most 2.6 times the default's pixels. Without either bound equal photographs lead to equal choices. SimpleNet is
-    chosen for by PatchCore, which looks through the same network and learns in seconds. Raises `DataError` for fewer
-    than 10 photographs of different parts, and `OptionError` for a method without a pretrained network.
+    `milliseconds` nothing is chosen that needs more for a photograph on this machine, with a memory bank of all
+    photographs; without them its input has at most about three times the default's pixels. Without either bound equal
+    photographs lead to equal choices. SimpleNet is chosen for by PatchCore, which looks through the same network and
+    learns in seconds. Raises `DataError` for fewer than 10 photographs of different parts, and `OptionError` for a
+    method without a pretrained network.
     """
     config = config or PatchCoreConfig()
     if not isinstance(config, BackboneConfig):
@@ -107,12 +118,12 @@ def choose(
     material = Material.of(items_of(good), config.seed, group_by, progress)
     course = _Course(build(PatchCoreConfig, given), material, limits, workers, progress)
     course.run(wider=isinstance(config, PatchCoreConfig))
-    best = course.trials[course.best].settings
-    chosen = {name: value for name, value in best.items() if name in type(config).model_fields}
+    chosen = {name: value for name, value in course.kept.items() if name in type(config).model_fields}
     return Choice(
         build(type(config), {**config.model_dump(exclude_unset=True), **chosen}),
+        chosen,
         course.trials,
-        course.best,
+        course.taken,
         course.reasons,
         material.parts,
         len(material.defects),
@@ -126,7 +137,7 @@ class _Limits:
 
 
 class _Course:
-    """Trials one after the other, each of the best settings so far with one thing changed."""
+    """Trials one after the other, each with one thing changed; changes that help are kept together."""
 
     def __init__(
         self, config: PatchCoreConfig, material: Material, limits: _Limits, workers: int, progress: Progress
@@ -134,28 +145,22 @@ class _Course:
         self.config, self.material, self.limits = config, material, limits
         self.workers, self.progress = workers, progress
         self.trials: list[Trial] = []
-        self.best = 0
+        self.kept: Settings = {}  # all changes that were taken
+        self.taken: list[int] = []
         self.reasons: list[str] = []
         self.work_left = float(max(MIN_WORK, WORK_EACH * material.parts))  # in photographs of `UNIT` pixels
         self.work_done, self.seconds = 0.0, 0.0
-        self._larger_is_less = True  # as far as it was tried
 
     def run(self, *, wider: bool) -> None:
-        """What sees more first, then poses, since these matter most; then sizes, of which large ones take long."""
+        """Poses first, which are cheap to try at the first size; then what sees more; where it does not, sizes."""
         free = "size" not in self.config.model_fields_set and self.config.resize is None
         size = in_proportion(self.config.size, self.material.shape) if free else self.config.size
-        trial, detector = self._tried({"size": size} if size != self.config.size else {})
-        self.trials.append(trial)
-        # favoured, because fewer made-up defects than real ones are wholes that are wrong, which it sees
-        if wider and (change := seen_wider(self.config)):
-            self._consider(change, favoured="more of the whole part is seen")
+        self.kept = {"size": size} if size != self.config.size else {}
+        self.against, detector = self._tried(self.kept)
         if change := in_any_pose(self.config):
             self._consider_poses(change, detector)
-        if free:
-            while (larger := self._larger()) and self._consider({"size": larger}):
-                pass
-            if self._size == size and self._larger_is_less and (smaller := other_size(size, SMALLER)):
-                self._consider({"size": smaller})
+        if not (wider and self._consider_wider(size, free)) and free:
+            self._consider_sizes(size)
 
     def _consider_poses(self, change: Settings, detector: PatchCore) -> None:
         """Copies in any pose, where good parts that are turned do not look strange."""
@@ -165,36 +170,43 @@ class _Course:
         else:
             self._consider(change, favoured="good parts look usual when they are turned" if strange < USUAL else "")
 
-    def _larger(self) -> tuple[int, int] | None:
-        size = other_size(self._size, LARGER)
-        bounded = self.limits.milliseconds is not None
-        return size if size and (bounded or size[0] * size[1] <= MAX_AREA * UNIT) else None
+    def _consider_wider(self, size: tuple[int, int], free: bool) -> bool:
+        """What sees more of the whole part, at two sizes if there is room for them; whether it is kept.
 
-    @property
-    def _size(self) -> tuple[int, int]:
-        size: tuple[int, int] = self.trials[self.best].settings.get("size", self.config.size)
-        return size
+        It is favoured, because fewer made-up defects than real ones are wholes that are wrong, which it sees.
+        """
+        favoured = "more of the whole part is seen"
+        changes = at_two_sizes(self.config, size) if free else None, seen_wider(self.config)
+        return any(self._consider(change, favoured=favoured) for change in changes if change)
+
+    def _consider_sizes(self, size: tuple[int, int]) -> None:
+        """Larger inputs as long as they help, and a smaller one where the first larger one finds less."""
+        larger = other_size(size, LARGER)
+        if larger and not self._consider({"size": larger}):
+            tried = self.trials[-1]
+            smaller = other_size(size, SMALLER)
+            if smaller and tried.settings.get("size") == larger and gain(tried, self.against)[0] < 0:
+                self._consider({"size": smaller})
+            return
+        while larger and (larger := other_size(larger, LARGER)) and self._consider({"size": larger}):
+            pass
 
     def _consider(self, change: Settings, *, favoured: str = "") -> bool:
-        """Try a change of the best settings, if there is time; whether it is kept.
+        """Try a change, if there is time; whether it is kept.
 
         It is, if it clearly finds more; a change that is favoured, for the reason given, unless it clearly finds less.
         """
-        best = self.trials[self.best]
-        settings = {**best.settings, **change}
+        settings = {**self.against.settings, **change}
         if refusal := self._out_of_reach(settings):
             self.reasons.append(f"{_words(change)}: not tried, {refusal}.")
             return False
 
         def hopeless(trial: Trial) -> bool:
-            more, error = gain(trial, best)
+            more, error = gain(trial, self.against)
             return not favoured and more + SURE * error < WORTH
 
         trial, _ = self._tried(settings, hopeless)
-        self.trials.append(trial)
-        more, error = gain(trial, best)
-        if "size" in change:
-            self._larger_is_less = more < 0
+        more, error = gain(trial, self.against)
         if self.limits.milliseconds is not None and trial.milliseconds > self.limits.milliseconds:
             verdict = f"not taken, because a photograph takes {trial.milliseconds:.0f} ms"
         elif more < -SURE * error:
@@ -204,41 +216,60 @@ class _Course:
         elif not favoured and more < WORTH:
             verdict = "not taken, because it is little"
         else:
-            verdict, self.best = "taken", len(self.trials) - 1
+            verdict = "taken"
+            self.kept = {**self.kept, **change}
+            self.taken.append(len(self.trials) - 1)
             if favoured and more < SURE * error:
                 verdict = f"taken, because that may be chance, and {favoured}"
+            if not change.keys() & Augmented.model_fields.keys():
+                self.against = trial  # copies take long: what else is tried does without them
         self.reasons.append(f"{_words(change)}: finds {100 * more:+.1f} % (± {100 * error:.1f}), {verdict}.")
         return verdict.startswith("taken")
 
     def _tried(
         self, settings: Settings, hopeless: Callable[[Trial], bool] = lambda trial: False
     ) -> tuple[Trial, PatchCore]:
-        config = build(PatchCoreConfig, {**self.config.model_dump(exclude_unset=True), **settings})
-        name = f"Trying {_words(settings) or 'the settings'}"
-        detector = PatchCore(config)
+        detector = PatchCore(self._config(settings))
         detector.workers = self.workers
+        name = f"Trying {_words(settings) or 'the settings'}"
 
         def progress(stage: str, done: int, total: int) -> None:
             self.progress(name, done, total)
 
-        trial = run_trial(detector, settings, self.material, progress, hopeless)
+        copies = self._copies({**settings, **self.kept}) / self._copies(settings)
+        growth = copies * self.material.parts / len(self.material.learn)
+        trial = run_trial(detector, settings, self.material, progress, hopeless, growth)
+        self.trials.append(trial)
         work = self._work(settings)
         self.work_left -= work
         self.work_done += work
         self.seconds += trial.seconds
         return trial, detector
 
+    def _config(self, settings: Settings) -> PatchCoreConfig:
+        return build(PatchCoreConfig, {**self.config.model_dump(exclude_unset=True), **settings})
+
+    def _copies(self, settings: Settings) -> int:
+        """How many of each photograph are learned from, itself and its copies."""
+        config = self._config(settings)
+        varied = any(getattr(config, name) for name in Augmented.model_fields)
+        return 1 + config.augmented_copies if varied else 1
+
     def _work(self, settings: Settings) -> float:
         """What a trial takes, in photographs of `UNIT` pixels that go through the network."""
-        height, width = settings.get("size", self.config.size)
-        varied = {**self.config.model_dump(), **settings}
-        copies = self.config.augmented_copies if any(varied[name] for name in Augmented.model_fields) else 0
-        photos = len(self.material.learn) * (1 + copies) + len(self.material.held_out) + len(self.material.defects)
-        return float(photos * height * width / UNIT)
+        learned = len(self.material.learn) * self._copies(settings)
+        photos = learned + len(self.material.held_out) + len(self.material.defects)
+        return photos * self._units(settings)
+
+    def _units(self, settings: Settings) -> float:
+        """How many `UNIT` pixels a photograph has, at all sizes together."""
+        return sum(look.size[0] * look.size[1] for look in self._config(settings).looks) / UNIT
 
     def _out_of_reach(self, settings: Settings) -> str:
         """Why settings cannot be tried any more; empty where they can."""
         work = self._work(settings)
+        if self.limits.milliseconds is None and self._units(settings) > MAX_UNITS:
+            return "because so many pixels are tried only with a bound in milliseconds"
         if work > self.work_left:
             return "it would take too long for so few photographs"
         seconds = work * self.seconds / self.work_done
