@@ -172,8 +172,9 @@ def test_a_change_is_kept_where_it_is_clearly_better(monkeypatch):
     sees_more = 0  # which is favoured, and copies, which find more
     monkeypatch.setattr(choosing, "strange_when_turned", lambda detector, material: 0.75)
     choice = kizu.choose(GOOD)
-    assert [row["settings"] for row in choice.rows] == ["as they were", "rotate degrees 180", two_sizes]
-    assert growths[-3:] == [1.5, 1.5, 7.5]  # all photographs, and their copies, are in the bank of the chosen model
+    assert [row["settings"] for row in choice.rows] == ["as they were", "rotate degrees 180, coreset 0.008", two_sizes]
+    assert growths[-3:] == pytest.approx([1.5, 1.5, 3])  # with copies there are five times as many patches, 0.4 kept
+    assert choice.config.coreset == pytest.approx(0.004)
     assert choice.taken == [1, 2] and choice.config.rotate_degrees == 180 and choice.config.size == (448, 448)
     assert "69.9 % and 49.9 % with each of the changes alone" in choice.sentence
     monkeypatch.setattr(choosing, "strange_when_turned", lambda detector, material: 0.95)
@@ -226,7 +227,7 @@ def test_the_report_names_the_size_that_was_chosen(tmp_path):
         folder = tmp_path / "parts" / ("good" if number < 13 else "bad")
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(photo).save(folder / f"{number}.png")
-    done = command("train", "patchcore", "parts", "--auto", "--minutes", 0.1, "--name", "tall", cwd=tmp_path)
+    done = command("train", "patchcore", "parts", "--auto", "--minutes", 2, "--name", "tall", cwd=tmp_path)
     run = tmp_path / "results/project/group/tall"
     assert "640x320" in done.stdout
     report = (run / "report.html").read_text()

@@ -166,7 +166,7 @@ def test_models_are_updated_rolled_back_and_merged(trained, tmp_path):
         save(more / f"{seed}.png", part(200 + seed))
     assert "13 good images" in kizu("update", model, more).stdout
     assert "13 good images" in kizu("info", model).stdout
-    kizu("merge", model, run, "--output", tmp_path / "both")
+    assert "Note: 8 photographs were learned" in kizu("merge", model, run, "--output", tmp_path / "both").stderr
     assert "21 good images" in kizu("info", tmp_path / "both").stdout
     assert "8 good images" in kizu("update", model, "--rollback").stdout
     assert "no previous model" in kizu("update", model, "--rollback", code=2).stderr
@@ -247,7 +247,7 @@ def test_a_killed_run_looks_unfinished_and_can_be_resumed(tmp_path, ending):
     assert (run / "unfinished").exists()
     assert not any((run / name).exists() for name in ("results.csv", "predictions.csv", "report.html", "run.json"))
     first = (run / "models" / "a" / "model.safetensors").stat().st_mtime_ns
-    assert "another config" in kizu(*command[1:], "--seed", "5", "--resume", code=2).stderr
+    assert "started with other settings" in kizu(*command[1:], "--seed", "5", "--resume", code=2).stderr
     kizu(*command[1:], "--resume")
     assert (run / "models" / "a" / "model.safetensors").stat().st_mtime_ns == first  # was not learned again
     rows = table(run / "results.csv")

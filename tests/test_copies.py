@@ -74,8 +74,8 @@ def test_each_part_counts_once_for_the_promise(real_data, tmp_path):
     about = json.loads((tmp_path / "project/group/run/models/tiles/model.json").read_text())
     assert (about["threshold"]["count"], about["training"]["images"]) == (12, 12)
     again = command("update", tmp_path / "project/group/run", folder, code=2).stderr
-    assert "does not know already" in again
-    assert "the 60 good images behind the threshold" in command(*words, "--keep-copies", "--name", "all").stdout
+    assert "has learned from all of these images already" in again
+    assert "the 60 good images that set the threshold" in command(*words, "--keep-copies", "--name", "all").stdout
     kept = json.loads((tmp_path / "project/group/all/models/tiles/model.json").read_text())
     assert kept["threshold"]["count"] == 60
 

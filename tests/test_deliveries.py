@@ -215,7 +215,7 @@ def test_the_command_says_how_many_were_not_delivered(model, tmp_path):
     words = ("watch", "in", "--model", model, "--once", "--settle", 0)
     with receiver(ANSWERS["redirect"], 10**6) as (address, heard):
         done = command(*words, "--webhook", f"http://u:secret@{address}/hook", cwd=tmp_path, code=1)
-    assert "3 verdicts were not delivered" in done.stderr and "secret" not in done.stderr and len(heard) < 20
+    assert "3 deliveries were not made" in done.stderr and "secret" not in done.stderr and len(heard) < 20
     with receiver(OK, 0) as (address, heard):
         command(*words, cwd=tmp_path, env={**os.environ, "KIZU_WEBHOOK": f"http://{address}/hook"})
     assert [json.loads(body)["image"] for _, body in heard] == ["0.png", "1.png", "2.png"]

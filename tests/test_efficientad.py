@@ -472,8 +472,8 @@ def test_what_is_no_teacher_is_refused(tmp_path):
     torch.save(broken.state_dict(), tmp_path / "nan.pth")
     torch.save(nn.Sequential(*(nn.Conv2d(3, 3, n) for n in (4, 4, 3, 5))).state_dict(), tmp_path / "other.pth")
     for name, words in {
-        "linear": "no patch description",
-        "nan": "numbers that are none",
+        "linear": "no teacher of EfficientAD",
+        "nan": "values that are no finite numbers",
         "other": "4, 4, 3, 5",
     }.items():
         with pytest.raises(kizu.ModelError, match=words):

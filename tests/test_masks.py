@@ -93,10 +93,10 @@ def test_masks_are_found_by_their_names(name, tmp_path):
 def test_what_is_doubted_is_said_by_every_command(tmp_path):
     model = kizu.PatchCore(**SETTINGS["patchcore"]).fit(GOOD).save(tmp_path / "model")
     folder = data_set(tmp_path / "part", grey(255 * ~REGION).save)
-    assert "as if they were inverted" in str(json.loads(command("data", folder, "--json").stdout)["warnings"])
-    assert "as if they were inverted" in command("evaluate", model, folder).stdout
+    assert "as an inverted mask is" in str(json.loads(command("data", folder, "--json").stdout)["warnings"])
+    assert "as an inverted mask is" in command("evaluate", model, folder).stdout
     trained = command("train", "patchcore", folder, "--size", 64, "--output", tmp_path / "results")
-    assert "as if they were inverted" in trained.stdout
+    assert "as an inverted mask is" in trained.stdout
     folder = data_set(tmp_path / "arrays", lambda path: np.save(path, REGION), "{}_mask.npy")
     for words in (["data", folder], ["evaluate", model, folder], ["train", "patchcore", folder, "--size", 64]):
         done = command(*words, cwd=tmp_path)

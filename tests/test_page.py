@@ -74,11 +74,11 @@ def test_a_walk_from_a_dropped_photograph_to_a_false_alarm(browser, tmp_path):
 
         page.evaluate(DROP, ["spotted.png", base64.b64encode(photograph).decode()])
         page.wait_for_selector("h1:text-is('Stop')")
-        assert f"It scores {float(f'{seen.score:.4g}')}" in page.inner_text("#because")
+        assert f"This photograph scores {float(f'{seen.score:.4g}')}" in page.inner_text("#because")
         assert page.inner_text("#statement") == model.threshold.statement
         assert page.locator("#regions li").count() == len(seen.regions) >= 1
         assert page.locator("#pairs img").count() >= 2
-        assert page.inner_text("#tally") == "1 of 1 stopped"
+        assert page.inner_text("#tally") == "1 of the 1 shown here stopped"
 
         glowing = pixels(page)
         page.locator("#outlines").uncheck()
@@ -90,7 +90,7 @@ def test_a_walk_from_a_dropped_photograph_to_a_false_alarm(browser, tmp_path):
 
         page.locator("#threshold").fill("1000")
         page.wait_for_selector("h1:text-is('Pass')")
-        page.get_by_text("Moved on this page only").wait_for()
+        page.get_by_text("This threshold holds on this page only").wait_for()
         assert re.match(r"At most 1 in 13 good parts", page.inner_text("#statement"))  # no good score of 12 lies above
         size = page.inner_text("#regions li .what")
         page.locator("#threshold").fill("0")
@@ -98,7 +98,7 @@ def test_a_walk_from_a_dropped_photograph_to_a_false_alarm(browser, tmp_path):
         page.locator("#regions .what", has_text=size).wait_for(state="detached")  # more is marked at a lower threshold
         page.click("#reset")
         page.wait_for_selector("h1:text-is('Stop')")
-        page.locator("#statement", has_text="Moved").wait_for(state="detached")
+        page.locator("#statement", has_text="on this page only").wait_for(state="detached")
 
         page.click("#good")
         page.get_by_text("A false alarm, noted. 1 good and 0 defective").wait_for()
@@ -157,15 +157,15 @@ def test_the_page_has_one_truth_whatever_is_moved_chosen_or_dropped(browser, tmp
         page.locator("#threshold").fill("1000")  # a moved threshold is everybody's
         page.wait_for_selector("h1:text-is('Pass')")
         assert [verdict for _, verdict in tiles(page)] == ["pass", "pass"]
-        assert page.inner_text("#tally") == "0 of 2 stopped, by the moved threshold"
+        assert page.inner_text("#tally") == "0 of the 2 shown here stopped, by the moved threshold"
         page.click("#reset")
         assert [verdict for _, verdict in tiles(page)] == ["stop", "pass"]
-        assert page.inner_text("#tally") == "1 of 2 stopped"
+        assert page.inner_text("#tally") == "1 of the 2 shown here stopped"
 
         page.select_option("#model", "other")  # another model says for itself
         page.locator("#name", has_text="second.png, by other").wait_for()
         score = f"{kizu.load(folders[1]).predict(spotted).score:.4g}"
-        page.locator("#because", has_text=f"It scores {float(score)}").wait_for()
+        page.locator("#because", has_text=f"This photograph scores {float(score)}").wait_for()
         page.select_option("#choice", "model: other")
         assert [name for name, _ in tiles(page)] == ["second.png"]
 
@@ -201,18 +201,18 @@ def test_who_has_the_key_sets_the_threshold_for_everybody(browser, tmp_path):
         page.fill("#setting-name", "Ada Vogel")
         page.fill("#setting-key", "not the key")
         page.click("#setting-set")
-        page.get_by_text("needs the key for thresholds").wait_for()
+        page.get_by_text("The key for thresholds is missing or wrong").wait_for()
         assert kizu.load(folder).threshold == before.threshold
         page.screenshot(path=tmp_path / "setting.png")
         page.fill("#setting-key", KEY)
         page.click("#setting-set")
         page.wait_for_selector("#setting", state="hidden")
 
-        page.locator("#statement", has_text="Set by hand by Ada Vogel").wait_for()
-        page.locator("#because", has_text="When it was judged, it was stopped").wait_for()
+        page.locator("#statement", has_text="by hand, by Ada Vogel").wait_for()
+        page.locator("#because", has_text="When this photograph was judged, the part was stopped").wait_for()
         after = kizu.load(folder)
         assert after.threshold.value > before.threshold.value
-        assert f"before {before.threshold.value:.6g}" in after.threshold.statement
+        assert f"before, it was {before.threshold.value:.6g}" in after.threshold.statement
         assert page.locator("#reset").is_hidden()
         assert "Ada Vogel" in (tmp_path / "log").read_text()
 
@@ -239,7 +239,7 @@ def test_what_watch_judged_is_on_the_page_and_can_be_marked(browser, tmp_path):
             history.add(mine.time, "disc", "", mine.verdict, history.photograph(mine.id), history.thumbnail(mine.id))
         history.close()
         judge(page, "later.png", part(73))  # which the page knows before it hears of the others
-        page.locator("#tally", has_text="of 72 stopped").wait_for()
+        page.locator("#tally", has_text="of the 72 shown here stopped").wait_for()
         for name, model, picture in (("night.png", folder, part(99, spot=True)), ("far.png", strange, part(71))):
             (incoming / name).write_bytes(encoded(picture))
             command("watch", incoming, "--model", model, "--once", "--settle", 0, "--store", store, cwd=tmp_path)
@@ -249,7 +249,7 @@ def test_what_watch_judged_is_on_the_page_and_can_be_marked(browser, tmp_path):
         page.click("#good")
         page.get_by_text("A false alarm, noted.").wait_for()
         page.locator("#strip button[aria-label='far.png: pass']").click()  # by a model that this server does not have
-        page.get_by_text("This server does not have strange").wait_for()
+        page.get_by_text("This server does not have the model strange").wait_for()
         assert page.locator("#threshold").is_disabled()
     assert len(list((store / "feedback" / "disc" / "good").iterdir())) == 1
 

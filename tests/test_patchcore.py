@@ -269,6 +269,8 @@ def test_merged_shards_know_what_each_knows():
     for images, model, other in zip(parts, models, reversed(models), strict=True):
         assert merged.predict(images[0]).score < 0.6 * other.predict(images[0]).score
         assert merged.predict(images[0]).score < 1.3 * model.predict(images[0]).score
+    twice = kizu.PatchCore.merge([models[0], kizu.PatchCore(size=64, coreset=0.1).fit([*parts[0][:3], *parts[1]])])
+    assert twice.threshold.count == 16 and "3 photographs were learned from by several" in twice.remarks[0]
     with pytest.raises(kizu.ModelError, match="same settings"):
         kizu.PatchCore.merge([models[0], kizu.PatchCore(size=96, coreset=0.1).fit(parts[0])])
 

@@ -300,7 +300,7 @@ def test_import_makes_models_with_a_threshold(tmp_path):
     assert kizu.load(tmp_path / "models" / "efficientad" / "s_size" / "mvtec" / "bottle").method == "efficientad"
     with pytest.raises(kizu.OptionError, match="exists"):
         CliRunner().invoke(cli, command, catch_exceptions=False)
-    with pytest.raises(kizu.OptionError, match="no model of a published layout"):
+    with pytest.raises(kizu.OptionError, match="no published model here"):
         CliRunner().invoke(cli, ["import", str(tmp_path / "good")], catch_exceptions=False)
 
 

@@ -185,7 +185,10 @@ def test_evidence_and_training_images_to_look_at_are_shown() -> None:
     text = Page(render(SUMMARY, [result(rows, pictures=[shown], outliers=outliers)])).text
     assert "the most similar place in any good photograph it learned from, good/ 7.png" in text
     assert "3.3 times as much" in text or "3.2 times as much" in text
-    assert "2 photographs it learned from look more unlike" in text and "good/ 8.png score 1.800" in text
+    assert (
+        "2 photographs that the model learned from look less like the others" in text
+        and "good/ 8.png score 1.800" in text
+    )
     assert "worth a second look" not in Page(render(SUMMARY, [result(rows)])).text
 
 

@@ -243,7 +243,7 @@ def test_who_has_the_key_for_thresholds_sets_them_and_nobody_else(folder, model,
         with files.locked(duty):  # another command is at it
             assert web.put(place, params={**told, "value": 9}, headers=engineer).status_code == 409
         told = web.put(place, params={**told, "value": 9}, headers=engineer).json()
-        assert told["threshold"] == 9 and told["tuned"] and "Set by hand by Ada at 20" in told["statement"]
+        assert told["threshold"] == 9 and told["tuned"] and "by hand, by Ada at 20" in told["statement"]
         assert web.post("/v1/predict", content=BAD, headers=RAW | user).json()["results"][0]["verdict"] == "pass"
         assert kizu.load(duty).threshold.statement == told["statement"]
         told = web.put(place, params={"by": "Ada", "version": told["version"]}, headers=engineer).json()

@@ -161,7 +161,7 @@ def test_a_body_waits_for_room_and_maps_fit_an_answer(web):
         assert answer.status_code == 503 and answer.headers["retry-after"] == "1"
     assert web.post("/v1/predict?map=png&map_size=90", content=GOOD, headers=RAW).status_code == 200
     answer = web.post("/v1/predict?map=png&map_size=0", content=GOOD, headers=RAW)
-    assert answer.status_code == 413 and "ask for a smaller map_size" in answer.json()["error"]
+    assert answer.status_code == 413 and "give a map_size, or a smaller one" in answer.json()["error"]
 
 
 def test_the_feedback_folder_is_bounded(web):

@@ -53,7 +53,7 @@ def test_an_exported_model_has_a_threshold_by_hand_too(exported_folder):
 def test_a_threshold_by_hand_says_so_and_what_follows(tmp_path, patchcore):
     changed = patchcore.with_threshold(1.5)
     assert changed.threshold.value == 1.5 and patchcore.threshold.value != 1.5 and changed.graph is patchcore.graph
-    assert changed.threshold.statement.startswith("Set by hand to 1.5, before ")
+    assert changed.threshold.statement.startswith("The threshold was set to 1.5 by hand; before, it was ")
     assert "of new good parts with 95 % confidence" in changed.threshold.statement
     for nonsense in (float("nan"), float("inf")):
         with pytest.raises(kizu.OptionError, match="finite number"):
@@ -61,10 +61,12 @@ def test_a_threshold_by_hand_says_so_and_what_follows(tmp_path, patchcore):
     with pytest.raises(kizu.OptionError, match="with_threshold"):
         patchcore.threshold = 1.5
     unknown = by_hand(1.5, Threshold(float("inf"), 0.02, 0), [])
-    assert unknown.statement.endswith("it will stop a share of new good parts that nobody knows.")
+    assert unknown.statement.endswith(
+        "before, there was none. The new one will stop an unknown share of new good parts."
+    )
     folder = patchcore.save(tmp_path / "model")
     done = command("tune", folder, "--threshold", 1.5, "--set")
-    assert f"Set by hand by {getpass.getuser()} at 20" in done.stdout and "before" in done.stdout
-    assert kizu.load(folder).threshold.value == 1.5 and "Set by hand" in command("info", folder).stdout
+    assert f"by hand, by {getpass.getuser()} at 20" in done.stdout and "before" in done.stdout
+    assert kizu.load(folder).threshold.value == 1.5 and "by hand, by" in command("info", folder).stdout
     command("tune", folder, "--reset")
     assert kizu.load(folder).threshold == patchcore.threshold

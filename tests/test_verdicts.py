@@ -50,9 +50,11 @@ def test_a_prediction_has_a_p_value_and_the_regions_that_are_marked(fitted):
 def test_a_promise_that_was_asked_for_is_kept_or_refused_before_any_work(monkeypatch):
     assert kizu.PatchCore(**SETTINGS, false_alarms=0.04).fit(GOOD).threshold.expected == 0.04
     monkeypatch.setattr(kizu.PatchCore, "learn", lambda *_: pytest.fail("it began to learn"))
-    with pytest.raises(kizu.OptionError, match=r"24 good images .* 1 in 25; 1 in 50 needs 49, 25 more"):
+    with pytest.raises(
+        kizu.OptionError, match=r"1 in 50 needs 49 good images .* there are 24\. Add 25 more, or ask for 1 in 25"
+    ):
         kizu.PatchCore(**SETTINGS, false_alarms=0.02).fit(GOOD)
-    with pytest.raises(kizu.OptionError, match=r"5 good images .* 1 in 6"):
+    with pytest.raises(kizu.OptionError, match=r"there are 5\. .* 1 in 6"):
         kizu.PatchCore(**SETTINGS, false_alarms=0.04).fit(GOOD, held_out=[part(seed) for seed in range(900, 905)])
 
 
@@ -134,7 +136,7 @@ def test_tune_shows_the_trade_sets_a_marked_level_and_takes_it_back(trained, tmp
     assert tuned.threshold.statement.startswith("Tuned on labels")
     assert "Tuned on labels" in json.loads((model / "model.json").read_text())["threshold"]["tuned"]
     assert "Tuned on labels" in command("info", model).stdout
-    assert "At most" in command("tune", model, "--reset").stdout or "carry at best" in command("info", model).stdout
+    assert "At most" in command("tune", model, "--reset").stdout or "can promise" in command("info", model).stdout
     assert kizu.load(model).threshold == calibrate(tuned.calibration_scores, 0.02)
     assert "false alarms" in (tmp_path / "page" / "tune.csv").read_text()
 
@@ -159,12 +161,12 @@ def test_predict_says_why_and_check_writes_its_page(trained, tmp_path):
     assert "The model learned from 4 of these 4" in done.stdout
     rows = table(tmp_path / "check" / "check.csv")
     assert len(rows) == 1 + sum(len(corruption.steps) for corruption in CORRUPTIONS)
-    assert "Will it hold tomorrow" in (tmp_path / "check" / "check.html").read_text()
+    assert "Will the promise hold tomorrow" in (tmp_path / "check" / "check.html").read_text()
 
 
 def test_train_refuses_what_it_cannot_promise_and_does_without_the_option(tmp_path):
     data = factory(tmp_path / "data") / "disc"
     done = command("train", "patchcore", data, "--output", tmp_path, "--false-alarms", 0.01, *FAST, code=2)
-    assert "1 in 100 needs 99, 91 more" in done.stderr and not (tmp_path / "project").exists()
+    assert "1 in 100 needs 99 good images" in done.stderr and not (tmp_path / "project").exists()
     done = command("train", "patchcore", data, "--output", tmp_path, "-q", *FAST)
-    assert "At most 1 in 9 good parts" in done.stdout and "For 1 in 50 take 41 more" in done.stdout
+    assert "At most 1 in 9 good parts" in done.stdout and "For 1 in 50 add 41 more" in done.stdout

@@ -132,7 +132,7 @@ def test_updates_of_one_model_at_once_are_all_kept(trained, photos, tmp_path):
     with ThreadPoolExecutor(4) as pool:
         done = list(pool.map(lambda place: command("update", model, place), places))
     assert json.loads((model / "model.json").read_text())["training"]["images"] == len(GOOD) + len(places)
-    assert any("waiting for another command" in one.stderr for one in done)
+    assert any("another command is changing this model" in one.stderr for one in done)
     with files.locked(model), pytest.raises(BlockingIOError), files.locked(model):
         pass
 

@@ -102,8 +102,8 @@ class DriftTest:
         if self.alarm_at is not None and self.since is not None:
             return (
                 f"Something has changed, most likely since {self.steps[self.since].image} (number {self.since + 1} of "
-                f"{count}); it was certain enough at number {self.alarm_at + 1}. Where nothing changes, at most "
-                f"{promise} such tests ever say so."
+                f"{count}); the alarm came at number {self.alarm_at + 1}. Where nothing changes, at most "
+                f"{promise} such tests ever raises an alarm."
             )
         strongest = max((step.evidence for step in self.steps), default=0.0)
         return (
@@ -130,7 +130,9 @@ def read_history(path: str | os.PathLike[str]) -> list[Step]:
             )
             for row in rows
         ]
-    except (KeyError, ValueError, TypeError, OSError):
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from None
+    except (KeyError, ValueError, TypeError):
         raise DataError(f"{path} is no history of kizu drift: name another file with `history`") from None
 
 

@@ -66,14 +66,14 @@ class Threshold:
         images = "good parts of several photographs each" if self.grouped else "good images"
         if self.rate >= self.supported - 1e-12:
             return (
-                f"At most {rate} good parts will be stopped on average, with 95 % confidence at most "
-                f"{bound}, as long as they come about and are photographed like the {self.count} {images} behind "
-                f"the threshold, which carry at best {one_in(self.supported)}."
+                f"At most {rate} good parts will be stopped on average, and with 95 % confidence at most {bound}, as "
+                f"long as new parts are made and photographed like the {self.count} {images} that set the threshold; "
+                f"so many can promise {one_in(self.supported)} at best."
             )
         return (
-            f"At most {one_in(self.supported).replace('%', '% of')} good parts will be stopped on average, with 95 % "
-            f"confidence at most {bound}: the {self.count} {images} that set the threshold carry no less. For "
-            f"{one_in(self.rate)} take {images_needed(self.rate) - self.count} more."
+            f"At most {one_in(self.supported).replace('%', '% of')} good parts will be stopped on average, and "
+            f"with 95 % confidence at most {bound}: the {self.count} {images} that set the threshold can promise no "
+            f"lower rate. For {one_in(self.rate)} add {images_needed(self.rate) - self.count} more."
         )
 
 
@@ -84,9 +84,11 @@ def by_hand(value: float, before: Threshold, good: Sequence[float], set_by: str 
     """
     if not math.isfinite(value):
         raise OptionError(f"`threshold={value}`: a threshold is a finite number")
-    whose = f" by {set_by} at {datetime.now().astimezone():%Y-%m-%d %H:%M %z}" if set_by else ""
+    whose = f", by {set_by} at {datetime.now().astimezone():%Y-%m-%d %H:%M %z}" if set_by else ""
+    old = f"it was {before.value:.6g}" if math.isfinite(before.value) else "there was none"
     sentence = (
-        f"Set by hand{whose} to {value:.6g}, before {before.value:.6g}: it will stop {in_the_long_run(value, good)}."
+        f"The threshold was set to {value:.6g} by hand{whose}; before, {old}. The new one "
+        f"will stop {in_the_long_run(value, good)}."
     )
     return replace(before, value=float(value), tuned=sentence)
 
@@ -104,11 +106,11 @@ def pixel_threshold_at(value: float, good: Sequence[float], map_peaks: Sequence[
 def in_the_long_run(value: float, good: Sequence[float]) -> str:
     """What share of new good parts lies above a value, by the scores of n good ones, as the end of a sentence."""
     if not good:
-        return "a share of new good parts that nobody knows"
+        return "an unknown share of new good parts"
     low, high = interval(sum(score > value for score in good), len(good))
     return (
         f"{percent(low)} to {percent(high)} of new good parts with 95 % confidence, by the {len(good)} scores of "
-        "good parts that set the threshold before"
+        "good parts that set the one before"
     )
 
 
@@ -151,11 +153,10 @@ def refuse(rate: float, count: int) -> None:
     """Raise `OptionError` where so many good images cannot carry the rate."""
     needed = images_needed(rate)
     if count < needed:
-        carried = f"carry at best {one_in(1 / (count + 1))}" if count else "carry no promise"
+        lower = f", or ask for {one_in(1 / (count + 1))}" if count else ""
         raise OptionError(
-            f"`false_alarms={rate:g}`: {count} good images that set the threshold {carried}; "
-            f"{one_in(rate)} needs {needed}, {needed - count} more. "
-            "Without `false_alarms` the best that they carry is taken."
+            f"`false_alarms={rate:g}`: {one_in(rate)} needs {needed} good images to set the threshold, and there are "
+            f"{count}. Add {needed - count} more{lower}."
         )
 
 

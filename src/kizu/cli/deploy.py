@@ -29,30 +29,61 @@ MIN_KEY_LENGTH = 8
 
 @click.command()
 @click.argument("models", nargs=-1, required=True)
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at; 0.0.0.0 is the whole net.")
-@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: any that is free.")
-@click.option("--api-key", envvar="KIZU_API_KEY", help="Ask for this key. Better given as KIZU_API_KEY.")
+@click.option(
+    "--host", default="127.0.0.1", show_default=True, help="Address to listen at; 0.0.0.0: all of this machine's."
+)
+@click.option(
+    "--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="Port to listen at; 0: any free one."
+)
+@click.option("--api-key", envvar="KIZU_API_KEY", help="Clients must send this key. Better given as KIZU_API_KEY.")
 @click.option(
     "--threshold-key",
     envvar="KIZU_THRESHOLD_KEY",
     help="Who sends this key may set thresholds; without it nobody may. Better given as KIZU_THRESHOLD_KEY.",
 )
 @click.option("--store", default="served", show_default=True, metavar="DIR", help="Folder for feedback and verdicts.")
-@click.option("--keep", type=click.IntRange(0), default=0, show_default=True, help="Keep so many verdicts in SQLite.")
-@click.option("--batch", type=click.IntRange(1, 256), default=8, show_default=True, help="Photographs at once.")
+@click.option(
+    "--keep",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Keep this many verdicts for the page; 0: none.",
+)
+@click.option(
+    "--batch", type=click.IntRange(1, 256), default=8, show_default=True, help="Photographs judged together, at most."
+)
 @click.option(
     "--queue", type=click.IntRange(1, 65536), default=64, show_default=True, help="Photographs that may wait."
 )
-@click.option("--max-mb", type=click.FloatRange(0.001), default=32.0, show_default=True, help="Size of a request.")
+@click.option("--max-mb", type=click.FloatRange(0.001), default=32.0, show_default=True, help="Largest request, in MB.")
 @click.option(
-    "--max-megapixels", type=click.FloatRange(0.001), default=50.0, show_default=True, help="Of a photograph."
+    "--max-megapixels",
+    type=click.FloatRange(0.001),
+    default=50.0,
+    show_default=True,
+    help="Largest photograph, in megapixels.",
 )
 @click.option("--timeout", type=click.FloatRange(0.01), default=30.0, show_default=True, help="Seconds for a request.")
 @click.option(
-    "--max-held-mb", type=click.FloatRange(1), default=1000.0, show_default=True, help="Of all requests at a time."
+    "--max-held-mb",
+    type=click.FloatRange(1),
+    default=1000.0,
+    show_default=True,
+    help="What all requests hold together, in MB.",
 )
-@click.option("--max-feedback", type=click.IntRange(0), default=10_000, show_default=True, help="Marked photographs.")
-@click.option("--allow-host", multiple=True, metavar="NAME", help="A name of this server, as a proxy passes it on.")
+@click.option(
+    "--max-feedback",
+    type=click.IntRange(0),
+    default=10_000,
+    show_default=True,
+    help="Photographs kept that people marked, for each model.",
+)
+@click.option(
+    "--allow-host",
+    multiple=True,
+    metavar="NAME",
+    help="A name by which clients know this server, behind a proxy. Repeatable.",
+)
 @click.option("--root-path", default="", metavar="PATH", help="Where a proxy puts the server, as in /inspection.")
 @quiet_option
 def serve(models: tuple[str, ...], host: str, port: int, quiet: bool, **options: Any) -> None:
@@ -75,10 +106,12 @@ def serve(models: tuple[str, ...], host: str, port: int, quiet: bool, **options:
     key = _checked_key("API key", "KIZU_API_KEY", options["api_key"])
     threshold_key = _checked_key("key for thresholds", "KIZU_THRESHOLD_KEY", options["threshold_key"])
     if threshold_key is not None and threshold_key == key:
-        raise OptionError("The API key and the key for thresholds are the same: then everybody may set thresholds")
+        raise OptionError(
+            "The API key and the key for thresholds are the same: give two, so that not everybody may set thresholds"
+        )
     root_path = options["root_path"].rstrip("/")
     if not re.fullmatch(r"(/[\w.~-]+)*", root_path, re.ASCII):
-        raise OptionError(f"--root-path {root_path} is no path: it is like /inspection")
+        raise OptionError(f"--root-path {root_path} is not a path: write it like /inspection")
     limits = Limits(
         bytes=int(options["max_mb"] * 1e6),
         pixels=int(options["max_megapixels"] * 1e6),
@@ -121,7 +154,7 @@ def _checked_key(name: str, variable: str, given: str | None) -> str | None:
         raise OptionError(f"The {name} is too short to be a secret: at least {MIN_KEY_LENGTH} characters")
     if not re.fullmatch(r"[!-~]([ -~]*[!-~])?", given):
         raise OptionError(
-            f"The {name} goes through an HTTP header: ASCII letters, digits and signs, no space at an end"
+            f"The {name} cannot be sent in an HTTP header: use ASCII letters, digits, punctuation, no space at an end"
         )
     return given
 
@@ -132,12 +165,18 @@ def _checked_key(name: str, variable: str, given: str | None) -> str | None:
 @click.option("--camera", metavar="SOURCE", help="A camera's number or address, or a video file, instead of FOLDER.")
 @click.option("--every", type=click.FloatRange(0), default=1.0, show_default=True, help="Seconds between two frames.")
 @click.option(
-    "--output", default="verdicts.jsonl", show_default=True, metavar="FILE", help="JSON lines; also the memory."
+    "--output",
+    default="verdicts.jsonl",
+    show_default=True,
+    metavar="FILE",
+    help="Verdicts as lines of JSON. It is read at the start, so that no photograph is judged twice.",
 )
 @click.option("--csv", "csv_file", metavar="FILE", help="The verdicts as a table too.")
 @click.option("--store", metavar="DIR", help="The folder of kizu serve --store: its page shows the verdicts too.")
 @click.option(
-    "--keep", type=click.IntRange(1), help="With --store: how many verdicts stay there. Default: as the server."
+    "--keep",
+    type=click.IntRange(1),
+    help="With --store: how many verdicts stay there. Default: what kizu serve --keep says.",
 )
 @click.option("--webhook", metavar="URL", envvar="KIZU_WEBHOOK", show_envvar=True, help="POST each verdict there.")
 @click.option(
@@ -147,13 +186,35 @@ def _checked_key(name: str, variable: str, given: str | None) -> str | None:
     show_envvar=True,
     help="Publish each verdict: mqtt://user:password@host:1883/topic.",
 )
-@click.option("--notify", type=click.Choice(["all", "stop"]), default="all", show_default=True, help="What goes there.")
-@click.option("--move-bad", metavar="DIR", help="Put what is stopped there.")
-@click.option("--settle", type=click.FloatRange(0), default=0.5, show_default=True, help="Seconds a file must rest.")
 @click.option(
-    "--patience", type=click.FloatRange(0), default=10.0, show_default=True, help="For one that is not whole."
+    "--notify",
+    type=click.Choice(["all", "stop"]),
+    default="all",
+    show_default=True,
+    help="Verdicts for --webhook and --mqtt.",
 )
-@click.option("--interval", type=click.FloatRange(0.01), default=0.25, show_default=True, help="Seconds between looks.")
+@click.option("--move-bad", metavar="DIR", help="Move photographs of stopped parts there.")
+@click.option(
+    "--settle",
+    type=click.FloatRange(0),
+    default=0.5,
+    show_default=True,
+    help="Seconds that a file must stay unchanged before it is read.",
+)
+@click.option(
+    "--patience",
+    type=click.FloatRange(0),
+    default=10.0,
+    show_default=True,
+    help="Seconds to wait for a file that is not complete.",
+)
+@click.option(
+    "--interval",
+    type=click.FloatRange(0.01),
+    default=0.25,
+    show_default=True,
+    help="Seconds between two looks into FOLDER.",
+)
 @click.option("--once", is_flag=True, help="Judge what is there, and end.")
 @quiet_option
 def watch(folder: str | None, model: str, camera: str | None, quiet: bool, **options: Any) -> None:

@@ -1,6 +1,7 @@
 """What a model is, in plain words."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,12 @@ def describe_model(folder: Path) -> dict[str, Any]:
             **_exported(about.get("export")),
             "learned from": f"{training['images']} good images (hash {training['hash']})"
             if training["images"]
-            else "images that another program saw",
+            else "images that only the published program saw",
             "backbone": f"{about['backbone']['name']} (weights {about['backbone']['weights']})",
             "input": " × ".join(map(str, config["size"])) + " pixels (height × width)",
-            "threshold": f"a part is stopped when its score is above {threshold.value:.6g}",
+            "threshold": f"a part is stopped when its score is above {threshold.value:.6g}"
+            if math.isfinite(threshold.value)
+            else "none: nothing is stopped",
             "promise": threshold.statement,
             "facts": [f"{key}: {_plain(value)}" for key, value in about["facts"].items()],
             "settings": _settings(about["method"], config),
@@ -39,13 +42,13 @@ def describe_model(folder: Path) -> dict[str, Any]:
 
 
 def _settings(method: str, config: dict[str, Any]) -> list[str]:
-    """Those that are not as they come, a line each; where the method's package is missing, its own settings too."""
+    """Those that are not the defaults, a line each; where the method's package is missing, its own settings too."""
     try:
         defaults = config_class(method)().model_dump(mode="json")
     except KizuError:
         defaults = Config().model_dump(mode="json")
     chosen = [f"{key}: {_plain(value)}" for key, value in config.items() if defaults.get(key, ...) != value]
-    return [*chosen, f"{'all' if not chosen else 'the others'} as they come (model.json has each)"]
+    return [*chosen, f"{'all have' if not chosen else 'the others have'} their defaults (model.json lists each)"]
 
 
 def _plain(value: Any) -> str:

@@ -16,25 +16,30 @@ __all__ = ["export", "verify"]
 
 @click.command()
 @click.argument("model")
-@click.option("--to", required=True, type=click.Choice(["onnx", "openvino", "reference"]), help="What shall run it.")
+@click.option(
+    "--to",
+    required=True,
+    type=click.Choice(["onnx", "openvino", "reference"]),
+    help="What to write: onnx or openvino run it, reference is read by the published program.",
+)
 @click.option("--output", metavar="FOLDER", help="Folder for the exported model. Default: beside the trained one.")
 @click.option(
     "--precision",
     type=click.Choice(["float32", "float16", "int8"]),
     default="float32",
     show_default=True,
-    help="float16: half the size. int8: faster where the processor can. Both need --images.",
+    help="float16: half the size. int8: faster on processors that compute in 8 bits. Both need --images.",
 )
 @click.option("--images", metavar="FOLDER", help="Good photographs to compare on, better unknown to the model.")
 @click.option("--tolerance", default=0.02, show_default=True, help="Share of the verdicts that --precision may change.")
 @quiet_option
 def export(model: str, to: Any, output: str | None, images: str | None, **options: Any) -> None:
-    """Write a model as one graph that predicts without torch, and check that it says the same.
+    """Write a model as one graph that predicts without torch, and check that both give the same.
 
-    Or, with --to reference, as the files that its published code reads.
+    Or, with --to reference, as the files that the published program reads.
 
-    The graph takes pixels and gives score, p-value, verdict and map. It is refused where it says anything else than
-    torch. Photographs and what torch says of them lie inside, so that it can be verified anywhere.
+    The graph takes pixels and gives score, p-value, verdict and map. It is not written where its results differ from
+    torch's. The folder also holds some of the photographs and torch's results, so that it can be verified anywhere.
 
     \b
     Example:  kizu export results/project/group/run --to onnx
@@ -83,8 +88,10 @@ def _as_published(folder: Path, target: Path, images: str | None, options: dict[
     write_reference(detector, target)
     if not options["quiet"]:
         (height, _), resize = detector.config.size, detector.config.resize
-        click.echo(f"{target}: as the published code of its method lays it out")
-        click.echo(f"  It does not say how photographs are scaled: kizu import {target} --resize {resize or height}")
+        click.echo(f"{target}: as the published program lays it out")
+        if detector.method != "efficientad":
+            click.echo("  These files do not say how photographs are scaled. To read them again:")
+            click.echo(f"  kizu import {target} --resize {resize or height}")
 
 
 @click.command()
@@ -94,7 +101,7 @@ def _as_published(folder: Path, target: Path, images: str | None, options: dict[
 def verify(model: str, quiet: bool, as_json: bool) -> None:
     """Say whether a model is whole, and says on this machine what it said when it was made.
 
-    Every file is compared with its hash. An exported model judges all photographs that lie inside again; of a trained
+    Every file is compared with its hash. An exported model judges the photographs in its folder again. Of a trained
     one, the backbone's weights are compared with those that it learned with.
 
     \b
@@ -109,14 +116,19 @@ def verify(model: str, quiet: bool, as_json: bool) -> None:
 
         exported = load_exported(folder, check=0)
         difference = exported.verify()
-        sentence = f"{folder} reproduces itself: {difference.sentence(exported.tolerance)}."
+        sentence = (
+            f"{folder} gives the results that it gave when it was exported: {difference.sentence(exported.tolerance)}."
+        )
         facts = {"model": str(folder), **difference.to_json(), "tolerance": asdict(exported.tolerance)}
     else:
         from kizu.detectors.loading import load
         from kizu.inference import model_json
 
         if load(folder).pretrained() != about["backbone"]:
-            raise ModelError(f"{folder}: the backbone's weights are not those that the model learned with")
+            raise ModelError(
+                f"{folder}: the backbone's weights here are not those that the model learned with: install these, or "
+                "train again"
+            )
         if (folder / "previous").exists():
             model_json.check(folder / "previous")
         sealed = model_json.check(folder)

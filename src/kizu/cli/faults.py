@@ -63,7 +63,7 @@ def _outcome(command: Callable[[], Any]) -> tuple[int, str]:
     except (BrokenPipeError, SystemExit):  # click's answer to a broken pipe, and nobody else's, is to end the process
         return UNREAD, ""
     except MemoryError:
-        return NOT_DONE, "there is not enough memory for this"
+        return NOT_DONE, "there is not enough memory: close other programs, or give a lower --memory or --size"
     except OSError as error:
         unnamed = "the output cannot be written: " if error.errno in FULL else ""
         place = f"{error.filename}: " if error.filename is not None else unnamed

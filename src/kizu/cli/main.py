@@ -53,7 +53,8 @@ def cli() -> None:
     kizu train patchcore photos/good         learn what good parts look like
     kizu predict results/…/models/good new/  judge new photographs
 
-    Exit codes: 0 done; 1 done, but some images could not be judged; 2 not done; 70 a fault of kizu; 130 interrupted.
+    Exit codes: 0 done; 1 done, but some images were not judged, or some verdicts not delivered; 2 not done; 3 what
+    --exit-code of drift asks about; 70 a fault of kizu; 130 interrupted.
     """
 
 

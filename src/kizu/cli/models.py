@@ -17,7 +17,10 @@ __all__ = ["held", "info", "merge", "update"]
 
 def held(folder: Path) -> AbstractContextManager[None]:
     """A model that no other command changes meanwhile; one that is at it is waited for."""
-    return files.locked(folder, lambda: click.echo(f"{folder}: waiting for another command to change it", err=True))
+    return files.locked(
+        folder,
+        lambda: click.echo(f"{folder}: another command is changing this model; waiting until it is done", err=True),
+    )
 
 
 @click.command()
@@ -29,7 +32,7 @@ def held(folder: Path) -> AbstractContextManager[None]:
 def update(model: str, images: str | None, rollback: bool, skip_bad: bool, quiet: bool) -> None:
     """Teach a model more good images, without the old ones.
 
-    The memory bank keeps its size. The model as it was before is kept inside, for --rollback.
+    For PatchCore, whose memory bank keeps its size. The model before the update stays in its folder, for --rollback.
 
     \b
     Example:  kizu update results/project/group/run photos/more_good
@@ -72,6 +75,8 @@ def merge(models: tuple[str, ...], output: str, quiet: bool) -> None:
         raise OptionError("Only models of the same method can be merged")
     merged = parts[0].merge(parts)
     merged.save(output)
+    for remark in merged.remarks:
+        click.echo(f"Note: {flagged(remark)}", err=True)
     if not quiet:
         click.echo(f"{output}: {merged.training['images']} good images. {merged.threshold.statement}")
 

@@ -54,7 +54,9 @@ def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Give a command the options of a run."""
     for option in (
         click.option(
-            "--oracle", is_flag=True, help="Also report the round of training best on the test images, marked as such."
+            "--oracle",
+            is_flag=True,
+            help="Also report the training round that is best on the test images; the report says so.",
         ),
         click.option("--save-segmentation-images", is_flag=True, help="Write test photographs with their maps."),
         click.option("--save-maps", is_flag=True, help="Write the test images' anomaly maps as float TIFF."),
@@ -64,9 +66,15 @@ def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
             type=click.Choice(SERVICES),
             help="Tell Weights & Biases or MLflow of the run too. Repeatable.",
         ),
-        click.option("--memory", metavar="AMOUNT", help="Bound the working data. Default: half of what is free."),
         click.option(
-            "--num-workers", type=click.IntRange(1, 64), default=2, show_default=True, help="Reading threads."
+            "--memory", metavar="AMOUNT", help="Most RAM for working data, as in 2GB. Default: half of what is free."
+        ),
+        click.option(
+            "--num-workers",
+            type=click.IntRange(1, 64),
+            default=2,
+            show_default=True,
+            help="Threads that read photographs.",
         ),
         click.option("--gpu", type=click.IntRange(-1), help="Number of the GPU; -1: CPU. Default: the first, if any."),
         click.option(
@@ -76,16 +84,18 @@ def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
             help="With --auto: milliseconds that a photograph may take on this machine.",
         ),
         click.option("--minutes", type=click.FloatRange(0.1), help="With --auto: how long the choice may take."),
-        click.option("--auto", is_flag=True, help="Choose the settings from the good images, by made-up defects."),
+        click.option("--auto", is_flag=True, help="Choose the settings by made-up defects on the good images."),
         click.option("--profile", is_flag=True, help="Say where the time went."),
         click.option("--skip-bad", is_flag=True, help="Leave out training images that cannot be read."),
         click.option(
             "--group-by",
             metavar="PATTERN",
-            help="How to know photographs of one part, which counts once: a regular expression finds the same in their "
-            "names; or folder; or none. Default: names and likeness.",
+            help="Which photographs show the same part, which then counts once. A regular expression: those in whose "
+            "names it finds the same. folder: those in one folder. none: no two. Default: told by names and likeness.",
         ),
-        click.option("--keep-copies", is_flag=True, help="Learn from each of several photographs of one part."),
+        click.option(
+            "--keep-copies", is_flag=True, help="Learn from every photograph of a part, also where several are alike."
+        ),
         click.option("--overwrite", is_flag=True, help="Replace a run of the same name."),
         click.option("--resume", is_flag=True, help="Go on with a run that was interrupted."),
         click.option("--name", help="Sub-folder of GROUP. Default: run, run-2, …"),
@@ -118,7 +128,7 @@ def config_file_option() -> click.Option:
         is_eager=True,
         expose_value=False,
         callback=_take_settings,
-        help="Take options from a TOML, YAML or JSON file, or from a run.json; those on the command line win.",
+        help="Take options from a TOML, YAML or JSON file, kizu train also from a run.json. The command line wins.",
     )
 
 
@@ -160,7 +170,7 @@ def _settings(path: Path, ctx: click.Context) -> dict[str, Any]:
         reason = " ".join(str(error).split())
         raise DataError(f"{path} is not {path.suffix.removeprefix('.').upper() or 'JSON'} ({reason})") from None
     if not isinstance(values, dict):
-        raise DataError(f"{path} holds no options: it wants a line for each, as in  size = 320")
+        raise DataError(f"{path} holds no options: write each as a name and a value, in TOML as size = 320")
     if not (isinstance(values.get("config"), dict) and isinstance(values.get("method"), str)):
         return values
     if values["method"] != ctx.command.name:

@@ -20,7 +20,7 @@ MAX_LISTED = 10  # files that are left out, named one by one
 @click.command()
 @click.argument("model")
 @click.argument("images", nargs=-1, required=True)
-@click.option("--csv", "csv_file", metavar="FILE", help="Write a row an image.")
+@click.option("--csv", "csv_file", metavar="FILE", help="Write a table with a row for each image.")
 @click.option("--overlays", metavar="DIR", help="Write each photograph with its heat map and contours.")
 @click.option("--why", metavar="DIR", help="Write what is marked beside the good patches that look most like it.")
 @click.option("--profile", is_flag=True, help="Say where the time goes, over the first 20 photographs.")

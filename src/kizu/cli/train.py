@@ -117,7 +117,7 @@ def _train_command(method: str) -> click.Command:
     DATA is a folder of good images, or a data set (see  kizu data --help).
 
     \b
-    Example:  kizu train {method} mvtec/bottle --size 320 --name fine
+    Example:  kizu train {method} mvtec/bottle{" --teacher teachers" if method == "efficientad" else ""} --name first
     """
     command.params += [config_option(field, about) for field, about in kind.model_fields.items()]
     command.params.append(config_file_option())

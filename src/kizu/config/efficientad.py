@@ -35,8 +35,8 @@ class EfficientADConfig(Config):
         0.15,
         ge=0,
         le=0.5,
-        description="Share of the good images that sets the maps' range and the threshold instead of training. 0: only "
-        "where other images are held out.",
+        description="Share of the good images that sets the maps' range and the threshold instead of training. 0: "
+        "none, where the data set has validation images.",
     )
     precision: Literal["single", "mixed"] = Field(
         "single", description="mixed: train the convolutions in bfloat16, where the processor or GPU is quick at it."

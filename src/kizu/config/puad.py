@@ -38,7 +38,7 @@ class PUADConfig(Config):
         description="Weight of the global score. 0: only the structural score. 1: only the global score.",
     )
     gate: bool = Field(
-        True, description="Adds the global score in full only above the threshold that good images reach."
+        True, description="Count the global score in full only above a level that good images hardly ever reach."
     )
     feature: Literal["mean", "token", "both"] = Field(
         "mean", description="Global feature: the means of the layers, the class tokens of a transformer, or both."

@@ -30,7 +30,7 @@ class SimpleNetConfig(BackboneConfig):
         0, ge=0, le=2, description="Between the projection's layers: 0 nothing, 1 batch normalisation, 2 leaky ReLU."
     )
     embedding_size: int | None = Field(
-        None, ge=1, le=16384, description="Channels that the projection gives. Default: as many as it takes."
+        None, ge=1, le=16384, description="Channels that the projection gives. Default: as many as its input has."
     )
     dsc_layers: int = Field(2, ge=1, le=8, description="Layers of the discriminator.")
     dsc_hidden: int = Field(

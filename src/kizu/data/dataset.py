@@ -106,7 +106,7 @@ def _checked_folder(path: Path) -> Path:
         way_out = "unpack it and give the folder" if unpack else "give the folder that holds the images"
         raise DataError(f"{path} is a file, not a folder: {way_out}.")
     if not os.access(path, os.R_OK | os.X_OK):
-        raise DataError(f"{path} may not be read: check its permissions.")
+        raise DataError(f"{path} cannot be read: check its permissions.")
     return path
 
 
@@ -171,7 +171,7 @@ def _categories(folder: Folder, layout: str, names: Names) -> Contents | None:
             contents = _recognise(inner, inner.name, layout, names)
         except DataError as error:
             errors.append(error)
-            merged.left_out.append((inner.path, f"is not usable as a category. {error}"))
+            merged.left_out.append((inner.path, f"cannot be used as a category: {str(error).removesuffix('.')}"))
             continue
         if contents is not None:
             merged.add(contents)

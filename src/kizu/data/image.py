@@ -301,7 +301,7 @@ def _open(source: Source, name: str) -> Image.Image:
     except FileNotFoundError:
         raise BadImage(name, "does not exist (was it moved or deleted meanwhile?)") from None
     except PermissionError:
-        raise BadImage(name, "may not be read: check its permissions") from None
+        raise BadImage(name, "cannot be read: check its permissions") from None
     except IsADirectoryError:
         raise BadImage(name, _about_folder(source)) from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):

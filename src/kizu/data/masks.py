@@ -116,7 +116,7 @@ def read_doubted(source: Source) -> tuple[npt.NDArray[np.bool_], str]:
         return mask, "is set at every pixel"
     if counts[2:].sum() > MAX_OTHER * levels.size:
         return mask, "has many grey levels, as photographs have"
-    return mask, "is set at more pixels than not, as if it were inverted" if mask.mean() > 0.5 else ""
+    return mask, "is set at more than half of its pixels, as an inverted mask is" if mask.mean() > 0.5 else ""
 
 
 def read_mask_values(source: Source) -> npt.NDArray[np.uint8]:

@@ -242,10 +242,10 @@ class Detector(Inspector):
         if not copies:
             return range(len(items))
         kept = [number for number, original in enumerate(first) if number == original]
-        examples = f"{name_of(items[copies[0]])} as {name_of(items[first[copies[0]]])}"
+        examples = f"{name_of(items[copies[0]])} shows that of {name_of(items[first[copies[0]]])}"
         self.remarks.append(
-            f"{len(copies)} of {len(items)} photographs show the same part as another one, such as {examples}. They "
-            f"were left out, because the promise follows from different parts.{hint}"
+            f"{len(copies)} of {len(items)} photographs show the same part as another one: {examples}. They were left "
+            f"out, because the promise counts different parts.{hint}"
         )
         before = len(photos)
         photos.keep([number for number in kept if number < before])

@@ -77,8 +77,8 @@ def cheapest_point(curve: Sequence[OperatingPoint]) -> OperatingPoint:
 def set_operating_point(detector: "Inspector", point: OperatingPoint) -> None:
     """Set the detector's threshold, marked as tuned on labels in every statement from now on."""
     statement = (
-        f"Tuned on labels, so no promise: on the {point.good} good and {point.bad} defective photographs that it was "
-        f"set on, it stops {point.false_alarms} good ones and misses {point.misses} defects; it will stop "
-        f"{in_the_long_run(point.threshold, detector.calibration_scores)}."
+        f"Tuned on labels, so there is no promise. Of the photographs that it was set on, {point.false_alarms} of "
+        f"{point.good} good ones are stopped, and {point.misses} of {point.bad} defective ones are missed. It will "
+        f"stop {in_the_long_run(point.threshold, detector.calibration_scores)}."
     )
     detector.set_threshold(replace(detector.threshold, value=point.threshold, tuned=statement))

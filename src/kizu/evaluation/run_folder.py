@@ -140,7 +140,11 @@ def _resumed(run: Run, about: dict[str, Any]) -> Run:
         ) from None
     changed = [key for key in about if before.get(key) != about[key]]
     if changed:
-        raise OptionError(f"{run.folder} was started with another {', '.join(changed)}: `resume=True` needs the same")
+        words = {"data_hash": "photographs", "config": "settings"}
+        others = " and ".join(words.get(key, key) for key in changed)
+        raise OptionError(
+            f"{run.folder} was started with other {others}: `resume=True` needs the same; or choose another `name`"
+        )
     return run
 
 

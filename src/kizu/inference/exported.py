@@ -113,7 +113,10 @@ class Exported(Inspector):
         difference = cases.difference(scores, maps, self.threshold.value, tolerance)
         if not difference.within(tolerance):
             sentence = difference.sentence(tolerance)
-            raise ModelError(f"{self.folder} does not reproduce itself on this machine: {sentence}. Export it again")
+            raise ModelError(
+                f"{self.folder} does not give the results that it gave when it was exported: {sentence}. Export the "
+                "trained model again"
+            )
         expected = [p_value(float(score), self.calibration_scores) for score in scores]
         stopped = [bool(score > self.threshold.value) for score in scores]
         if np.abs(p_values - expected).max() > ROUNDING or verdicts.tolist() != stopped:

@@ -87,7 +87,9 @@ def model_folder(path: str | os.PathLike[str], category: str | None = None) -> P
     if len(names) == 1:
         return models / names[0]
     if not names:
-        raise OptionError(f"{path}: there is no kizu model (a folder with model.json and model.safetensors)")
+        raise OptionError(
+            f"{path}: there is no kizu model here: give a model's folder, which holds model.json, or a run's"
+        )
     raise OptionError(f"{path} holds {len(names)} models; name one: {', '.join(str(models / name) for name in names)}")
 
 

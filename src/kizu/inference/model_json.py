@@ -151,7 +151,9 @@ def read(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{folder}: the model is damaged ({str(error) or type(error).__name__})") from None
     if isinstance(about, dict) and about.get("format", FORMAT) != FORMAT:
-        raise ModelError(f"{folder}: written by another version of kizu (format {about['format']}, not {FORMAT})")
+        raise ModelError(
+            f"{folder}: written by another version of kizu, which can read it (format {about['format']}, not {FORMAT})"
+        )
     try:
         _Model.model_validate(about)
     except ValidationError as error:

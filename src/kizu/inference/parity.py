@@ -42,9 +42,9 @@ class Difference:
 
     def sentence(self, tolerance: Tolerance) -> str:
         return (
-            f"of {self.cases} cases, scores are off by at most {self.score:.1e} (allowed {tolerance.score:.1e}), maps "
-            f"by {self.map:.1e} (allowed {tolerance.map:.1e}), their peaks by {self.place:g} pixels (allowed "
-            f"{tolerance.place}), and {self.verdicts} verdicts differ"
+            f"on {self.cases} photographs, scores differ by at most {self.score:.1e} (allowed {tolerance.score:.1e}), "
+            f"the highest values of the maps by {self.map:.1e} (allowed {tolerance.map:.1e}), their places by "
+            f"{self.place:g} pixels (allowed {tolerance.place}), and {self.verdicts} verdicts differ"
         )
 
     def to_json(self) -> dict[str, Any]:

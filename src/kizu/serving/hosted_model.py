@@ -54,7 +54,9 @@ class HostedModel:
         """
         with files.locked(self.folder):
             if _version(self.folder) != version:
-                raise ModelError(f"{self.folder} was changed meanwhile: look at what it promises now, and set it then")
+                raise ModelError(
+                    f"{self.folder} has changed meanwhile: look at what it promises now, then set the threshold again"
+                )
             load(self.folder).with_threshold(value, set_by=set_by).save(self.folder)
 
     def was_replaced(self) -> bool:

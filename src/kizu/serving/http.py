@@ -137,7 +137,7 @@ def _verdicts(service: Service) -> APIRouter:
         keep: Annotated[bool, Query(description="Keeps the verdict in the history, where there is one.")] = True,
         name: PhotographName = "image",
     ) -> Predictions:
-        """Judge photographs: raw bytes of one, or any number as multipart.
+        """Judge photographs: raw bytes of one, or several as multipart, at most as many as may wait.
 
         A photograph that cannot be judged has the verdict error. If none can be judged, the status says why.
         """
@@ -209,7 +209,9 @@ def _models(service: Service) -> APIRouter:
     ) -> Model:
         """Set a model's threshold, in its folder, for all who use it. This needs the key for thresholds."""
         if not request.state.sets_thresholds:
-            raise Refusal("unauthorized", "Setting a threshold needs the key for thresholds")
+            raise Refusal(
+                "unauthorized", "The key for thresholds is missing or wrong: ask whoever started the server for it"
+            )
         if not by.isprintable() or not by.strip():
             raise Refusal("invalid", "by: a name, without line breaks and other signs that cannot be printed")
         hosted = service.pick(name)

@@ -100,7 +100,7 @@ class GuardMiddleware:
         except Exception:
             log.exception("fault", extra={"facts": {"id": name, "path": scope["path"]}})
             if not begun:
-                fault = Refusal("fault", f"Something went wrong; the log says what under {name}")
+                fault = Refusal("fault", f"Something went wrong; the server's log has the error under {name}")
                 await fault.response()(scope, receive, answer)
         finally:
             self.answered += 1
@@ -122,11 +122,12 @@ class GuardMiddleware:
         name = _site(f"//{host}", "Host").hostname or ""
         if self._key is None and name not in self._hosts and not _is_address(name):
             rule = "Without an API key this server answers to its address and localhost"
-            raise Refusal("forbidden", f"{rule}, not to {host}")
+            raise Refusal("forbidden", f"{rule}, not to {host}: whoever starts it can let this name in")
         sets_thresholds = _has(request, self._threshold_key)
         request.state.sets_thresholds = sets_thresholds
         if not (self._key is None or _is_open(path) or sets_thresholds or _has(request, self._key)):
-            raise Refusal("unauthorized", "This needs the API key, as in  Authorization: Bearer KEY")
+            key = "key for thresholds" if request.method == "PUT" else "API key"
+            raise Refusal("unauthorized", f"The {key} is missing or wrong: it is sent as  Authorization: Bearer KEY")
         if self.accepted - self.answered > self._limits.requests:
             raise Refusal("busy", f"{self._limits.requests} requests are being answered: come again in a second")
 

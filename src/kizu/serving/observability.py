@@ -22,10 +22,10 @@ SIZES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 METRICS: dict[str, tuple[str, str, tuple[float, ...]]] = {
     "kizu_requests_total": ("counter", "Requests answered.", ()),
     "kizu_request_seconds": ("histogram", "Time from a request to its answer.", SECONDS),
-    "kizu_verdicts_total": ("counter", "Photographs judged.", ()),
+    "kizu_verdicts_total": ("counter", "Photographs answered, by verdict; error where one could not be judged.", ()),
     "kizu_feedback_total": ("counter", "Photographs that people marked good or bad.", ()),
     "kizu_verdicts_not_kept_total": ("counter", "Verdicts that the history could not take.", ()),
-    "kizu_reloads_total": ("counter", "Models read again.", ()),
+    "kizu_reloads_total": ("counter", "Times that a model was read again, or could not be.", ()),
     "kizu_batch_size": ("histogram", "Photographs that went through a model at once.", SIZES),
     "kizu_queue_length": ("gauge", "Photographs that wait.", ()),
     "kizu_model_loaded_seconds": ("gauge", "When the model was read, in seconds since 1970.", ()),

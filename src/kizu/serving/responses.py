@@ -86,7 +86,7 @@ def promise_at(model: Inspector, value: float) -> Promise:
         bound=None if threshold.tuned else threshold.bound,
         statement=threshold.statement
         if expected < 1
-        else "Every good part may be stopped: all good images lie above it.",
+        else "Every good part may be stopped: all good images score above this threshold.",
         map_level=finite(pixel_threshold),
     )
 

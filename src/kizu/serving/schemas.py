@@ -34,11 +34,13 @@ class Model(BaseModel):
     images: int = Field(description="good images that it learned from")
     threshold: float | None = Field(description="a part is stopped above it; null: it stops nothing")
     statement: str = Field(description="the promise about false alarms")
-    good_scores: list[float] = Field(description="scores of the good images behind the threshold, ascending")
+    good_scores: list[float] = Field(description="scores of the good images that set the threshold, ascending")
     map_level: float | None = Field(description="the pixel threshold: what is above it in the map is marked")
     map_peaks: list[float] = Field(description="each good image's largest map value, ascending")
     scale: tuple[float, float] = Field(description="map values that are drawn darkest and brightest")
-    tuned: bool = Field(description="whether it was set by hand or on labels, instead of by the good images alone")
+    tuned: bool = Field(
+        description="whether the threshold was set by hand or on labels, instead of by the good images alone"
+    )
     settable: bool = Field(description="whether its threshold may be set, by who has the key for that")
 
 
@@ -49,7 +51,9 @@ class Promise(BaseModel):
     expected: float | None = Field(description="at most this share of good parts is stopped on average; null: unknown")
     bound: float | None = Field(description="at most this share, with 95 % confidence")
     statement: str
-    map_level: float | None = Field(description="the pixel threshold that good parts exceed as rarely")
+    map_level: float | None = Field(
+        description="the pixel threshold that goes with it: as few good images reach it as score above the threshold"
+    )
 
 
 class Map(BaseModel):

@@ -170,7 +170,7 @@ class Service:
         for upload in uploads:
             check(upload, self.limits)
         if sum(count(folder)) + len(uploads) > self.limits.feedback:
-            advice = "take them with kizu update or kizu tune, and empty it"
+            advice = "use them with kizu update or kizu tune, then empty the folder"
             raise Refusal("conflict", f"{folder} holds as many photographs as it may, {self.limits.feedback}: {advice}")
         files = []
         for upload in uploads:
@@ -217,7 +217,10 @@ class Service:
             sizes = (
                 f"{pixels / 1e6:.1f} megapixels together, and at most {self.limits.map_pixels / 1e6:g} fit an answer"
             )
-            raise Refusal("too-large", f"The maps would have {sizes}: ask for a smaller map_size")
+            raise Refusal(
+                "too-large",
+                f"The maps would have {sizes}: give a map_size, or a smaller one, or send fewer photographs",
+            )
         return pixels
 
     def _problems(self, uploads: Sequence[Upload]) -> list[Refusal | None]:

@@ -28,7 +28,7 @@ __all__ = ["check"]
 @quiet_option
 @json_option
 def check(model: str, images: tuple[str, ...], most: int, output: str | None, **options: Any) -> None:
-    """Will it hold tomorrow? Change good photographs as a camera could, and count false alarms.
+    """Will the promise hold tomorrow? Change good photographs as a camera could, and count false alarms.
 
     Light, contrast, colour temperature, blur, noise, JPEG, shift, rotation and scale, in steps; the threshold stays.
     The promise is broken where more good parts are stopped than was promised, with 95 % confidence.
@@ -74,11 +74,13 @@ def _check_finding(outcomes: "Sequence[Outcome]") -> str:
     broken = [outcome for outcome in first_broken(outcomes[1:]).values() if outcome]
     if not broken and outcomes[0].total < MIN_PHOTOS:
         return (
-            f"The promise is not refuted, but {outcomes[0].total} photographs can hardly refute it: take "
-            f"{MIN_PHOTOS} or more."
+            f"Nothing here speaks against the promise, but {outcomes[0].total} photographs are too few to test it: "
+            f"take {MIN_PHOTOS} or more."
         )
     if not broken:
-        return "The promise holds at every step, as far as so many photographs can tell."
+        doubts = sum(outcome.verdict == "in doubt" for outcome in outcomes)
+        steps = f"; {doubts} of the steps {'is' if doubts == 1 else 'are'} in doubt" if doubts else ""
+        return f"No step breaks the promise, as far as {outcomes[0].total} photographs can tell{steps}."
     steps = ", ".join(f"{outcome.corruption} ({outcome.step})" for outcome in broken)
     return f"The promise breaks under {len(broken)} of {len(first_broken(outcomes[1:]))} kinds of change: {steps}."
 
@@ -96,7 +98,7 @@ def _outcome_row(outcome: "Outcome") -> dict[str, str]:
         "change": outcome.corruption,
         "step": outcome.step or "–",
         "stopped": f"{outcome.stopped} of {outcome.total}",
-        "in the long run": f"{percent(low)} to {percent(high)}",
+        "stopped in the long run": f"{percent(low)} to {percent(high)}",
         "promise": outcome.verdict,
     }
 
@@ -119,7 +121,7 @@ def _check_page(path: Path, detector: "Inspector", outcomes: "Sequence[Outcome]"
     ]
     first = outcomes[0]
     page = Page(
-        title="Will it hold tomorrow?",
+        title="Will the promise hold tomorrow?",
         finding=_check_finding(outcomes).partition(":")[0].removesuffix(".") + ".",
         lead=(
             f"{first.total} good photographs were changed step by step as a camera, a lamp or a worn fixture could "
@@ -129,7 +131,7 @@ def _check_page(path: Path, detector: "Inspector", outcomes: "Sequence[Outcome]"
         caveats=caveats,
         sections=[
             Section(
-                "How much of each change it bears",
+                "How much of each change the model bears",
                 "Share of the good photographs that are stopped, step by step from slight to strong. A change that "
                 "breaks the promise at an early step is one to keep an eye on: fix the lamp, or the camera, or the "
                 "exposure; or let the model learn from photographs that vary so.",

@@ -19,8 +19,8 @@ __all__ = ["compare"]
 
 WHAT_IS_COMPARED = (
     "On the photographs that both judged. AUROC with 95 % confidence (DeLong); of verdicts, how many are stopped by "
-    "this run alone (+) and by the first one alone (−), and how likely so uneven a split is where both are equally "
-    "good."
+    "this run alone (+) and by the first one alone (−), and how likely a difference this large is if both runs "
+    "are equally good."
 )
 DISAGREEMENTS = "Photographs on which the verdicts differ; those first whose p-values are furthest apart."
 

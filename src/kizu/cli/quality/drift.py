@@ -26,7 +26,7 @@ CHANGED = (
 @click.argument("model")
 @click.argument("images", nargs=-1, required=True)
 @click.option("--history", metavar="FILE", help="Go on from this file, and add to it: the test then spans all days.")
-@click.option("--alarm", default=0.01, show_default=True, help="Probability of ever a false alarm, at most.")
+@click.option("--alarm", default=0.01, show_default=True, help="Highest probability that it ever raises a false alarm.")
 @click.option("--exit-code", is_flag=True, help="Exit with 3 where something has changed.")
 @click.option("--output", metavar="DIR", help="Write drift.csv and drift.html there.")
 @quiet_option
@@ -36,9 +36,9 @@ def drift(
 ) -> None:
     """Do recent parts still look like those that set the threshold, and if not, since when?
 
-    Each photograph counts once, in the order of the times that they say they were taken, or else of their names. With
-    --history the test goes on where it stopped, and may be looked at every day without crying wolf: however long it
-    runs, it raises a false alarm with probability --alarm at most.
+    Each photograph counts once, in the order in which they were taken, or of their names where they do not say when.
+    With --history the test goes on where it stopped, and may be looked at every day: however long it runs, the
+    probability that it ever raises a false alarm is --alarm at most.
 
     \b
     Example:  kizu drift results/project/group/run today --history drift.csv
@@ -51,7 +51,10 @@ def drift(
         raise OptionError(f"--alarm {alarm}: a probability between 0 and 1")
     detector = load(model_folder(model))
     if len(detector.calibration_scores) < 2:
-        raise DataError("This model has no scores of good images to compare with: train it on more images")
+        raise DataError(
+            f"{model}: fewer than two good images set its threshold, too few to compare with. Train it on more images, "
+            "or import it with --good"
+        )
     test = DriftTest(detector.calibration_scores, alarm, steps=read_history(history) if history else [])
     before = len(test.steps)
     paths = image_paths(images)

@@ -32,7 +32,7 @@ CURVE_POINTS = 400  # points of a drawn curve
 @click.option("--miss-cost", default=100.0, show_default=True, help="What a missed defect costs, in false alarms.")
 @click.option("--defective", default=0.01, show_default=True, help="Share of the parts that are defective.")
 @click.option("--threshold", type=float, help="This threshold instead of the cheapest.")
-@click.option("--set", "write", is_flag=True, help="Set the threshold in the model, marked as tuned on labels.")
+@click.option("--set", "write", is_flag=True, help="Set the threshold in the model, which then says how it was set.")
 @click.option("--reset", is_flag=True, help="Back to the threshold from good images alone.")
 @click.option("--output", metavar="DIR", help="Write tune.csv and tune.html there.")
 @quiet_option
@@ -40,8 +40,9 @@ CURVE_POINTS = 400  # points of a drawn curve
 def tune(model: str, good: str | None, bad: str | None, output: str | None, **options: Any) -> None:
     """Where defects are known: false alarms against misses, what they cost, and a threshold that suits.
 
-    GOOD and BAD are photographs that the model did not learn from. Nothing changes without --set. Without them,
-    --threshold 1.5 --set sets a threshold by hand; the model keeps who did it, when, and what it was before.
+    GOOD and BAD are photographs that the model did not learn from. Only --set and --reset change the model.
+    Without GOOD and BAD, --threshold 1.5 --set sets a threshold by hand; the model keeps who set it, when, and the
+    one before.
 
     \b
     Example:  kizu tune results/project/group/run checked/good checked/bad --miss-cost 50 --set
@@ -128,15 +129,17 @@ def _show_trade(
 
     good, bad = (np.array(some, dtype=float) for some in scores)
     pg2, pb2 = presorted_good(good, bad), presorted_bad(good, bad)
-    named = {"in use": now, "cheapest" if options["threshold"] is None else "chosen": chosen}
+    name = "cheapest" if options["threshold"] is None else "chosen"
+    named = {"in use": now, name: chosen}
     for share in (0.0, 0.02, 0.05, 0.1):
         lowest = float(np.sort(bad)[int(share * len(bad))])
         named[f"misses ≤ {percent(share)}"] = point_at(float(np.nextafter(lowest, -np.inf)), *scores, costs)
     rows = [_point_row(name, point) for name, point in named.items()]
     sentences = [
-        f"While at most 2 % of the defects are missed, {percent(pg2)} of the good parts pass (PG2); while at most 2 % "
-        f"of the good parts are stopped, {percent(pb2)} of the defects are (PB2).",
-        f"A missed defect costs as much as {costs.miss:g} false alarms; {percent(costs.defective)} of parts have one.",
+        f"With at most 2 % of the defects missed, {percent(pg2)} of the good parts pass (PG2). With at most 2 % of the "
+        f"good parts stopped, {percent(pb2)} of the defects are stopped (PB2).",
+        f"A missed defect costs as much as {costs.miss:g} false alarms; {percent(costs.defective)} of the parts are "
+        "defective.",
         detector.threshold.statement
         if options["write"]
         else "Nothing was changed; --set puts the threshold into the model.",
@@ -146,7 +149,7 @@ def _show_trade(
         files.write_csv(Path(output) / "tune.csv", table[0], [row.values() for row in table])
         thresholds = np.linspace(curve[0].threshold, curve[-1].threshold, CURVE_POINTS)
         drawn = [point_at(float(threshold), *scores, costs) for threshold in thresholds]
-        _tune_page(Path(output) / "tune.html", drawn, chosen, now, rows, sentences)
+        _tune_page(Path(output) / "tune.html", drawn, name, chosen, now, rows, sentences)
     if options["as_json"]:
         values = {"pg2": pg2, "pb2": pb2, "chosen": vars(chosen), "in_use": vars(now), "set": options["write"]}
         terminal.print_json({**values, "statement": detector.threshold.statement})
@@ -168,6 +171,7 @@ def _point_row(name: str, point: "OperatingPoint") -> dict[str, str]:
 def _tune_page(
     path: Path,
     curve: "Sequence[OperatingPoint]",
+    name: str,
     chosen: "OperatingPoint",
     now: "OperatingPoint",
     rows: list[dict[str, str]],
@@ -177,7 +181,7 @@ def _tune_page(
     from kizu.evaluation.pages.html import Page, Section, chart, write
 
     thresholds = [point.threshold for point in curve]
-    marks = [(chosen.threshold, "cheapest"), (now.threshold, "in use")]
+    marks = [(chosen.threshold, name), (now.threshold, "in use")]
     charts = [
         chart(
             "What goes wrong",
@@ -197,8 +201,8 @@ def _tune_page(
     ]
     page = Page(
         title="False alarms against misses",
-        finding=f"At its cheapest it stops {chosen.false_alarms} of {chosen.good} good parts "
-        f"and misses {chosen.misses} of {chosen.bad} defects.",
+        finding=f"The {name} threshold stops {chosen.false_alarms} of {chosen.good} good parts "
+        f"and misses {chosen.misses} of {chosen.bad} defective ones.",
         lead=" ".join(sentences),
         caveats=[
             "A threshold that was chosen on labelled photographs looks better on them than it is. Judge it on others "

@@ -54,18 +54,32 @@ def reference() -> None:
 @click.command("import")
 @click.argument("path")
 @click.option("--output", default="models", show_default=True, metavar="DIR", help="Folder for the models.")
-@click.option("--good", metavar="DIR", help="Photographs of good parts that set the threshold; none from training.")
+@click.option(
+    "--good",
+    metavar="DIR",
+    help="Photographs of good parts that set the threshold: others than the model learned from.",
+)
 @click.option("--imagesize", type=int, help="Side of the network's input. Default: what the files say, or 224.")
 @click.option(
-    "--resize", type=int, help="Shorter side before the centre is cut out. Default: as in the published recipes."
+    "--resize",
+    type=int,
+    help="Shorter side before the centre is cut out. Default: as in the published recipes. Not for EfficientAD.",
 )
-@click.option("--weights", metavar="FILE", help="File with the backbone's weights; of several, separated by commas.")
-@click.option("--backbone", default="wideresnet50", show_default=True, help="Of a SimpleNet whose files do not say it.")
-@click.option("--layers", default="layer2,layer3", show_default=True, help="Of the same.")
-@click.option("--dimension", type=int, default=1536, show_default=True, help="Of the same: both embed dimensions.")
+@click.option(
+    "--weights",
+    metavar="FILE",
+    help="File with the backbone's weights. Of several backbones: their files, separated by commas.",
+)
+@click.option(
+    "--backbone", default="wideresnet50", show_default=True, help="Backbone of a SimpleNet whose files do not say it."
+)
+@click.option("--layers", default="layer2,layer3", show_default=True, help="Layers of such a SimpleNet.")
+@click.option(
+    "--dimension", type=int, default=1536, show_default=True, help="Both embed dimensions of such a SimpleNet."
+)
 @quiet_option
 def import_models(path: str, output: str, good: str | None, quiet: bool, **options: Any) -> None:
-    """Turn models that the published codes made into kizu's.
+    """Read models that the published programs made, and write them as kizu's.
 
     PATH is a model's folder (PatchCore: *.faiss and *.pkl; SimpleNet: ckpt.pth; EfficientAD: student.pt and others), or
     any folder above several. Nothing in the files is executed.
@@ -78,7 +92,9 @@ def import_models(path: str, output: str, good: str | None, quiet: bool, **optio
 
     found = reference_files.found_models(path)
     if not found:
-        raise OptionError(f"{path}: there is no model of a published layout here")
+        raise OptionError(
+            f"{path}: there is no published model here, which has *.faiss and *.pkl, or ckpt.pth, or student.pt"
+        )
     settings = {
         "backbone": options["backbone"],
         "layers": options["layers"],

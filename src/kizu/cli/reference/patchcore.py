@@ -79,7 +79,7 @@ def run(**_: Any) -> None:
 @search_flags
 @weights_option
 def patch_core(**options: Any) -> tuple[str, dict[str, Any]]:
-    """The network and the memory."""
+    """The network and the memory bank."""
     return "patch_core", options
 
 
@@ -87,7 +87,7 @@ def patch_core(**options: Any) -> tuple[str, dict[str, Any]]:
 @click.argument("name", type=click.Choice(SAMPLERS))
 @click.option("--percentage", "-p", type=float, default=0.1, show_default=True, help="Share of the patches kept.")
 def sampler(**options: Any) -> tuple[str, dict[str, Any]]:
-    """How the memory is chosen."""
+    """How the memory bank is chosen."""
     return "sampler", options
 
 
@@ -220,7 +220,7 @@ def _config(
     for option in MEANS:
         if network[option] != "mean" and not original:
             raise OptionError(
-                f"--{option} {network[option]}: nothing teaches such weights, and the published code takes the mean "
+                f"--{option} {network[option]}: nothing trains such weights, and the published program takes the mean "
                 "all the same; leave it out, or add --as-original"
             )
     everything = choice["name"] == "identity" or choice["percentage"] == 1

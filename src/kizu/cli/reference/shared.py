@@ -34,7 +34,9 @@ log = logging.getLogger("kizu")
 Command = Callable[..., Any]
 
 as_original_option = click.option(
-    "--as-original", is_flag=True, help="The published arithmetic, dead flags and test-set scaling included."
+    "--as-original",
+    is_flag=True,
+    help="The published arithmetic, which ignores some flags and scales scores by the test images.",
 )
 weights_option = click.option(
     "--weights", multiple=True, metavar="FILE", help="Not published: file with a backbone's weights. Repeatable."

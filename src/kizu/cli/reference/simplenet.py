@@ -80,7 +80,9 @@ def run(**_: Any) -> None:
 @click.option("--pretrain_embed_dimension", type=int, default=1024, show_default=True)
 @click.option("--target_embed_dimension", type=int, default=1024, show_default=True)
 @click.option("--patchsize", type=int, default=3, show_default=True)
-@click.option("--embedding_size", type=int, help="Channels that the projection gives. Default: as many as it takes.")
+@click.option(
+    "--embedding_size", type=int, help="Channels that the projection gives. Default: as many as its input has."
+)
 @click.option("--meta_epochs", type=int, default=1, show_default=True)
 @click.option("--aed_meta_epochs", type=int, default=1, show_default=True)
 @click.option("--gan_epochs", type=int, default=1, show_default=True)

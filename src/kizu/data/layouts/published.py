@@ -44,7 +44,10 @@ def splits(folder: Folder, category: str, names: Names) -> Contents | None:
             contents.samples.append(Sample(image, category, "test", names.label(parts) or "/".join(parts)))
         else:
             contents.left_out.append(
-                (image, "lies in test itself; its folder there must say good or the type of defect")
+                (
+                    image,
+                    "lies directly in test: move it into test/good, or into a folder of test named after the defect",
+                )
             )
     masks = MaskFiles(folder, [inner for inner in folder.folders if is_mask_folder(inner)])
     contents.samples = [sample for sample in contents.samples if sample.path not in masks.files]
@@ -92,7 +95,13 @@ def visa(folder: Folder, category: str, names: Names) -> Contents | None:
         if image not in present:
             contents.left_out.append((image, f"is listed in {table.name} but is not there"))
         elif split not in ("train", "validation", "test") or label is None:
-            contents.left_out.append((image, f"has the split '{split}' and label '{row['label']}' in {table.name}"))
+            contents.left_out.append(
+                (
+                    image,
+                    f"has the split '{split}' and label '{row['label']}' in {table.name}; splits are train, validation "
+                    "and test, labels normal and anomaly",
+                )
+            )
         elif split != "test" and label != "good":
             contents.left_out.append((image, f"shows a defect but is in {split}, which takes good images only"))
         else:

@@ -67,7 +67,7 @@ def assemble(state: Mapping[str, Tensor], origin: str) -> PDN:
     size = next((size for size, known in KERNELS.items() if known == kernels), None)
     if size is None:
         raise ModelError(
-            f"{origin}: convolutions of sides {kernels or 'none'} are those of no patch description network"
+            f"{origin} is no teacher of EfficientAD (convolutions of sides {kernels or 'none'}): give a teacher's file"
         )
     channels = [weight.shape[0] for _, weight in weights]
     head = 1 if size == "s" else 2
@@ -76,7 +76,9 @@ def assemble(state: Mapping[str, Tensor], origin: str) -> PDN:
         if weight.shape != layer.weight.shape or bias is None or bias.shape != weight.shape[:1]:
             raise ModelError(f"{origin}: {key} of shape {tuple(weight.shape)} does not fit into PDN-{size.upper()}")
         if not (weight.isfinite().all() and bias.isfinite().all()):
-            raise ModelError(f"{origin}: {key} holds numbers that are none")
+            raise ModelError(
+                f"{origin}: {key} holds values that are no finite numbers: take another copy of the teacher"
+            )
         layer.weight.data, layer.bias.data = weight.float(), bias.float()  # type: ignore[union-attr]
     return network.eval().requires_grad_(False)
 

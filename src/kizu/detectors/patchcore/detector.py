@@ -210,7 +210,7 @@ class PatchCore(Detector):
         self.remarks, read = [], photos.digests
         items = self._leave_out_known(photos, items)
         if len(photos) == 0:
-            raise DataError("There is no image to learn from that the model does not know already.")
+            raise DataError("The model has learned from all of these images already: give new ones.")
         before = self.training["images"]
         with torch.inference_mode(), photos:
             for image_ids, pixels in self.stream(photos, "Features", progress, copies=self._copies()):
@@ -260,7 +260,8 @@ class PatchCore(Detector):
         """One detector from several that were fitted on shards of the good images: their banks side by side.
 
         The thresholds follow from all their scores, which were measured against each shard's bank alone and are
-        therefore on the safe side. Raises `ModelError` when the parts do not look at images in the same way.
+        therefore on the safe side; a photograph that several learned from counts once. Raises `ModelError` when the
+        parts do not look at images in the same way.
         """
         graphs = [part._single("merged") for part in parts]
         first = parts[0]
@@ -286,8 +287,9 @@ class PatchCore(Detector):
         }
         if all(part.thumbnails for part in parts):
             merged.thumbnails = [picture for part in parts for picture in part.thumbnails]
-        scores = [score for part in parts for score in part.calibration_scores]
-        peaks = [peak for part in parts for peak in part.map_peaks]
+        scores, peaks, repeated = _each_photograph_once(parts)
+        if repeated:
+            merged.remarks = [f"{repeated} photographs were learned from by several of the models: each counts once."]
         merged.grouped = any(part.grouped for part in parts)
         facts = {**first.facts, "bank": [len(bank.entries) for bank in banks]}
         return merged.adopt(FitResult(graph, scores, peaks, first.heat_map_range[0], facts))
@@ -307,6 +309,23 @@ class PatchCore(Detector):
         if len(members) == 1:
             return _restore(config, tensors, "")
         return EnsembleGraph([_restore(member, tensors, f"members.{n}.") for n, member in enumerate(members)])
+
+
+def _each_photograph_once(parts: Sequence[PatchCore]) -> tuple[list[float], list[float], int]:
+    """The scores and map peaks of all parts, without those of photographs that an earlier part has; how many these are.
+
+    Where a part has a score for something else than each photograph, all its scores are taken.
+    """
+    scores, peaks, known, repeated = list[float](), list[float](), set[str](), 0
+    for part in parts:
+        digests = part.training["digests"]
+        each = len(digests) == len(part.calibration_scores) == len(part.map_peaks)
+        new = [n for n in range(len(part.calibration_scores)) if not (each and digests[n] in known)]
+        repeated += len(part.calibration_scores) - len(new)
+        scores += [part.calibration_scores[n] for n in new]
+        peaks += [part.map_peaks[n] for n in new if n < len(part.map_peaks)]
+        known |= {*digests, *part.training.get("copies", [])}
+    return scores, peaks, repeated
 
 
 def _patch_ids(image_ids: Tensor, patches: int) -> Tensor:

@@ -194,8 +194,8 @@ class PUAD(Detector):
         structural = structural.to(distances.device)
         if len(distances) < 2:
             self.remarks.append(
-                f"{len(distances)} good images are left to put both scores on one scale, and two are needed: they are "
-                "added as they are. Give more good images."
+                f"{len(distances)} good images are left to put the structural and the logical score on one scale, and "
+                "two are needed: the scores are added unscaled. Give more good images."
             )
         for number, (values, name) in enumerate(((structural, "structural"), (distances, "logical"))):
             if not len(values):
@@ -219,8 +219,8 @@ class PUAD(Detector):
             )
         elif count <= dimension:
             self.remarks.append(
-                f"{count} good images have {dimension} global features: their covariance is half guessed "
-                f"(shrinkage {head.shrinkage:.2f}); more than {dimension} images settle it."
+                f"{count} good images are few for {dimension} global features: part of their covariance is guessed "
+                f"(shrinkage {head.shrinkage:.2f}). Give more than {dimension}."
             )
 
     def score_in_parts(self, pixels: npt.NDArray[np.uint8]) -> tuple[image.Float, image.Float, list[dict[str, Any]]]:

@@ -48,7 +48,8 @@ class Choice:
     trials: list[Trial]
     taken: list[int]  # indices of the trials whose changes are among them
     reasons: list[str]  # a sentence for each change that was considered
-    photos: int
+    photos: int  # of different good parts
+    held_out: int  # of these, that were not learned from
     defects: int
 
     @property
@@ -59,7 +60,7 @@ class Choice:
             {
                 "settings": _words(trial.settings) or "as they were",
                 "made-up defects found": percent(trial.found)
-                + ("" if len(trial.defects) == self.defects else " of half"),
+                + ("" if len(trial.defects) == self.defects else " (of half)"),
                 f"stopped at {one_in(rate)}": percent(trial.stopped),
                 "AUROC": f"{trial.image_auroc:.3f}",
                 "ms an image": f"{trial.milliseconds:.0f}",
@@ -71,7 +72,7 @@ class Choice:
     @property
     def sentence(self) -> str:
         """What was chosen, and by what."""
-        by = f"by {self.defects} made-up defects on photographs of {self.photos} good parts"
+        by = f"by {self.defects} made-up defects on {self.held_out} of the {self.photos} good parts"
         if not self.settings:
             return f"The settings stay as they were: {by}, no change was clearly better."
         if not self.taken:
@@ -126,6 +127,7 @@ def choose(
         course.taken,
         course.reasons,
         material.parts,
+        len(material.held_out),
         len(material.defects),
     )
 
@@ -217,10 +219,10 @@ class _Course:
             verdict = "not taken, because it is little"
         else:
             verdict = "taken"
-            self.kept = {**self.kept, **change}
+            self.kept = self._together(self.kept, change)
             self.taken.append(len(self.trials) - 1)
             if favoured and more < SURE * error:
-                verdict = f"taken, because that may be chance, and {favoured}"
+                verdict = f"taken: the difference may be chance, and {favoured}"
             if not change.keys() & Augmented.model_fields.keys():
                 self.against = trial  # copies take long: what else is tried does without them
         self.reasons.append(f"{_words(change)}: finds {100 * more:+.1f} % (± {100 * error:.1f}), {verdict}.")
@@ -236,8 +238,8 @@ class _Course:
         def progress(stage: str, done: int, total: int) -> None:
             self.progress(name, done, total)
 
-        copies = self._copies({**settings, **self.kept}) / self._copies(settings)
-        growth = copies * self.material.parts / len(self.material.learn)
+        chosen = self._together(self.kept, settings)
+        growth = self._patches(chosen) / self._patches(settings) * self.material.parts / len(self.material.learn)
         trial = run_trial(detector, settings, self.material, progress, hopeless, growth)
         self.trials.append(trial)
         work = self._work(settings)
@@ -245,6 +247,17 @@ class _Course:
         self.work_done += work
         self.seconds += trial.seconds
         return trial, detector
+
+    def _together(self, settings: Settings, others: Settings) -> Settings:
+        """Two changes as one. Where both keep a smaller share of the patches, it is the share of a share."""
+        together = {**settings, **others}
+        if "coreset" in settings and "coreset" in others and "rotate_degrees" in settings:
+            together["coreset"] = settings["coreset"] * others["coreset"] / self.config.coreset
+        return together
+
+    def _patches(self, settings: Settings) -> float:
+        """How large the memory bank is, in shares of a photograph's patches for each photograph."""
+        return self._copies(settings) * self._config(settings).coreset
 
     def _config(self, settings: Settings) -> PatchCoreConfig:
         return build(PatchCoreConfig, {**self.config.model_dump(exclude_unset=True), **settings})
@@ -274,7 +287,7 @@ class _Course:
             return "it would take too long for so few photographs"
         seconds = work * self.seconds / self.work_done
         if self.limits.end is not None and time.monotonic() + seconds > self.limits.end:
-            return f"it would take {seconds:.0f} s more than there are"
+            return f"it would take {seconds:.0f} s, and less time than that is left"
         return ""
 
 

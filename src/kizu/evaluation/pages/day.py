@@ -98,8 +98,8 @@ def _lead(judged: Sequence[Judged]) -> str:
     stopped = verdicts.count("stop")
     low, high = interval(stopped, len(verdicts))
     return (
-        f"That is {percent(stopped / len(verdicts))} of those judged; so many parts support {percent(low)} to "
-        f"{percent(high)} with 95 % confidence."
+        f"{percent(stopped / len(verdicts))} of the judged photographs were stopped. In the long run that is "
+        f"{percent(low)} to {percent(high)}, with 95 % confidence."
     )
 
 
@@ -109,8 +109,8 @@ def _marks(judged: Sequence[Judged]) -> str:
     if not marks:
         return ""
     return (
-        f"People looked at {marks.total():,}: {marks['stop', 'good']:,} of the stopped parts were good, "
-        f"{marks['pass', 'bad']:,} of those that passed were not."
+        f"Checked by people: {marks.total():,}. {marks['stop', 'good']:,} of the stopped parts were good, and "
+        f"{marks['pass', 'bad']:,} of those that passed were defective."
     )
 
 
@@ -174,8 +174,8 @@ def _stopped(stopped: Sequence[Judged], figures: Sequence[Figure]) -> Section:
 def _close(figures: Sequence[Figure]) -> Section:
     return Section(
         "Most doubtful",
-        "Those whose scores are closest to the threshold, on both sides. If you look at any photograph yourself, look "
-        "at these.",
+        "Those whose scores are closest to the threshold, beside the stopped ones above. If you look at any photograph "
+        "yourself, look at these.",
         figures=figures,
     )
 

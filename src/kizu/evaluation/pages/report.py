@@ -308,7 +308,7 @@ def _points(x: Scores, y: Scores) -> str:
 
 def _histogram(good: Scores, bad: Scores, held: Scores, threshold: float) -> Histogram | None:
     """Bins are counted from the threshold, so that no bar stands on both sides of it."""
-    groups = [("Good", "good", good), ("Defective", "bad", bad), ("Good, held out for the threshold", "held", held)]
+    groups = [("Good", "good", good), ("Defective", "bad", bad), ("Good, that set the threshold", "held", held)]
     groups = [group for group in groups if group[2].size]
     if not groups:
         return None

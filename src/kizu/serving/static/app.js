@@ -35,15 +35,15 @@ const history = new History($("history"), { doubt, chosen: (entry) => open(entry
 const model = () => models.find((one) => one.name === $("model").value) ?? models[0];
 const digits = (value) => (value === null ? "–" : Number(value).toPrecision(4));
 const rarely = (p) =>
-  p >= 0.5 ? "Most good parts score as high" : `At most 1 good part in ${Math.floor(1 / p + 1e-9).toLocaleString("en-GB")} scores as high`;
+  p >= 0.5 ? `At most ${Math.round(100 * p)} % of the good parts score as high` : `At most 1 good part in ${Math.floor(1 / p + 1e-9).toLocaleString("en-GB")} scores as high`;
 const inGood = (p) =>
-  p >= 0.5 ? "most good parts are as unusual" : `at most 1 good part in ${Math.floor(1 / p + 1e-9).toLocaleString("en-GB")} is as unusual`;
+  p >= 0.5 ? `up to ${Math.round(100 * p)} % of the good parts are as unusual` : `at most 1 good part in ${Math.floor(1 / p + 1e-9).toLocaleString("en-GB")} is as unusual`;
 
 /** A model that the server has, or what is known of another one by its verdict. */
 function modelOf(entry) {
   const known = models.find((one) => one.name === entry.model);
   const { threshold } = entry.verdict ?? {};
-  const statement = `This server does not have ${entry.model}, the model that judged it: only its verdict is shown.`;
+  const statement = `This server does not have the model ${entry.model}: only its verdict on this photograph is shown.`;
   return known ?? { name: entry.model, threshold, statement, good_scores: [], map_peaks: [], scale: [0, 1], map_level: null, foreign: true };
 }
 
@@ -146,7 +146,7 @@ async function look(entry, keep) {
   const photograph = entry.file ?? entry.photograph ?? (await blob(`v1/verdicts/${entry.id}/photograph`));
   if (modelOf(entry).foreign) {
     const seen = await picture(photograph);
-    if (!seen) throw new Error(`${entry.name} cannot be shown here, and ${modelOf(entry).statement}`);
+    if (!seen) throw new Error(`${entry.name} cannot be shown: this browser cannot read it, and the server does not have the model ${entry.model}.`);
     const result = { ...entry.verdict, regions: [], pairs: [], map: null, width: seen.width, height: seen.height };
     return Object.assign(entry, { photograph, result, seen: photograph });
   }
@@ -198,7 +198,7 @@ async function follow(threshold) {
   const entry = current;
   const { result } = entry;
   const about = modelOf(entry);
-  const moved = threshold !== about.threshold && !about.foreign;
+  const moved = threshold !== about.threshold && !about.foreign && !(about.threshold === null && !history.levels.has(about.name));
   $("reset").hidden = !moved || about.threshold === null;
   $("set").hidden = !about.settable || !(moved || about.tuned);
   scale.draw();
@@ -206,23 +206,25 @@ async function follow(threshold) {
   $("verdict").textContent = stop ? "Stop" : "Pass";
   $("finding").dataset.verdict = stop ? "stop" : "pass";
   $("because").textContent =
-    `It scores ${digits(result.score)}, ${stop ? "above" : "not above"} the threshold of ${digits(threshold)}. ` +
-    `${rarely(result.p_value)}.`;
+    (about.threshold === null && !moved
+      ? `This photograph scores ${digits(result.score)}, and the model has no threshold.`
+      : `This photograph scores ${digits(result.score)}, ${stop ? "above" : "not above"} the threshold of ${digits(threshold)}. `) +
+    (about.good_scores.length || about.foreign ? `${rarely(result.p_value)}.` : "");
   if (!moved && stop !== (entry.verdict.verdict === "stop"))
-    $("because").textContent += ` When it was judged, it was ${stop ? "passed" : "stopped"}: the model was changed since.`;
+    $("because").textContent += ` When this photograph was judged, the part ${stop ? "passed" : "was stopped"}: the model has changed since.`;
   $("threshold").setAttribute("aria-valuetext", `${digits(threshold)}: ${stop ? "stop" : "pass"}`);
   promised = moved
     ? await json(`v1/models/${encodeURIComponent(about.name)}/promise?threshold=${threshold}`)
     : { threshold, statement: about.statement, map_level: about.map_level };
   if (current !== entry || (moved && scale.value !== threshold)) return;
-  $("statement").textContent = promised.statement + (moved ? " Moved on this page only." : "");
+  $("statement").textContent = promised.statement + (moved ? " This threshold holds on this page only." : "");
   const mapLevel = promised.map_level ?? Infinity;
   viewer.set({ level: mapLevel, region: null });
   const lowered = viewer.map && mapLevel < (about.map_level ?? Infinity);
   const regions = lowered ? marked(about, mapLevel, result) : result.regions;
   listRegions(regions, result);
-  if (stop && regions.every((region) => region.peak <= mapLevel))
-    $("because").textContent += " It is unusual in several places, none of which is marked alone.";
+  if (stop && viewer.map && Number.isFinite(mapLevel) && regions.every((region) => region.peak <= mapLevel))
+    $("because").textContent += " No single place is above the pixel threshold, so that none is outlined.";
   for (const [number, region] of regions.entries()) {
     const below = region.peak <= mapLevel;
     $("regions").children[number].classList.toggle("below", below);

@@ -155,6 +155,6 @@ export class History {
   count() {
     const stopped = this.shown.filter((entry) => entry.shown === "stop").length;
     const moved = this.shown.some((entry) => this.levels.has(entry.model)) ? ", by the moved threshold" : "";
-    this.tally.textContent = this.note || `${stopped} of ${this.shown.length} stopped${moved}`;
+    this.tally.textContent = this.note || `${stopped} of the ${this.shown.length} shown here stopped${moved}`;
   }
 }

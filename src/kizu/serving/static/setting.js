@@ -20,7 +20,7 @@ export class Setting {
   /** `value` null: the slider stands where the model's threshold is. */
   open(model, value, promise) {
     Object.assign(this, { model, value });
-    $("setting-title").textContent = value === null ? "Set another threshold?" : `Set ${Number(value).toPrecision(4)} in the model?`;
+    $("setting-title").textContent = value === null ? "Go back to the threshold from the good parts?" : `Set ${Number(value).toPrecision(4)} in the model?`;
     $("setting-promise").textContent = promise;
     $("setting-set").hidden = value === null;
     $("setting-back").hidden = !model.tuned;

@@ -82,8 +82,8 @@ class Watcher:
         """Deliver what `patience` seconds allow; returns how many deliveries and moves are left for the next time."""
         missing = sum(courier.end(patience) for courier in self._couriers)
         if missing:
-            verdicts = "1 verdict was" if missing == 1 else f"{missing} verdicts were"
-            self._on_warning(f"{verdicts} not delivered; the next run with the same output goes on with them")
+            deliveries = "1 delivery was" if missing == 1 else f"{missing} deliveries were"
+            self._on_warning(f"{deliveries} not made; the next run with the same output goes on with them")
         self._ledger.close()
         return missing + self._not_moved
 
