@@ -20,7 +20,7 @@ from pathlib import Path
 
 import kizu
 from accuracy import present
-from choice import TURNED, turned, words
+from choice import TURNED, name_of, turned
 from kizu.cli.terminal import print_table
 from kizu.config import PatchCoreConfig
 from kizu.data import dataset
@@ -62,7 +62,7 @@ def compared(data: dataset.Dataset, category: str) -> list[dict[str, str]]:
     choice = kizu.choose(data.select(category, "train"))
     seconds = time.perf_counter() - start
     print(f"{category}: {choice.sentence}", *choice.reasons, sep="\n  ", file=sys.stderr)
-    chosen = words(choice.settings)
+    chosen = name_of(choice.settings)
     return [
         judged(data, category, "defaults", PatchCoreConfig(), None),
         judged(data, category, f"auto: {chosen}", choice.config, seconds),

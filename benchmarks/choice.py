@@ -34,6 +34,7 @@ from kizu.data.sample import Sample
 from kizu.detectors.patchcore.detector import PatchCore
 from kizu.evaluation.choice import choose as choosing
 from kizu.evaluation.choice.candidates import LARGER, other_size
+from kizu.evaluation.choice.choose import words
 from kizu.evaluation.choice.trials import Material, Trial, run_trial, surprise
 from kizu.evaluation.experiment import machine
 from kizu.evaluation.metrics import image_metrics
@@ -86,7 +87,7 @@ def compared(data: dataset.Dataset, category: str, name: str = "") -> list[dict[
         trial = run_trial(detector, settings, material)
         materials.append(material)
         tried.append((settings, trial.found, *real(detector, test)))
-        print(f"{name or category}, {words(settings)}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
+        print(f"{name or category}, {name_of(settings)}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
         return trial
 
     with patch.object(choosing, "run_trial", judged):
@@ -99,7 +100,7 @@ def compared(data: dataset.Dataset, category: str, name: str = "") -> list[dict[
     chosen = [settings for settings, *_ in tried].index(choice.settings)
     _, made_up, auroc, found = zip(*tried, strict=True)
     rows = [
-        row(name or category, words(of) + (" (chosen)" if place == chosen else ""), *figures)
+        row(name or category, name_of(of) + (" (chosen)" if place == chosen else ""), *figures)
         for place, (of, *figures) in enumerate(tried)
     ]
     correlations = [float(spearmanr(made_up, figures).statistic) for figures in (auroc, found)]
@@ -117,12 +118,9 @@ def real(detector: PatchCore, test: Sequence[Sample]) -> tuple[float, float]:
     return image_metrics(scores, labels)[0]["image_auroc"] or 0.0, float(surprise(good, bad).mean())
 
 
-def words(settings: dict[str, Any]) -> str:
+def name_of(settings: dict[str, Any]) -> str:
     """The candidate's name in the table."""
-    sizes = sorted(look.size for look in build(PatchCoreConfig, settings).looks)
-    wider = ", wider" if "layers" in settings else ""
-    pose = ", any pose" if "rotate_degrees" in settings else ""
-    return " and ".join(f"{height}x{width}" for height, width in sizes) + wider + pose
+    return words({"size": PatchCoreConfig().size, **settings}).removeprefix("size ")
 
 
 def row(category: str, name: str, made_up: float | None, auroc: float, found: float) -> dict[str, str]:

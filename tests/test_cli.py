@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from kizu.cli import terminal
 from processes import kizu
 from test_detectors import part
 from test_image import bad_files
@@ -156,6 +157,19 @@ def test_training_on_bad_files_stops_before_any_work_with_all_of_them(tmp_path):
     assert not list((tmp_path / "results").rglob("model.json"))
     kizu(*command, "--skip-bad")
     assert "4 good images" in kizu("info", tmp_path / "results" / "project" / "group" / "run").stdout
+
+
+def test_a_table_that_a_terminal_has_no_room_for_is_printed_line_by_line(monkeypatch, capsys):
+    rows = [{"category": "bottle", "image AUROC": "1.0000", "false alarms": "0 of 20"}] * 2
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    for columns, expected in (
+        (80, "bottle         1.0000       0 of 20"),
+        (30, "bottle\n  image AUROC   1.0000\n  false alarms  0 of 20"),
+    ):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        terminal.print_table(rows)
+        printed = capsys.readouterr().out
+        assert printed.count(expected) == 2 and max(map(len, printed.splitlines())) <= columns
 
 
 def test_models_are_updated_rolled_back_and_merged(trained, tmp_path):

@@ -245,7 +245,7 @@ def test_held_out_good_images_do_not_depend_on_where_the_folder_is(tmp_path: Pat
         photos(place / "part" / "scratch", 1)
         dataset = find(place / "part")
         held_out.append([sample.path.name for sample in dataset.select(split="test") if not sample.is_anomalous])
-        assert any("20%" in note for note in dataset.notes)
+        assert any("2 of the 11 good images" in note for note in dataset.notes)
         assert any("types of defect: scratch" in note for note in dataset.notes)
     assert held_out[0] == held_out[1] and len(held_out[0]) == 2
 
@@ -446,3 +446,18 @@ def test_what_is_left_out_is_counted_in_a_sentence(tmp_path: Path) -> None:
         photos(tmp_path / name, number)
     (remark,) = [remark for remark in find(tmp_path).remarks if "left out" in remark]
     assert remark == "3 left out, such as 000.png, which is beside folders named good or bad, but in neither."
+
+
+@pytest.mark.parametrize(
+    ("good", "tested"), [(2, 1), (10, 2), (50, 10), (54, 11), (55, 6), (60, 11), (61, 12), (100, 20)]
+)
+def test_a_fifth_is_tested_on_or_less_where_that_leaves_what_the_usual_promise_needs(
+    good: int, tested: int, tmp_path: Path
+) -> None:
+    for number in range(good):
+        photo(tmp_path / "good" / f"{number}.png")
+    photo(tmp_path / "bad" / "0.png")
+    found = find(tmp_path)
+    (category,) = found.categories
+    kept = [sample for sample in found.select(category, "test") if not sample.is_anomalous]
+    assert len(kept) == tested and f"{tested} of the {good} good images" in " ".join(found.notes)

@@ -56,6 +56,9 @@ def update(model: str, images: str | None, rollback: bool, skip_bad: bool, quiet
         click.echo(f"Note: {flagged(remark)}", err=True)
     if not quiet:
         click.echo(f"{folder}: {detector.training['images']} good images. {detector.threshold.statement}")
+        report = folder.parent.parent / "report.html"
+        if report.is_file():
+            click.echo(f"{report} is of the model as it was trained; kizu evaluate judges with this one.")
 
 
 @click.command()

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -206,8 +207,11 @@ def _explanation(parts: dict[str, Any]) -> str:
 
 
 def print_table(rows: Sequence[dict[str, Any]]) -> None:
-    """Columns as wide as their content: text left, numbers right."""
+    """Columns as wide as their content: text left, numbers right. On a terminal too narrow for them, line by line."""
     if not rows:
+        return
+    if sys.stdout.isatty() and _width(rows) > shutil.get_terminal_size().columns:
+        _print_blocks(rows)
         return
     cells = [list(rows[0])] + [[str(value) for value in row.values()] for row in rows]
     columns = range(len(cells[0]))
@@ -219,6 +223,22 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
             for cell, width, is_left in zip(line, widths, left, strict=True)
         )
         click.echo("  ".join(padded).rstrip())
+
+
+def _width(rows: Sequence[dict[str, Any]]) -> int:
+    return sum(2 + max(len(name), *(len(str(row[name])) for row in rows)) for name in rows[0]) - 2
+
+
+def _print_blocks(rows: Sequence[dict[str, Any]]) -> None:
+    """A block for each row: its first cell, and below it the others, each with its column's name."""
+    _, *names = rows[0]
+    width = max(map(len, names), default=0)
+    for row in rows:
+        first, *others = row.values()
+        click.echo(first)
+        for name, value in zip(names, others, strict=True):
+            if value != "":
+                click.echo(f"  {name:{width}}  {value}".rstrip())
 
 
 def print_json(value: Any) -> None:

@@ -164,7 +164,7 @@ def _point_row(name: str, point: "OperatingPoint") -> dict[str, str]:
         "threshold": f"{point.threshold:.6g}",
         "false alarms": f"{point.false_alarms} of {point.good}",
         "misses": f"{point.misses} of {point.bad}",
-        "cost of 1,000 parts": f"{point.cost:.1f}",
+        "cost of 1,000 parts, in false alarms": f"{point.cost:.1f}",
     }
 
 
@@ -193,7 +193,7 @@ def _tune_page(
         ),
         chart(
             "What it costs",
-            "Cost of 1,000 parts ↑. Threshold →",
+            "Cost of 1,000 parts, in false alarms ↑. Threshold →",
             thresholds,
             [[point.cost for point in curve]],
             down=marks,

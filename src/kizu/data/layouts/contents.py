@@ -1,6 +1,7 @@
 """What a recogniser makes of a folder, and what several of them need: masks by their names, a split of good images."""
 
 import hashlib
+import math
 import os
 import re
 from collections import defaultdict
@@ -20,6 +21,7 @@ __all__ += ["listed"]
 
 NO_IMAGE_FOR_MASK = "is a mask, but no image has its name"
 TEST_SHARE = 0.2  # of the good images of a plain folder
+USUAL = 49  # good images to learn from, that the usual promise of 1 in 50 needs
 _MASK_ENDING = re.compile(r"[_-](mask|gt|label|seg|segmentation)$", re.IGNORECASE)
 _MASK_BEGINNING = re.compile(r"^(mask|gt|label|seg|segmentation)[_-]", re.IGNORECASE)
 
@@ -138,15 +140,24 @@ def hold_out(contents: Contents, top: Path) -> None:
     if len(good) == len(contents.samples):
         return
     good.sort(key=lambda path: hashlib.blake2b(os.fsencode(path.relative_to(top).as_posix())).digest())
-    kept = set(good[: max(1, round(TEST_SHARE * len(good)))] if len(good) > 1 else ())
+    kept = set(good[: _held_out(len(good))])
     contents.samples = [
         replace(sample, split="test") if sample.is_anomalous or sample.path in kept else sample
         for sample in contents.samples
     ]
     if kept:
         contents.notes.append(
-            f"{TEST_SHARE:.0%} of the good images, chosen by a hash of the file name, are kept for the test split."
+            f"{len(kept)} of the {len(good)} good images, chosen by a hash of the file name, are kept for the test "
+            "split."
         )
+
+
+def _held_out(good: int) -> int:
+    """How many of the good images are tested on: a fifth; fewer, down to a tenth, where that leaves `USUAL`."""
+    if good < 2:
+        return 0
+    fifth = max(1, round(TEST_SHARE * good))
+    return good - USUAL if good - fifth < USUAL <= good - math.ceil(good / 10) else fifth
 
 
 def ambiguous(folder: Folder, candidates: Sequence[str], otherwise: str) -> DataError:

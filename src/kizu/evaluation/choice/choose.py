@@ -28,7 +28,7 @@ from kizu.evaluation.choice.candidates import (
 )
 from kizu.evaluation.choice.trials import Material, Trial, gain, run_trial, strange_when_turned
 
-__all__ = ["Choice", "choose"]
+__all__ = ["Choice", "choose", "words"]
 
 Settings = dict[str, Any]
 SURE = 2.0  # standard errors by which a change must be better
@@ -36,7 +36,7 @@ USUAL, STRANGE = 0.65, 0.9  # of good parts that are turned, as `strange_when_tu
 WORTH = 0.03  # of what there is to be found, that a change must find besides
 UNIT = 320 * 320  # pixels of a photograph, for counting the work
 MAX_UNITS = 3.2  # of a photograph, at all its sizes together, where nobody bounded its time
-WORK_EACH, MIN_WORK = 10, 600  # photographs' worth of work for each good one, and at least
+WORK_EACH, MIN_WORK = 10, 1600  # photographs' worth of work for each good one, and at least, for all that is tried
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Choice:
         rate = self.config.false_alarms
         return [
             {
-                "settings": _words(trial.settings) or "as they were",
+                "settings": words(trial.settings) or "as they were",
                 "made-up defects found": percent(trial.found)
                 + ("" if len(trial.defects) == self.defects else " (of half)"),
                 f"stopped at {one_in(rate)}": percent(trial.stopped),
@@ -76,12 +76,12 @@ class Choice:
         if not self.settings:
             return f"The settings stay as they were: {by}, no change was clearly better."
         if not self.taken:
-            return f"{_words(self.settings)}, in the photographs' proportions: {by}, no change was clearly better."
+            return f"{words(self.settings)}, in the photographs' proportions: {by}, no change was clearly better."
         first = percent(self.trials[0].found)
         found = " and ".join(percent(self.trials[number].found) for number in self.taken)
         with_it = "with the change" if len(self.taken) == 1 else "with each of the changes alone"
         return (
-            f"Chosen {by}: {_words(self.settings)}. {first} of these defects were found before, and {found} {with_it}."
+            f"Chosen {by}: {words(self.settings)}. {first} of these defects were found before, and {found} {with_it}."
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -168,7 +168,7 @@ class _Course:
         """Copies in any pose, where good parts that are turned do not look strange."""
         strange = strange_when_turned(detector, self.material)
         if strange > STRANGE:
-            self.reasons.append(f"{_words(change)}: not tried, because good parts look strange when they are turned.")
+            self.reasons.append(f"{words(change)}: not tried, because good parts look strange when they are turned.")
         else:
             self._consider(change, favoured="good parts look usual when they are turned" if strange < USUAL else "")
 
@@ -200,7 +200,7 @@ class _Course:
         """
         settings = {**self.against.settings, **change}
         if refusal := self._out_of_reach(settings):
-            self.reasons.append(f"{_words(change)}: not tried, {refusal}.")
+            self.reasons.append(f"{words(change)}: not tried, {refusal}.")
             return False
 
         def hopeless(trial: Trial) -> bool:
@@ -225,7 +225,7 @@ class _Course:
                 verdict = f"taken: the difference may be chance, and {favoured}"
             if not change.keys() & Augmented.model_fields.keys():
                 self.against = trial  # copies take long: what else is tried does without them
-        self.reasons.append(f"{_words(change)}: finds {100 * more:+.1f} % (± {100 * error:.1f}), {verdict}.")
+        self.reasons.append(f"{words(change)}: finds {100 * more:+.1f} % (± {100 * error:.1f}), {verdict}.")
         return verdict.startswith("taken")
 
     def _tried(
@@ -233,7 +233,7 @@ class _Course:
     ) -> tuple[Trial, PatchCore]:
         detector = PatchCore(self._config(settings))
         detector.workers = self.workers
-        name = f"Trying {_words(settings) or 'the settings'}"
+        name = f"Trying {words(settings) or 'the settings'}"
 
         def progress(stage: str, done: int, total: int) -> None:
             self.progress(name, done, total)
@@ -291,13 +291,17 @@ class _Course:
         return ""
 
 
-def _words(settings: Settings) -> str:
-    """size 448x448, rotate degrees 180, layers blocks.2,blocks.4."""
-    return ", ".join(f"{name.replace('_', ' ')} {_word(name, value)}" for name, value in settings.items())
+def words(settings: Settings) -> str:
+    """What settings of a choice do, as in "size 320x320 and 448x448, wider, any pose".
 
-
-def _word(name: str, value: Any) -> str:
-    """A value as the command line takes it."""
-    if isinstance(value, tuple):
-        return ("x" if name == "size" else ",").join(map(str, value))
-    return f"{value:g}"
+    Wider: larger neighbourhoods and a coarser layer. Any pose: turned copies.
+    """
+    parts = []
+    if "size" in settings:
+        looks = build(PatchCoreConfig, {name: settings[name] for name in ("size", "layers") if name in settings}).looks
+        parts.append(
+            "size " + " and ".join(f"{height}x{width}" for height, width in sorted(look.size for look in looks))
+        )
+    parts += ["wider"] if "layers" in settings else []
+    parts += ["any pose"] if "rotate_degrees" in settings else []
+    return ", ".join(parts)
