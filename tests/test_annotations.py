@@ -158,7 +158,7 @@ def test_defects_among_the_images_to_learn_from_are_judged_and_not_learned_from(
     assert {s.path.name for s in found.select(split="validation")} == {"good4.png"}
     assert "unknown.png" not in {s.path.name for s in found.samples}
     assert any("unknown.png" in remark and "nobody said" in remark for remark in found.remarks)
-    assert any("Among the images to learn from 1 show defects" in note for note in found.notes)
+    assert any("Images in train that show defects, and are for testing only: 1." in note for note in found.notes)
 
 
 def test_folders_that_are_called_good_need_no_annotations(photos):
@@ -179,7 +179,7 @@ def test_folders_that_are_called_good_need_no_annotations(photos):
         ("a.json", '{"x": {"filename": "x.png", "regions": [{"region_attributes": {}}]}}', "annotations of VIA"),
         ("a.xml", '<annotations><image name="x.png" width="a" height="1"/></annotations>', "annotations of CVAT"),
         ("a.manifest", '{"source-ref": "s3://a/x.png"', "annotations of Lookout"),
-        ("a.json", json.dumps({**coco("box"), "images": []}), "names no image without a defect"),
+        ("a.json", json.dumps({**coco("box"), "images": []}), "shows a defect: add images of good parts"),
         ("a.json", json.dumps({**coco("box"), "annotations": [HUGE]}), "an image of 1000000 × 1000000 pixels"),
     ],
 )

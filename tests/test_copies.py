@@ -73,6 +73,8 @@ def test_each_part_counts_once_for_the_promise(real_data, tmp_path):
     assert f"48 of {5 * len(paths)} photographs show the same part" in done.stdout and "1 in 13" in done.stdout
     about = json.loads((tmp_path / "project/group/run/models/tiles/model.json").read_text())
     assert (about["threshold"]["count"], about["training"]["images"]) == (12, 12)
+    report = (tmp_path / "project/group/run/report.html").read_text()
+    assert "With --keep-copies they are kept" in report and "keep_copies=True" not in report
     again = command("update", tmp_path / "project/group/run", folder, code=2).stderr
     assert "has learned from all of these images already" in again
     assert "the 60 good images that set the threshold" in command(*words, "--keep-copies", "--name", "all").stdout

@@ -366,7 +366,7 @@ def test_inspect_reports_what_is_wrong(tmp_path: Path) -> None:
         "1 mask of another size than the image: ground_truth/dent/small_mask.png",
         "1 image in more than one split",
         "test/good/leak.png",
-        "1 image more than once in train: train/good/000.png = train/good/copy.png",
+        "1 image found more than once in train: train/good/000.png = train/good/copy.png",
         "broken.png: is not an image",
         "empty.png: is empty",
         "tiny.png: is only 4×4 pixels",

@@ -105,7 +105,7 @@ def evaluate(model: str, data: str, output: str | None, save_maps: bool, **optio
             "command": experiment.command_line(),
             "seconds": time.time() - start,
         }
-        experiment.write_tables(Path(output), about, results)
+        experiment.write_tables(Path(output), about, results, flagged)
     terminal.print_results(results, None if output is None else Path(output), options)
 
 

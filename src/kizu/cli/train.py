@@ -19,6 +19,7 @@ from kizu.cli.options import (
     run_options,
     settings_text,
 )
+from kizu.cli.wording import flagged
 from kizu.detectors import DETECTORS, config_class, methods
 from kizu.errors import OptionError
 
@@ -150,6 +151,7 @@ def _learn(method: str, config: "Config", data: str, options: dict[str, Any]) ->
                 Path(options["output"]) / options["project"] / options["group"],
                 experiment.RunOptions(**{**chosen, "name": name}),
                 progress=progress,
+                spelled=flagged,
             )
         runs.append((finished.folder, results))
     if seeds or folds:

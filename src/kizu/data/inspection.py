@@ -190,13 +190,15 @@ def _about_duplicates(samples: list[Sample], root: Path) -> list[str]:
     sentences = []
     if leaks:
         sentences.append(
-            f"{_count(leaks, 'image')} in more than one split, which makes results look better than they are: "
-            f"{_listed(leaks)}."
+            f"{_count(leaks, 'image')} in more than one split: remove the copies, because results look better than "
+            f"they are. {_listed(leaks)}."
         )
     if contradictions:
-        sentences.append(f"{_count(contradictions, 'image')} both as good and as a defect: {_listed(contradictions)}.")
+        sentences.append(
+            f"{_count(contradictions, 'image')} found both as good and as a defect: {_listed(contradictions)}."
+        )
     if repeats:
-        sentences.append(f"{_count(repeats, 'image')} more than once in train: {_listed(repeats)}.")
+        sentences.append(f"{_count(repeats, 'image')} found more than once in train: {_listed(repeats)}.")
     return sentences
 
 

@@ -90,8 +90,12 @@ def train(
     options: RunOptions | None = None,
     *,
     progress: Callable[[str], Progress] = lambda category: silent,
+    spelled: Callable[[str], str] = str,
 ) -> tuple[Run, list[CategoryResult]]:
-    """Fit and evaluate one detector a category, and write the results folder in `parent`."""
+    """Fit and evaluate one detector a category, and write the results folder in `parent`.
+
+    In the report, settings that a sentence names are `spelled` as its reader knows them.
+    """
     from kizu.detectors import detector_class
     from kizu.detectors.base import gpu_device
 
@@ -119,7 +123,7 @@ def train(
                         result = _fit_and_evaluate(detector, data, category, run, options, progress(category), choice)
                     results.append(result)
                     log.info("%s: %s", category, _one_line(result))
-                _finish(run, about | {"remarks": data.remarks}, results, time.time() - start)
+                _finish(run, about | {"remarks": data.remarks}, results, time.time() - start, spelled)
                 tracking.log_run(options.track, _record(run.folder, about, results))
                 log.info("finished: %s", run.folder)
         except KizuError:
@@ -247,7 +251,13 @@ def _about_misses(result: CategoryResult) -> list[str]:
     return [f"{stopped} of {defective} known defects are stopped. {wayout}."]
 
 
-def _finish(run: Run, about: dict[str, Any], results: Sequence[CategoryResult], seconds: float) -> None:
+def _finish(
+    run: Run,
+    about: dict[str, Any],
+    results: Sequence[CategoryResult],
+    seconds: float,
+    spelled: Callable[[str], str],
+) -> None:
     """Tables, report, run.json; then the mark of an unfinished run goes."""
     about = {
         **about,
@@ -260,13 +270,15 @@ def _finish(run: Run, about: dict[str, Any], results: Sequence[CategoryResult], 
         "seconds": round(seconds, 2),
         "ended": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
-    write_tables(run.folder, about, results)
+    write_tables(run.folder, about, results, spelled)
     _tensorboard(run.folder / "tensorboard", results)
     files.write_text(run.folder / "run.json", files.json_text(about) + "\n")
     run.finish()
 
 
-def write_tables(folder: Path, about: dict[str, Any], results: Sequence[CategoryResult]) -> None:
+def write_tables(
+    folder: Path, about: dict[str, Any], results: Sequence[CategoryResult], spelled: Callable[[str], str] = str
+) -> None:
     """results.csv, predictions.csv and report.html."""
     from kizu.detectors import detector_class
     from kizu.evaluation.pages import report
@@ -288,6 +300,7 @@ def write_tables(folder: Path, about: dict[str, Any], results: Sequence[Category
         seed=config["seed"],
         seconds=about["seconds"],
         remarks=about.get("remarks", []),
+        spelled=spelled,
     )
     report.write(folder / "report.html", summary, results)
 

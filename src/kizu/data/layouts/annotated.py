@@ -55,13 +55,13 @@ def annotated(folder: Folder, category: str, names: Names) -> Contents | None:
             contents.left_out.append((image, "is in no file of annotations, so nobody said that it is good"))
     if not any(not sample.is_anomalous for sample in contents.samples):
         raise DataError(
-            f"{found[0].path} names no image without a defect that is in {folder.path}: add images of good parts, and "
-            "export the annotations with the images that have none."
+            f"Every image that {found[0].path} names in {folder.path} shows a defect: add images of good parts, and "
+            "export the annotations with the images on which nothing is marked."
         )
     tools = " and ".join(dict.fromkeys(annotations.tool for annotations in found))
-    contents.notes.append(f"What is good and where defects are is taken from annotations of {tools}.")
+    contents.notes.append(f"Annotations of {tools} say which images are good, and where defects are.")
     if moved:
-        contents.notes.append(f"Among the images to learn from {moved} show defects; these are for testing.")
+        contents.notes.append(f"Images in train that show defects, and are for testing only: {moved}.")
     if not {sample.split for sample in contents.samples if not sample.is_anomalous} - {"train"}:
         hold_out(contents, folder.path)
     return contents

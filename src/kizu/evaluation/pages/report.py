@@ -4,7 +4,7 @@ import base64
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
@@ -46,6 +46,7 @@ class RunSummary:
     seed: int
     seconds: float  # the whole run
     remarks: Sequence[str] = ()  # on the data
+    spelled: Callable[[str], str] = str  # a sentence, with the settings in it as its reader spells them
 
 
 def render(summary: RunSummary, results: Sequence[CategoryResult]) -> str:
