@@ -88,7 +88,7 @@ def test_held_out_copies_of_what_was_learned_set_no_threshold(method):
     plain = kind(**SETTINGS[method]).fit(GOOD[:8], held_out=GOOD[8:])
     doubled = kind(**SETTINGS[method]).fit([*GOOD[:8], *GOOD[:3]], held_out=[*GOOD[8:], *GOOD[:4], GOOD[9]])
     assert doubled.calibration_scores == plain.calibration_scores
-    assert doubled.training["hash"] == plain.training["hash"] and doubled.knows([]) == 0
+    assert doubled.training["hash"] == plain.training["hash"] and doubled.known([]) == []
 
 
 @pytest.mark.parametrize("memory", [0, 10**9])

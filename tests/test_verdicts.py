@@ -102,7 +102,8 @@ def test_check_counts_false_alarms_as_the_detector_makes_them(fitted):
     assert outcomes[0].stopped == sum(fitted.predict(picture).is_anomalous for picture in good)
     assert outcomes[-1].stopped == 12 and outcomes[-1].verdict == "broken"
     assert outcomes[0].promised == 1 / 25
-    assert fitted.knows([Photo(GOOD[3]), Photo(good[0])]) == 1
+    learned, new = Photo(GOOD[3]), Photo(good[0])
+    assert fitted.known([learned, new]) == [learned]
 
 
 def test_drift_is_found_in_photographs_and_told_to_people(trained, tmp_path):
@@ -136,9 +137,19 @@ def test_tune_shows_the_trade_sets_a_marked_level_and_takes_it_back(trained, tmp
     assert tuned.threshold.statement.startswith("Tuned on labels")
     assert "Tuned on labels" in json.loads((model / "model.json").read_text())["threshold"]["tuned"]
     assert "Tuned on labels" in command("info", model).stdout
-    assert "At most" in command("tune", model, "--reset").stdout or "can promise" in command("info", model).stdout
+    again = command("tune", model, trained / "good", trained / "bad", "--set").stdout
+    assert "No threshold is cheaper than the one in use: it stays" in again and "in use, cheapest" in again
+    assert kizu.load(model).threshold == tuned.threshold
+    assert "At most" in command("tune", model, "--reset").stdout and "can promise" in command("info", model).stdout
     assert kizu.load(model).threshold == calibrate(tuned.calibration_scores, 0.02)
     assert "false alarms" in (tmp_path / "page" / "tune.csv").read_text()
+
+
+def test_a_model_without_thumbnails_says_that_it_has_no_pictures(trained, tmp_path):
+    kizu.PatchCore(**SETTINGS).fit(trained / "photos").save(tmp_path / "plain")
+    for model, says in ((trained / "model", False), (tmp_path / "plain", True)):
+        done = command("predict", model, trained / "bad" / "00.png", "--why", tmp_path / "why")
+        assert ("Train it with --thumbnails" in done.stderr) is says
 
 
 def test_what_needs_somebody_is_red_on_a_terminal_alone(trained, monkeypatch):
@@ -158,7 +169,11 @@ def test_predict_says_why_and_check_writes_its_page(trained, tmp_path):
     assert row["nearest"][0]["image"].endswith(".png") and row["regions"][0]["contour"]
     assert [path.name for path in (tmp_path / "why").iterdir()] == ["00-why.png"]
     done = command("check", trained / "model", trained / "photos", "--images", 4, "--output", tmp_path / "check")
-    assert "The model learned from 4 of these 4" in done.stdout
+    assert "has learned from 24 of these 24" in done.stdout
+    for seed in (201, 202):
+        save(tmp_path / "new" / f"{seed}.png", part(seed))
+    some = command("check", trained / "model", trained / "photos", tmp_path / "new", "--images", 2)
+    assert "has learned from 24 of these 26 photographs: they were left out" in some.stdout
     rows = table(tmp_path / "check" / "check.csv")
     assert len(rows) == 1 + sum(len(corruption.steps) for corruption in CORRUPTIONS)
     assert "Will the promise hold tomorrow" in (tmp_path / "check" / "check.html").read_text()

@@ -68,7 +68,7 @@ class Threshold:
             return (
                 f"At most {rate} good parts will be stopped on average, and with 95 % confidence at most {bound}, as "
                 f"long as new parts are made and photographed like the {self.count} {images} that set the threshold; "
-                f"so many can promise {one_in(self.supported)} at best."
+                f"{self.count} can promise {one_in(self.supported)} at best."
             )
         return (
             f"At most {one_in(self.supported).replace('%', '% of')} good parts will be stopped on average, and "

@@ -79,4 +79,4 @@ def _hub() -> str:
     host, _ = hub.address()
     if hub.answers():
         return f"{host} answers: any timm backbone can be downloaded"
-    return f"{host} does not answer: backbones other than the embedded one need --weights FILE"
+    return f"{host} does not answer: the embedded backbone needs none, others need --weights FILE"

@@ -42,6 +42,9 @@ def predict(model: str, images: tuple[str, ...], csv_file: str | None, overlays:
     with terminal.progress(options["quiet"] or options["as_json"]) as progress:
         overlay_folder, why = (Path(folder) if folder else None for folder in (overlays, options["why"]))
         rows = predict_files(detector, paths, overlays=overlay_folder, why=why, progress=progress("Predicting"))
+    if why and not detector.thumbnails and any(why.glob("*")):
+        sentence = "The pictures of --why are grey where the good part should be: this model keeps no pictures of those"
+        click.echo(f"Note: {sentence} that it learned from. Train it with --thumbnails.", err=True)
     if csv_file:
         write_csv(Path(csv_file), rows)
     if options["as_json"]:
@@ -107,6 +110,8 @@ def evaluate(model: str, data: str, output: str | None, save_maps: bool, **optio
         }
         experiment.write_tables(Path(output), about, results, flagged)
     terminal.print_results(results, None if output is None else Path(output), options)
+    if any(row.error for result in results for row in result.scores):
+        click.get_current_context().exit(1)
 
 
 @click.command()

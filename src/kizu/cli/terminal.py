@@ -138,7 +138,10 @@ def print_results(results: "Sequence[CategoryResult]", folder: Path | None, opti
         if result.outliers:
             names = ", ".join(outlier.image for outlier in result.outliers[:MAX_LISTED])
             remainder = f" and {len(result.outliers) - MAX_LISTED} more" if len(result.outliers) > MAX_LISTED else ""
-            click.echo(f"  Worth a second look, training images unlike the others: {names}{remainder}")
+            click.echo(
+                f"  Unlike the other training images: {names}{remainder}. Where one shows a defect, remove it and "
+                "train again."
+            )
         for row in result.scores:
             if row.error:
                 click.echo(f"  Not judged: {row.image} {flagged(row.error)}")

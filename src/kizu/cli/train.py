@@ -91,7 +91,7 @@ def _train_command(method: str) -> click.Command:
     @click.option(
         "--folds",
         type=click.IntRange(2, 100),
-        help="Cross-validation: train so many times, each time judging another part of the good images.",
+        help="Cross-validation: train this many times, each time judging another part of the good images.",
     )
     @click.option("--print-config", is_flag=True, help="Print the settings as a file for --config, and end.")
     @quiet_option

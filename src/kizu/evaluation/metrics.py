@@ -128,7 +128,7 @@ def au_spro(
             hits.append(np.partition(scores, len(scores) - region.saturation)[len(scores) - region.saturation :])
             shares.append(np.full(region.saturation, 1 / region.saturation))
     if not hits:
-        return None, "there are no ground-truth masks of defects"
+        return None, "no masks show where the defects are, which only these figures need"
     curve = _curve(hits, shares, len(hits), (_outside(values, regions) for values, regions in images()))
     return (None, curve) if isinstance(curve, str) else ([curve.area(limit) for limit in limits], "")
 
@@ -185,7 +185,11 @@ def _region_curve(maps: Iterable[Floats], masks: Iterable[Bools]) -> _Curve | st
             shares.append(1 / np.bincount(region_numbers)[region_numbers])
             regions += count
     if not regions:
-        return "there are no ground-truth masks of defects" if images else "there are no test images with known masks"
+        return (
+            "no masks show where the defects are, which only these figures need"
+            if images
+            else "there are no test images with known masks"
+        )
     return _curve(hits, shares, regions, (values[~mask] for values, mask in zip(maps, masks, strict=True)))
 
 

@@ -190,7 +190,7 @@ CORRUPTIONS = (
     Corruption("more contrast", "{:g} %", (5, 10, 20, 30, 40), contrast),
     Corruption("warmer light", "{:g} K", (-300, -600, -1000, -1500, -2000), colour_temperature),
     Corruption("cooler light", "{:g} K", (400, 800, 1500, 2500, 4000), colour_temperature),
-    Corruption("blur", "{:g} ‰", (1, 2, 3, 5, 8), blur),
+    Corruption("blur", "σ {:g} ‰ of the side", (1, 2, 3, 5, 8), blur),
     Corruption("sensor noise", "{:g} levels", (2, 4, 8, 12, 20), noise),
     Corruption("JPEG", "quality {:g}", (90, 75, 50, 30, 15), jpeg),
     Corruption("shift", "{:g} %", (1, 2, 3, 5, 8), translation),

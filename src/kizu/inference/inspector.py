@@ -201,12 +201,15 @@ class Inspector(ABC):
             evidence.append(Evidence(region, nearest, crop(seen, x, y), match))
         return evidence
 
-    def knows(self, items: Iterable[Readable]) -> int:
-        """How many of these photographs the model has learned from."""
+    def known(self, items: Iterable[Item]) -> list[Item]:
+        """Those of these photographs that the model has learned from."""
         learned = {*self.training["digests"], *self.training.get("copies", [])}
-        return sum(
-            digest in learned for batch in batches(items, self.preprocessing) for digest in digests(batch.pixels)
-        )
+        return [
+            item
+            for batch in batches(items, self.preprocessing)
+            for item, digest in zip(batch.items, digests(batch.pixels), strict=True)
+            if digest in learned
+        ]
 
     def restore_thresholds(self, about: dict[str, Any]) -> None:
         """Take thresholds, facts and training from a model.json."""

@@ -23,7 +23,9 @@ __all__ = ["check"]
 @click.command()
 @click.argument("model")
 @click.argument("images", nargs=-1, required=True)
-@click.option("--images", "most", default=50, show_default=True, help="Use at most so many, spread over all of them.")
+@click.option(
+    "--images", "most", default=50, show_default=True, help="Use at most this many photographs, spread over all."
+)
 @click.option("--output", metavar="DIR", help="Write check.csv and check.html there.")
 @quiet_option
 @json_option
@@ -42,15 +44,16 @@ def check(model: str, images: tuple[str, ...], most: int, output: str | None, **
     from kizu.inference.prediction import Photo
 
     detector = load(model_folder(model))
-    paths = image_paths(images)
     if most < 1:
         raise OptionError("--images must be at least 1")
-    chosen = [paths[number * len(paths) // most] for number in range(most)] if len(paths) > most else paths
+    every = [Photo(path) for path in image_paths(images)]
+    known = detector.known(every)
+    new = [photo for photo in every if photo not in known] or every  # if it knows all, they are better than none
+    chosen = [new[number * len(new) // most] for number in range(most)] if len(new) > most else new
+    caveats = [_learned_from(len(known), len(every))] if known else []
     quiet = options["quiet"] or options["as_json"]
     with terminal.progress(quiet) as progress:
-        outcomes = list(check_robustness(detector, [Photo(path) for path in chosen], progress=progress("Check")))
-    known = detector.knows([Photo(path) for path in chosen])
-    caveats = [_learned_from(known, len(chosen))] if known else []
+        outcomes = list(check_robustness(detector, chosen, progress=progress("Check")))
     rows = [_outcome_row(outcome) for outcome in outcomes]
     if output:
         files.write_csv(Path(output) / "check.csv", rows[0], [row.values() for row in rows])
@@ -86,9 +89,11 @@ def _check_finding(outcomes: "Sequence[Outcome]") -> str:
 
 
 def _learned_from(known: int, total: int) -> str:
+    if known < total:
+        return f"The model has learned from {known} of these {total} photographs: they were left out."
     return (
-        f"The model learned from {known} of these {total} photographs. It knows its own images, so the false alarms "
-        "among them are too few: use other good photographs."
+        f"The model has learned from {known} of these {total} photographs. It knows them, so the false alarms among "
+        "them are too few: use other good photographs."
     )
 
 
@@ -139,7 +144,7 @@ def _check_page(path: Path, detector: "Inspector", outcomes: "Sequence[Outcome]"
             ),
             Section(
                 "Every step",
-                "“In the long run” is the range of rates that so many photographs support with 95 % confidence. "
+                "“In the long run” is the range of rates that this many photographs support with 95 % confidence. "
                 "“Broken” means that even the most favourable of them is above what was promised; “in doubt”, that "
                 "more were stopped here than promised, which may be chance.",
                 [_outcome_row(outcome) for outcome in outcomes],

@@ -27,7 +27,7 @@ DISAGREEMENTS = "Photographs on which the verdicts differ; those first whose p-v
 
 @click.command()
 @click.argument("runs", nargs=-1, required=True)
-@click.option("--pictures", default=48, show_default=True, help="Show so many photographs on the page, at most.")
+@click.option("--pictures", default=48, show_default=True, help="Show this many photographs on the page, at most.")
 @click.option("--output", metavar="FILE", help="Write a page with the photographs on which the runs differ.")
 @quiet_option
 @json_option

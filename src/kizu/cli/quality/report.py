@@ -23,10 +23,10 @@ MIN_SCORES = 2  # of good parts, for a comparison
 @click.command()
 @click.argument("sources", nargs=-1, required=True)
 @click.option("--day", metavar="DATE", help="The last day, as 2026-11-27.  [default: the last with a verdict]")
-@click.option("--days", default=1, show_default=True, help="So many days; 7 for a week.")
+@click.option("--days", default=1, show_default=True, help="This many days; 7 for a week.")
 @click.option("--photos", multiple=True, metavar="DIR", help="Look for the photographs here as well. Repeatable.")
 @click.option("--model", help="The model that judged: its promise, and whether the parts have changed.")
-@click.option("--pictures", default=24, show_default=True, help="Show so many of the stopped parts, at most.")
+@click.option("--pictures", default=24, show_default=True, help="Show this many of the stopped parts, at most.")
 @click.option("--output", metavar="FILE", default="day.html", show_default=True, help="The page.")
 @quiet_option
 def report(

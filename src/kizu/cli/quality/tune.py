@@ -103,7 +103,9 @@ def _tune(folder: Path, good: str | None, bad: str | None, output: str | None, o
     chosen = cheapest_point(curve)
     if options["threshold"] is not None:
         chosen = point_at(options["threshold"], good_scores, bad_scores, costs)
-    if options["write"]:
+    elif now.cost <= chosen.cost + 1e-9:
+        chosen = now  # whose promise is worth more than a threshold that is as cheap
+    if options["write"] and chosen is not now:
         set_operating_point(detector, chosen)
         detector.save(folder)
     _show_trade(detector, curve, chosen, now, (good_scores, bad_scores), costs, output, options)
@@ -130,19 +132,19 @@ def _show_trade(
     good, bad = (np.array(some, dtype=float) for some in scores)
     pg2, pb2 = presorted_good(good, bad), presorted_bad(good, bad)
     name = "cheapest" if options["threshold"] is None else "chosen"
-    named = {"in use": now, name: chosen}
-    for share in (0.0, 0.02, 0.05, 0.1):
+    named = {"in use, " + name: now} if chosen is now else {"in use": now, name: chosen}
+    for share in (0.1, 0.05, 0.02, 0.0):
         lowest = float(np.sort(bad)[int(share * len(bad))])
-        named[f"misses ≤ {percent(share)}"] = point_at(float(np.nextafter(lowest, -np.inf)), *scores, costs)
+        point = point_at(float(np.nextafter(lowest, -np.inf)), *scores, costs)
+        if point not in named.values():
+            named[f"misses ≤ {percent(share)}"] = point
     rows = [_point_row(name, point) for name, point in named.items()]
     sentences = [
         f"With at most 2 % of the defects missed, {percent(pg2)} of the good parts pass (PG2). With at most 2 % of the "
         f"good parts stopped, {percent(pb2)} of the defects are stopped (PB2).",
         f"A missed defect costs as much as {costs.miss:g} false alarms; {percent(costs.defective)} of the parts are "
         "defective.",
-        detector.threshold.statement
-        if options["write"]
-        else "Nothing was changed; --set puts the threshold into the model.",
+        _what_was_done(detector, chosen is now, options["write"]),
     ]
     if output:
         table = [_point_row("", point) for point in curve]
@@ -156,6 +158,12 @@ def _show_trade(
         return
     terminal.print_table(rows)
     click.echo("\n" + "\n".join(sentences))
+
+
+def _what_was_done(detector: "Inspector", as_it_was: bool, write: bool) -> str:
+    if as_it_was:
+        return "No threshold is cheaper than the one in use: it stays, and so does its promise."
+    return detector.threshold.statement if write else "Nothing was changed; --set puts the threshold into the model."
 
 
 def _point_row(name: str, point: "OperatingPoint") -> dict[str, str]:
