@@ -142,7 +142,7 @@ def test_a_change_is_kept_where_it_is_clearly_better(monkeypatch):
     two_sizes = "size 320x320 and 448x448, wider"
     sees_more, growths = -0.1, []
 
-    def trial(detector, settings, material, progress, hopeless, growth):
+    def trial(detector, settings, material, progress, hopeless, growth, rate):
         value = found.get(tuple(settings.get("size", ())), 0.5) + 0.2 * ("rotate_degrees" in settings)
         value = 0.5 + sees_more if "layers" in settings else value
         growths.append(growth)
@@ -197,7 +197,7 @@ def test_poses_are_told_by_good_parts_that_are_turned(monkeypatch):
         strange[name] = strange_when_turned(detector, material)
     assert strange["one pose"] > choosing.STRANGE and strange["any pose"] < choosing.USUAL
 
-    def trial(detector, settings, material, progress, hopeless, growth):
+    def trial(detector, settings, material, progress, hopeless, growth, rate):
         return told(settings, 0.5 + 0.02 * (np.arange(16) % 3 - 0.8) * ("rotate_degrees" in settings))
 
     monkeypatch.setattr(choosing, "run_trial", trial)
@@ -206,6 +206,13 @@ def test_poses_are_told_by_good_parts_that_are_turned(monkeypatch):
         monkeypatch.setattr(choosing, "strange_when_turned", lambda detector, material, value=value: value)
         choice = kizu.choose(GOOD, config)
         assert choice.config.rotate_degrees == degrees and words in choice.reasons[0]
+
+
+def test_a_rate_that_all_photographs_can_promise_is_not_refused_for_a_trial():
+    chosen = kizu.choose(GOOD, SMALL.model_copy(update={"false_alarms": 1 / (len(GOOD) + 1)}))
+    assert chosen.config.false_alarms == 1 / (len(GOOD) + 1) and chosen.trials[0].rate == chosen.config.false_alarms
+    with pytest.raises(kizu.OptionError, match=f"and there are {len(GOOD)}"):
+        kizu.choose(GOOD, SMALL.model_copy(update={"false_alarms": 0.001}))
 
 
 def test_too_few_photographs_and_a_method_without_a_pretrained_network(tmp_path):

@@ -52,14 +52,14 @@ def test_too_few_images_give_the_best_they_can_and_say_so():
     assert threshold.value == 3.0
     assert "1 in 50" in threshold.statement and "3 good images" in threshold.statement
     assert (
-        threshold.statement.startswith("At most 1 in 4 good parts") and "For 1 in 50 add 46 more" in threshold.statement
+        threshold.statement.startswith("At most 1 in 4 good parts") and "for 1 in 50 add 46 more" in threshold.statement
     )
     assert calibrate(range(49), 0.02).statement.startswith("At most 1 in 50")
 
 
 def test_a_rate_in_percent_reads_well():
     statement = calibrate([3.0, 1.0, 2.0], 0.15).statement
-    assert statement.startswith("At most 1 in 4 good parts") and statement.endswith("For 15 % add 3 more.")
+    assert statement.startswith("At most 1 in 4 good parts") and statement.endswith("for 15 % add 3 more.")
 
 
 def test_no_images_stop_nothing():
@@ -70,7 +70,8 @@ def test_no_images_stop_nothing():
 
 def test_what_cannot_be_carried_is_refused_with_the_number_of_images():
     with pytest.raises(
-        OptionError, match=r"1 in 1,000 needs 999 good images .* there are 20\. Add 979 more, or ask for 1 in 21"
+        OptionError,
+        match=r"needs 999 good images .* there are 20\. Add 979 more, or give `false_alarms=0.048`, 1 in 21",
     ):
         refuse(0.001, 20)
     refuse(0.02, 49)

@@ -51,7 +51,8 @@ def test_a_promise_that_was_asked_for_is_kept_or_refused_before_any_work(monkeyp
     assert kizu.PatchCore(**SETTINGS, false_alarms=0.04).fit(GOOD).threshold.expected == 0.04
     monkeypatch.setattr(kizu.PatchCore, "learn", lambda *_: pytest.fail("it began to learn"))
     with pytest.raises(
-        kizu.OptionError, match=r"1 in 50 needs 49 good images .* there are 24\. Add 25 more, or ask for 1 in 25"
+        kizu.OptionError,
+        match=r"needs 49 good images .* there are 24\. Add 25 more, or give `false_alarms=0.04`, 1 in 25",
     ):
         kizu.PatchCore(**SETTINGS, false_alarms=0.02).fit(GOOD)
     with pytest.raises(kizu.OptionError, match=r"there are 5\. .* 1 in 6"):
@@ -182,6 +183,6 @@ def test_predict_says_why_and_check_writes_its_page(trained, tmp_path):
 def test_train_refuses_what_it_cannot_promise_and_does_without_the_option(tmp_path):
     data = factory(tmp_path / "data") / "disc"
     done = command("train", "patchcore", data, "--output", tmp_path, "--false-alarms", 0.01, *FAST, code=2)
-    assert "1 in 100 needs 99 good images" in done.stderr and not (tmp_path / "project").exists()
+    assert "--false-alarms 0.01 needs 99 good images" in done.stderr and not (tmp_path / "project").exists()
     done = command("train", "patchcore", data, "--output", tmp_path, "-q", *FAST)
-    assert "At most 1 in 9 good parts" in done.stdout and "For 1 in 50 add 41 more" in done.stdout
+    assert "At most 1 in 9 good parts" in done.stdout and "for 1 in 50 add 41 more" in done.stdout

@@ -62,19 +62,18 @@ class Threshold:
             return self.tuned
         if self.count == 0:
             return "No good image was left over to set a threshold from, so nothing is stopped: train on more images."
-        bound, rate = _at_most(self.bound), one_in(self.rate).replace("%", "% of")
+        reached = self.rate >= self.supported - 1e-12
+        rate = one_in(self.rate if reached else self.supported).replace("%", "% of")
         images = "good parts of several photographs each" if self.grouped else "good images"
-        if self.rate >= self.supported - 1e-12:
-            return (
-                f"At most {rate} good parts will be stopped on average, and with 95 % confidence at most {bound}, as "
-                f"long as new parts are made and photographed like the {self.count} {images} that set the threshold; "
-                f"{self.count} can promise {one_in(self.supported)} at best."
-            )
-        return (
-            f"At most {one_in(self.supported).replace('%', '% of')} good parts will be stopped on average, and "
-            f"with 95 % confidence at most {bound}: the {self.count} {images} that set the threshold can promise no "
-            f"lower rate. For {one_in(self.rate)} add {images_needed(self.rate) - self.count} more."
+        promise = (
+            f"At most {rate} good parts will be stopped on average, and with 95 % confidence at most "
+            f"{_at_most(self.bound)}, as long as new parts are made and photographed like the {self.count} {images} "
+            "that set the threshold"
         )
+        if reached:
+            return f"{promise}; {self.count} can promise {one_in(self.supported)} at best."
+        more = images_needed(self.rate) - self.count
+        return f"{promise}. They can promise no lower rate: for {one_in(self.rate)} add {more} more."
 
 
 def by_hand(value: float, before: Threshold, good: Sequence[float], set_by: str = "") -> Threshold:
@@ -153,10 +152,11 @@ def refuse(rate: float, count: int) -> None:
     """Raise `OptionError` where so many good images cannot carry the rate."""
     needed = images_needed(rate)
     if count < needed:
-        lower = f", or ask for {one_in(1 / (count + 1))}" if count else ""
+        lowest = math.ceil(1000 / (count + 1)) / 1000
+        lower = f", or give `false_alarms={lowest:g}`, {one_in(1 / (count + 1))}" if count else ""
         raise OptionError(
-            f"`false_alarms={rate:g}`: {one_in(rate)} needs {needed} good images to set the threshold, and there are "
-            f"{count}. Add {needed - count} more{lower}."
+            f"`false_alarms={rate:g}` needs {needed} good images to set the threshold, and there are {count}. "
+            f"Add {needed - count} more{lower}."
         )
 
 

@@ -57,7 +57,7 @@ def update(model: str, images: str | None, rollback: bool, skip_bad: bool, quiet
     if not quiet:
         click.echo(f"{folder}: {detector.training['images']} good images. {detector.threshold.statement}")
         report = folder.parent.parent / "report.html"
-        if report.is_file():
+        if report.is_file() and not rollback:
             click.echo(f"{report} is of the model as it was trained; kizu evaluate judges with this one.")
 
 

@@ -187,6 +187,8 @@ def print_verdicts(rows: "Sequence[FileVerdict]", options: dict[str, Any]) -> No
             click.echo(f"{coloured(row.verdict)}  {row.score:10.4f}  p {row.p_value:<7.3g} {row.image}")
             if row.verdict == "stop" and row.parts:
                 click.echo(f"{'':19}{_explanation(row.parts)}")
+            elif row.verdict == "stop" and not row.regions:
+                click.echo(f"{'':19}unusual as a whole: no single place stands out")
     if not options["quiet"]:
         counts = {word: sum(row.verdict == word for row in rows) for word in ("stop", "pass", "error")}
         threshold = next((row.threshold for row in rows if not row.error), None)

@@ -12,7 +12,7 @@ from PIL import Image
 
 from kizu.data.dataset import Dataset
 from kizu.data.image import MIN_SIDE, size_of
-from kizu.data.layouts.contents import NO_IMAGE_FOR_MASK
+from kizu.data.layouts.contents import NO_IMAGE_FOR_MASK, USUAL
 from kizu.data.masks import read_doubted
 from kizu.data.sample import CIFAR_SIDE, Sample
 from kizu.errors import BadImage
@@ -118,6 +118,11 @@ def _about_images(samples: list[Sample], headers: Headers) -> list[str]:
         sentences.append(
             f"only {_count(train, 'image')} to learn from; with fewer than {MIN_TRAIN_IMAGES}, good parts that look a "
             "little different are easily taken for bad ones."
+        )
+    elif len(train) < USUAL:
+        sentences.append(
+            f"{len(train)} images to learn from can promise 1 false alarm in {len(train) + 1} good parts at best; 1 in "
+            f"{USUAL + 1}, which is usual, needs {USUAL}."
         )
     if not any(sample.split == "test" for sample in samples):
         sentences.append("there are no test images, so a detector can be trained but not evaluated.")

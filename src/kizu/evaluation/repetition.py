@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from kizu.calibration.groups import named
 from kizu.config import Config, build
 from kizu.data.dataset import Dataset
+from kizu.data.layouts.contents import HELD_OUT
 from kizu.data.sample import Sample
 from kizu.errors import DataError, OptionError
 from kizu.evaluation.evaluate import CategoryResult
@@ -93,7 +94,11 @@ def _folded(data: Dataset, fold: int, folds: int, group_by: str | None) -> Datas
         ordered = sorted(members.values(), key=lambda together: _digest(together[0], data))
         for place, together in enumerate(ordered):
             splits |= dict.fromkeys(together, "test" if place % folds == fold else "train")
-    return replace(data, samples=tuple(replace(s, split=splits.get(s, s.split)) for s in data.samples))
+    samples = tuple(replace(s, split=splits.get(s, s.split)) for s in data.samples)
+    notes = tuple(note for note in data.notes if HELD_OUT not in note)  # of another division
+    return replace(
+        data, samples=samples, notes=(*notes, f"Part {fold + 1} of {folds} of the good images is for testing.")
+    )
 
 
 def _digest(sample: Sample, data: Dataset) -> bytes:

@@ -88,10 +88,13 @@ def _tune(folder: Path, good: str | None, bad: str | None, output: str | None, o
     detector = load(folder)
     costs = Costs(options["miss_cost"], options["defective"])
     scores: list[list[float]] = []
+    caveats: list[str] = []
     failed = False
     with terminal.progress(options["quiet"] or options["as_json"]) as progress:
         for name, place in (("Good", good), ("Defective", bad)):
-            rows = predict_files(detector, image_paths([place]), progress=progress(name))
+            paths, caveat = _not_learned_from(detector, image_paths([place]))
+            caveats += [caveat] if caveat else []
+            rows = predict_files(detector, paths, progress=progress(name))
             scores.append([row.score for row in rows if row.score is not None])
             failed |= any(row.error for row in rows)
             for row in rows:
@@ -108,9 +111,28 @@ def _tune(folder: Path, good: str | None, bad: str | None, output: str | None, o
     if options["write"] and chosen is not now:
         set_operating_point(detector, chosen)
         detector.save(folder)
+    for caveat in caveats:
+        click.echo(f"Note: {caveat}", err=True)
     _show_trade(detector, curve, chosen, now, (good_scores, bad_scores), costs, output, options)
     if failed:
         click.get_current_context().exit(1)
+
+
+def _not_learned_from(detector: "Inspector", paths: list[Path]) -> tuple[list[Path], str]:
+    """The photographs that the model did not learn from, or all where it knows all, and what is to be said of that."""
+    from kizu.inference.prediction import Photo
+
+    photos = {Photo(path): path for path in paths}
+    known = detector.known(photos)
+    others = [path for photo, path in photos.items() if photo not in known]
+    if not known:
+        return paths, ""
+    if others:
+        return others, f"The model has learned from {len(known)} of {len(paths)} photographs: they were left out."
+    return paths, (
+        f"The model has learned from all of these {len(paths)} photographs, and makes fewer mistakes on them than on "
+        "others: use other ones."
+    )
 
 
 def _show_trade(
@@ -141,7 +163,7 @@ def _show_trade(
     rows = [_point_row(name, point) for name, point in named.items()]
     sentences = [
         f"With at most 2 % of the defects missed, {percent(pg2)} of the good parts pass (PG2). With at most 2 % of the "
-        f"good parts stopped, {percent(pb2)} of the defects are stopped (PB2).",
+        f"good parts stopped, {percent(pb2)} of the defects are stopped (PB2). Both lie between two thresholds.",
         f"A missed defect costs as much as {costs.miss:g} false alarms; {percent(costs.defective)} of the parts are "
         "defective.",
         _what_was_done(detector, chosen is now, options["write"]),

@@ -16,11 +16,21 @@ from kizu.data.masks import read_mask
 from kizu.data.sample import Sample
 from kizu.errors import BadImage, DataError
 
-__all__ = ["NO_IMAGE_FOR_MASK", "Contents", "MaskFiles", "Recogniser", "ambiguous", "defective_by_mask", "hold_out"]
+__all__ = [
+    "HELD_OUT",
+    "NO_IMAGE_FOR_MASK",
+    "Contents",
+    "MaskFiles",
+    "Recogniser",
+    "ambiguous",
+    "defective_by_mask",
+    "hold_out",
+]
 __all__ += ["listed"]
 
 NO_IMAGE_FOR_MASK = "is a mask, but no image has its name"
 TEST_SHARE = 0.2  # of the good images of a plain folder
+HELD_OUT = "are kept for the test split"
 USUAL = 49  # good images to learn from, that the usual promise of 1 in 50 needs
 _MASK_ENDING = re.compile(r"[_-](mask|gt|label|seg|segmentation)$", re.IGNORECASE)
 _MASK_BEGINNING = re.compile(r"^(mask|gt|label|seg|segmentation)[_-]", re.IGNORECASE)
@@ -147,8 +157,7 @@ def hold_out(contents: Contents, top: Path) -> None:
     ]
     if kept:
         contents.notes.append(
-            f"{len(kept)} of the {len(good)} good images, chosen by a hash of the file name, are kept for the test "
-            "split."
+            f"{len(kept)} of the {len(good)} good images, chosen by a hash of the file name, {HELD_OUT}."
         )
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from kizu.calibration.threshold import one_in, percent
+from kizu.calibration.threshold import one_in, percent, refuse
 from kizu.config import Augmented, BackboneConfig, Config, PatchCoreConfig, build
 from kizu.data.progress import Progress, silent
 from kizu.detectors.base import items_of
@@ -55,7 +55,7 @@ class Choice:
     @property
     def rows(self) -> list[dict[str, str]]:
         """The table of what was tried."""
-        rate = self.config.false_alarms
+        rate = max(self.config.false_alarms, 1 / (self.photos + 1))  # the lowest that so many can promise
         return [
             {
                 "settings": words(trial.settings) or "as they were",
@@ -117,6 +117,8 @@ def choose(
     limits = _Limits(milliseconds, None if minutes is None else time.monotonic() + 60 * minutes)
     given = {name: getattr(config, name) for name in config.model_fields_set if name in PatchCoreConfig.model_fields}
     material = Material.of(items_of(good), config.seed, group_by, progress)
+    if isinstance(config, PatchCoreConfig) and "false_alarms" in config.model_fields_set:
+        refuse(config.false_alarms, material.parts)
     course = _Course(build(PatchCoreConfig, given), material, limits, workers, progress)
     course.run(wider=isinstance(config, PatchCoreConfig))
     chosen = {name: value for name, value in course.kept.items() if name in type(config).model_fields}
@@ -225,7 +227,8 @@ class _Course:
                 verdict = f"taken: the difference may be chance, and {favoured}"
             if not change.keys() & Augmented.model_fields.keys():
                 self.against = trial  # copies take long: what else is tried does without them
-        self.reasons.append(f"{words(change)}: finds {100 * more:+.1f} % (± {100 * error:.1f}), {verdict}.")
+        found = f"finds {100 * abs(more):.1f} % {'more' if more >= 0 else 'fewer'} of the made-up defects"
+        self.reasons.append(f"{words(change)}: {found} (± {100 * error:.1f}), {verdict}.")
         return verdict.startswith("taken")
 
     def _tried(
@@ -240,7 +243,8 @@ class _Course:
 
         chosen = self._together(self.kept, settings)
         growth = self._patches(chosen) / self._patches(settings) * self.material.parts / len(self.material.learn)
-        trial = run_trial(detector, settings, self.material, progress, hopeless, growth)
+        rate = self.config.false_alarms
+        trial = run_trial(detector, settings, self.material, progress, hopeless, growth=growth, rate=rate)
         self.trials.append(trial)
         work = self._work(settings)
         self.work_left -= work
@@ -260,7 +264,9 @@ class _Course:
         return self._copies(settings) * self._config(settings).coreset
 
     def _config(self, settings: Settings) -> PatchCoreConfig:
-        return build(PatchCoreConfig, {**self.config.model_dump(exclude_unset=True), **settings})
+        """Of a trial, which is free to promise less, since it learns from a part of the photographs."""
+        given = self.config.model_dump(exclude_unset=True, exclude={"false_alarms"})
+        return build(PatchCoreConfig, {**given, **settings})
 
     def _copies(self, settings: Settings) -> int:
         """How many of each photograph are learned from, itself and its copies."""

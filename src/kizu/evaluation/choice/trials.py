@@ -148,12 +148,14 @@ def run_trial(
     material: Material,
     progress: Progress = silent,
     hopeless: Callable[[Trial], bool] = lambda trial: False,
+    *,
     growth: float = 1.0,
+    rate: float = 0.02,
 ) -> Trial:
     """Learn from part of the material with a detector of these settings, and judge the rest.
 
     Half of the rest is judged first; the trial ends with it, if it is `hopeless` by then. A bank of all photographs is
-    larger by the factor `growth`.
+    larger by the factor `growth`; `rate` is that of false alarms which was asked for.
     """
     start = time.perf_counter()
     detector.fit(material.learn, keep_copies=True, group_by=material.groups, progress=progress)
@@ -168,7 +170,7 @@ def run_trial(
             list(detector.calibration_scores),
             highest(held_out, material.held_out_groups[: len(held_out)]),
             defects,
-            detector.config.false_alarms,
+            rate,
             milliseconds,
             time.perf_counter() - start,
         )
