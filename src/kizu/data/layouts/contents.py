@@ -19,6 +19,7 @@ from kizu.errors import BadImage, DataError
 __all__ = [
     "HELD_OUT",
     "NO_IMAGE_FOR_MASK",
+    "USUAL",
     "Contents",
     "MaskFiles",
     "Recogniser",
