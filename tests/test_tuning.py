@@ -1,16 +1,19 @@
 """Operating points from labelled scores, and training images that do not belong."""
 
 import getpass
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 import kizu
 from kizu.calibration.outliers import find_outliers
-from kizu.calibration.threshold import Threshold, by_hand
+from kizu.calibration.threshold import Threshold, by_hand, calibrate
 from kizu.errors import DataError
-from kizu.evaluation.operating_point import Costs, cheapest_point, operating_points
+from kizu.evaluation.evaluate import ImageScore, Outlier
+from kizu.evaluation.operating_point import Costs, about_misses, cheapest_point, operating_points
 from processes import kizu as command
+from test_report import result
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -70,3 +73,21 @@ def test_a_threshold_by_hand_says_so_and_what_follows(tmp_path, patchcore):
     assert kizu.load(folder).threshold.value == 1.5 and "by hand, by" in command("info", folder).stdout
     command("tune", folder, "--reset")
     assert kizu.load(folder).threshold == patchcore.threshold
+
+
+def test_where_many_defects_are_missed_it_says_what_would_stop_more():
+    good = [1 + 0.01 * number for number in range(72)] + [3.0]
+    defects = [1.6, 1.65, 1.69, 1.72, 1.9, 2.5, 3.5]
+    rows = [ImageScore("bad/0.png", "scratch", score) for score in defects] + [ImageScore("good/0.png", "good", 1.695)]
+    rows.append(ImageScore("good/1.png", "good", 1.1))
+    one = result(rows, calibration_scores=good, threshold=3.0, outliers=[Outlier("good/odd.png", 3.0, "")])
+    known, rate, highest = about_misses(one, 0.01)
+    assert known == "1 of 7 known defects are stopped. With `auto=True` settings are chosen for these parts."
+    level = calibrate(good, 0.05).value
+    more = sum(score > level for score in defects)
+    assert f"(`false_alarms=0.05`) {more} of 7 would be stopped, and 0 of 2 good ones" in rate and more == 4
+    assert highest.startswith(
+        "good/odd.png alone sets the threshold of 3. Without it, the threshold would be 1.71, and 4 of 7"
+    )
+    assert about_misses(replace(one, threshold=1.5), 0.01) == []  # all are stopped
+    assert "documentation" in about_misses(replace(one, choice={"rows": []}), 0.01)[0]

@@ -146,6 +146,19 @@ def test_tune_shows_the_trade_sets_a_marked_level_and_takes_it_back(trained, tmp
     assert "false alarms" in (tmp_path / "page" / "tune.csv").read_text()
 
 
+def test_the_nearest_patch_of_a_turned_copy_has_no_place_in_its_photograph():
+    turned = [np.rot90(part(seed, spot=seed == 3), 1).copy() for seed in range(12)]
+    detector = kizu.PatchCore(size=96, coreset=0.5, rotate_degrees=180.0, thumbnails=True).fit(turned)
+    bank, (height, width) = detector.graph.banks[0], detector.graph.grids[0]
+    of_copies = bank.places == height * width
+    assert bank.places.max() <= height * width and of_copies.any() and not of_copies.all()
+    assert bank.images.max() == 11
+    seen = [one for seed in range(50, 66) for one in detector.predict(np.rot90(part(seed), seed % 4).copy()).why()]
+    for one in seen:
+        assert one.match_crop.shape == ((96, 96, 3) if one.nearest.place is None else one.query_crop.shape)
+    assert any(one.nearest.place is None for one in seen)
+
+
 def test_a_model_without_thumbnails_says_that_it_has_no_pictures(trained, tmp_path):
     kizu.PatchCore(**SETTINGS).fit(trained / "photos").save(tmp_path / "plain")
     for model, says in ((trained / "model", False), (tmp_path / "plain", True)):

@@ -29,7 +29,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kizu.config import Config, build
+from kizu.config import Config, PatchCoreConfig, build
 from kizu.data import files, image
 from kizu.data.dataset import Dataset, Sample
 from kizu.data.masks import Saturations
@@ -37,6 +37,7 @@ from kizu.data.progress import Progress, silent
 from kizu.errors import DataError, KizuError, OptionError
 from kizu.evaluation import tracking
 from kizu.evaluation.evaluate import CategoryResult, Picture, evaluate
+from kizu.evaluation.operating_point import about_misses
 from kizu.evaluation.run_folder import Run, open_run
 from kizu.evaluation.tables import predictions_csv, results_csv
 
@@ -229,26 +230,13 @@ def _fit_and_evaluate(
         progress=progress,
     )
     result.choice = choice
-    result.notes += _about_misses(result)
+    result.notes += about_misses(result, detector.config.false_alarms)
     if oracle is not None:
         oracle.report(result)
     detector.save(run.model(category))
     files.write_text(run.unfinished / f"{category}.json", json.dumps(result.to_json()))
     run.checkpoint(category).unlink(missing_ok=True)
     return result
-
-
-def _about_misses(result: CategoryResult) -> list[str]:
-    """What to do where most of the known defects are missed."""
-    defective, stopped = result.count(defective=True), result.count(defective=True, stopped=True)
-    if defective == 0 or 2 * stopped >= defective:
-        return []
-    wayout = (
-        'The page "It misses defects" of the documentation says what else helps'
-        if result.choice
-        else "With `auto=True` settings are chosen for these parts"
-    )
-    return [f"{stopped} of {defective} known defects are stopped. {wayout}."]
 
 
 def _finish(
@@ -292,7 +280,7 @@ def write_tables(
         method=about["method"],
         data=about["data"],
         backbone=method.pretrained_name(build(method.config_class, config)),
-        size=", ".join(dict.fromkeys("×".join(map(str, other["size"])) for other in configs)),
+        size=", ".join(dict.fromkeys(_sizes(build(method.config_class, other)) for other in configs)),
         settings={key: str(value) for key, value in config.items()},
         machine=about["machine"]["summary"],
         versions=about["versions"],
@@ -303,6 +291,12 @@ def write_tables(
         spelled=spelled,
     )
     report.write(folder / "report.html", summary, results)
+
+
+def _sizes(config: Config) -> str:
+    """448×448, or the sizes at which PatchCore looks at a photograph."""
+    sizes = sorted(look.size for look in config.looks) if isinstance(config, PatchCoreConfig) else [config.size]
+    return " and ".join(f"{height}×{width}" for height, width in sizes)
 
 
 def _record(folder: Path, about: dict[str, Any], results: Sequence[CategoryResult]) -> tracking.RunRecord:

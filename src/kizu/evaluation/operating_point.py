@@ -6,13 +6,18 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kizu.calibration.threshold import in_the_long_run
+from kizu.calibration.threshold import calibrate, in_the_long_run
 from kizu.errors import DataError
 
 if TYPE_CHECKING:
+    from kizu.evaluation.evaluate import CategoryResult
     from kizu.inference.inspector import Inspector
 
-__all__ = ["Costs", "OperatingPoint", "cheapest_point", "operating_points", "point_at", "set_operating_point"]
+__all__ = ["Costs", "OperatingPoint", "about_misses", "cheapest_point", "operating_points", "point_at"]
+__all__ += ["set_operating_point"]
+
+MOST = 0.8  # of the known defects: where fewer are stopped, kizu says what would stop more
+OTHER_RATES = (0.05, 0.1)
 
 
 @dataclass(frozen=True)
@@ -82,3 +87,45 @@ def set_operating_point(detector: "Inspector", point: OperatingPoint) -> None:
         f"stop {in_the_long_run(point.threshold, detector.calibration_scores)}."
     )
     detector.set_threshold(replace(detector.threshold, value=point.threshold, tuned=statement))
+
+
+def about_misses(result: "CategoryResult", rate: float) -> list[str]:
+    """Where many of the known defects are missed at this rate of false alarms: what would stop more, as sentences."""
+    defective, stopped = result.count(defective=True), result.count(defective=True, stopped=True)
+    if stopped >= MOST * defective:
+        return []
+    notes = []
+    if 2 * stopped < defective:
+        wayout = (
+            'The page "It misses defects" of the documentation says what else helps.'
+            if result.choice
+            else "With `auto=True` settings are chosen for these parts."
+        )
+        notes.append(f"{stopped} of {defective} known defects are stopped. {wayout}")
+    good = sorted(result.calibration_scores)
+    for other in (other for other in OTHER_RATES if other > max(rate, 1 / (len(good) + 1))):
+        at = replace(result, threshold=calibrate(good, other).value)
+        if (more := at.count(defective=True, stopped=True)) > stopped:
+            alarms, harmless = at.count(defective=False, stopped=True), at.count(defective=False)
+            notes.append(
+                f"With 1 false alarm in {round(1 / other)} (`false_alarms={other:g}`) {more} of {defective} would be "
+                f"stopped, and {alarms} of {harmless} good ones."
+            )
+            break
+    return notes + _about_the_highest(result, good, rate, stopped)
+
+
+def _about_the_highest(result: "CategoryResult", good: list[float], rate: float, stopped: int) -> list[str]:
+    """Whether a single training photograph sets the threshold, and what would be without it."""
+    names = [outlier.image for outlier in result.outliers if good and outlier.score == good[-1]]
+    if not names or result.threshold != good[-1]:
+        return []
+    without = calibrate(good[:-1], rate).value
+    more = replace(result, threshold=without).count(defective=True, stopped=True)
+    if more <= stopped:
+        return []
+    return [
+        f"{names[0]} alone sets the threshold of {good[-1]:.4g}. Without it, the threshold would be {without:.4g}, and "
+        f"{more} of {result.count(defective=True)} known defects would be stopped. Where it does not show a good "
+        "part as it should be photographed, remove it and train again."
+    ]

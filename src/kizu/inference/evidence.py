@@ -34,7 +34,7 @@ class BankOutputs:
     entries: str  # (B, h, w) the bank's entry nearest to each patch,
     distances: str  # (B, h, w) and its distance, in units of what is typical of good parts there
     images: str  # (K,) the training image that each entry is from,
-    places: str  # (K,) and its place there: row · columns + column of the grid of patches
+    places: str  # (K,) and its place there: row · columns + column of the grid of patches, or past it, in a copy
 
     @classmethod
     def of(cls, number: int) -> "BankOutputs":
@@ -66,11 +66,11 @@ def nearest_patch(
         patch = 0, int(place[1] * height), int(place[0] * width)
         entry = outputs[bank.entries][patch]
         row, column = divmod(int(tables[bank.places][entry]), width)
-        match = ((column + 0.5) / width, (row + 0.5) / height)
+        match = None if row >= height else ((column + 0.5) / width, (row + 0.5) / height)
         candidates.append((float(outputs[bank.distances][patch]), int(tables[bank.images][entry]), match))
     if not candidates:
         return None
-    distance, number, match = max(candidates)
+    distance, number, match = max(candidates, key=lambda candidate: candidate[0])
     return None if number < 0 else NearestPatch(names[number], number, match, distance)
 
 
@@ -108,7 +108,8 @@ def side_by_side(evidence: "Sequence[Evidence]") -> RGB:
         )
         what = f"region {item.region}" if item.region else "most unusual place"
         far = f"{item.nearest.distance:.1f} times the usual distance"
-        caption = _caption([(what,), (far, Path(item.nearest.image).name)])
+        name = Path(item.nearest.image).name
+        caption = _caption([(what,), (far, name if item.nearest.place else f"a varied copy of {name}")])
         rows += [np.concatenate([query, column_gap, match], axis=1), caption, row_gap]
     return np.concatenate(rows[:-1])
 

@@ -196,7 +196,7 @@ class Inspector(ABC):
             if nearest is None:
                 return []
             match = self.picture(nearest.number)
-            if match is not None:
+            if match is not None and nearest.place is not None:  # otherwise all of it is shown
                 match = crop(match, nearest.place[0] * width, nearest.place[1] * height)
             evidence.append(Evidence(region, nearest, crop(seen, x, y), match))
         return evidence

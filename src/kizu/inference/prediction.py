@@ -59,7 +59,7 @@ class NearestPatch:
 
     image: str  # name of the training image
     number: int  # of the training image
-    place: tuple[float, float]  # x, y of the patch's centre, shares of the width and height that the network sees
+    place: tuple[float, float] | None  # x, y of its centre, shares of width and height; None: in a varied copy
     distance: float  # in units of what is typical of good parts there
 
 

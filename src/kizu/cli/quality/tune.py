@@ -166,6 +166,7 @@ def _show_trade(
         f"good parts stopped, {percent(pb2)} of the defects are stopped (PB2). Both lie between two thresholds.",
         f"A missed defect costs as much as {costs.miss:g} false alarms; {percent(costs.defective)} of the parts are "
         "defective.",
+        "A threshold that was chosen on labelled photographs looks better on them than it is.",
         _what_was_done(detector, chosen is now, options["write"]),
     ]
     if output:

@@ -102,7 +102,7 @@ class PatchCore(Detector):
     def _embed(self, graph: PatchCoreGraph, context: FitContext) -> list[StreamingCoreset]:
         """For each bank, the patch features of all photos and of their varied copies, as many as memory allows."""
         coresets: list[StreamingCoreset] = []
-        photos, copies = context.photos, self._copies()
+        photos, copies, seen = context.photos, self._copies(), 0
         for image_ids, pixels in self.stream(photos, "Features", context.progress, copies=copies):
             layers_by_bank = graph.pooled_layers(pixels)
             if not coresets:
@@ -112,7 +112,9 @@ class PatchCore(Detector):
                 images = len(photos) * (1 + copies)
                 coresets = _streaming_coresets(graph.config, layers_by_bank, images, context.memory_bytes)
             for coreset, layers in zip(coresets, layers_by_bank, strict=True):
-                coreset.add(layers, _patch_ids(image_ids, layers[0].shape[2] * layers[0].shape[3]))
+                patches = layers[0].shape[2] * layers[0].shape[3]
+                coreset.add(layers, _patch_ids(image_ids, patches, of_copies=seen >= len(photos)))
+            seen += len(image_ids)
         return coresets
 
     def _leave_one_out(
@@ -213,13 +215,15 @@ class PatchCore(Detector):
             raise DataError("The model has learned from all of these images already: give new ones.")
         before = self.training["images"]
         with torch.inference_mode(), photos:
+            seen = 0
             for image_ids, pixels in self.stream(photos, "Features", progress, copies=self._copies()):
                 layers = [as_rows(layer) for layer in graph.embed(pixels)]
                 banks = []
                 for bank, rows in zip(graph.banks, layers, strict=True):
                     count = len(rows) // len(image_ids)
-                    patch_ids = _patch_ids(image_ids + before, count)
-                    banks.append(bank.exchanged(rows, patch_ids // count, patch_ids % count))
+                    patch_ids = _patch_ids(image_ids + before, count, of_copies=seen >= len(photos))
+                    banks.append(bank.exchanged(rows, *_images_and_places(patch_ids, count)))
+                seen += len(image_ids)
                 graph.set_banks(banks, graph.grids)
 
             def features(numbers: Sequence[int]) -> list[Tensor]:
@@ -328,9 +332,17 @@ def _each_photograph_once(parts: Sequence[PatchCore]) -> tuple[list[float], list
     return scores, peaks, repeated
 
 
-def _patch_ids(image_ids: Tensor, patches: int) -> Tensor:
-    """(B,) → (B · patches,): image · patches + place, one number for each patch."""
-    return (image_ids[:, None] * patches + torch.arange(patches, device=image_ids.device)).flatten()
+def _patch_ids(image_ids: Tensor, patches: int, *, of_copies: bool) -> Tensor:
+    """(B,) → (B · patches,): a number for each patch, of its image and place.
+
+    In a varied copy, a patch lies somewhere else than in its image: all of its patches have the place `patches`.
+    """
+    places = torch.arange(patches, device=image_ids.device)
+    return (image_ids[:, None] * (patches + 1) + (torch.full_like(places, patches) if of_copies else places)).flatten()
+
+
+def _images_and_places(patch_ids: Tensor, patches: int) -> tuple[Tensor, Tensor]:
+    return patch_ids // (patches + 1), patch_ids % (patches + 1)
 
 
 def _streaming_coresets(
@@ -352,7 +364,7 @@ def _fill_banks(graph: PatchCoreGraph, coresets: Sequence[StreamingCoreset], con
     for coreset in coresets:
         _, height, width = coreset.shapes[0]
         entries, patch_ids, radius = coreset.choose(lambda done, total: context.progress("Memory bank", done, total))
-        banks.append(Bank.of(entries, patch_ids // (height * width), patch_ids % (height * width)))
+        banks.append(Bank.of(entries, *_images_and_places(patch_ids, height * width)))
         grids.append((height, width))
         radii.append(radius)
     graph.set_banks(banks, grids)

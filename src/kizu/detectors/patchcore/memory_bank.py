@@ -44,7 +44,7 @@ class Bank(nn.Module):
     entries: Tensor  # (K, D)
     half_norms: Tensor  # (K,) ‖entry‖² / 2
     images: Tensor  # (K,) the training image that each is from,
-    places: Tensor  # (K,) and its place there: row · columns + column of the grid of patches
+    places: Tensor  # (K,) and its place there: row · columns + column of the grid of patches, or past it, in a copy
     sums: Tensor  # (K,) of the distances of the training patches nearest to each entry, other images' only,
     counts: Tensor  # (K,) and how many these are
     centres: Tensor  # (C, D)

@@ -79,7 +79,7 @@ class Choice:
             return f"{words(self.settings)}, in the photographs' proportions: {by}, no change was clearly better."
         first = percent(self.trials[0].found)
         found = " and ".join(percent(self.trials[number].found) for number in self.taken)
-        with_it = "with the change" if len(self.taken) == 1 else "with each of the changes alone"
+        with_it = "with the change" if len(self.taken) == 1 else "with each of the changes alone (not tried together)"
         return (
             f"Chosen {by}: {words(self.settings)}. {first} of these defects were found before, and {found} {with_it}."
         )
@@ -198,7 +198,8 @@ class _Course:
     def _consider(self, change: Settings, *, favoured: str = "") -> bool:
         """Try a change, if there is time; whether it is kept.
 
-        It is, if it clearly finds more; a change that is favoured, for the reason given, unless it clearly finds less.
+        It is, if it clearly finds more, and more than little; a change that is favoured, for the reason given, unless
+        it clearly finds less, and more than little less.
         """
         settings = {**self.against.settings, **change}
         if refusal := self._out_of_reach(settings):
@@ -213,7 +214,7 @@ class _Course:
         more, error = gain(trial, self.against)
         if self.limits.milliseconds is not None and trial.milliseconds > self.limits.milliseconds:
             verdict = f"not taken, because a photograph takes {trial.milliseconds:.0f} ms"
-        elif more < -SURE * error:
+        elif more < -SURE * error and (not favoured or more < -WORTH):
             verdict = "not taken, because it is less"
         elif not favoured and more < SURE * error:
             verdict = "not taken, because it may be chance"
@@ -224,7 +225,9 @@ class _Course:
             self.kept = self._together(self.kept, change)
             self.taken.append(len(self.trials) - 1)
             if favoured and more < SURE * error:
-                verdict = f"taken: the difference may be chance, and {favoured}"
+                verdict = (
+                    f"taken: the difference is {'small' if more < -SURE * error else 'perhaps chance'}, and {favoured}"
+                )
             if not change.keys() & Augmented.model_fields.keys():
                 self.against = trial  # copies take long: what else is tried does without them
         found = f"finds {100 * abs(more):.1f} % {'more' if more >= 0 else 'fewer'} of the made-up defects"
