@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["tune"]
 
+LOOKS_BETTER = "A threshold that was chosen on labelled photographs looks better on them than it is."
 CURVE_POINTS = 400  # points of a drawn curve
 
 
@@ -166,7 +167,6 @@ def _show_trade(
         f"good parts stopped, {percent(pb2)} of the defects are stopped (PB2). Both lie between two thresholds.",
         f"A missed defect costs as much as {costs.miss:g} false alarms; {percent(costs.defective)} of the parts are "
         "defective.",
-        "A threshold that was chosen on labelled photographs looks better on them than it is.",
         _what_was_done(detector, chosen is now, options["write"]),
     ]
     if output:
@@ -180,7 +180,7 @@ def _show_trade(
         terminal.print_json({**values, "statement": detector.threshold.statement})
         return
     terminal.print_table(rows)
-    click.echo("\n" + "\n".join(sentences))
+    click.echo("\n" + "\n".join([*sentences, LOOKS_BETTER]))
 
 
 def _what_was_done(detector: "Inspector", as_it_was: bool, write: bool) -> str:
@@ -235,10 +235,7 @@ def _tune_page(
         finding=f"The {name} threshold stops {chosen.false_alarms} of {chosen.good} good parts "
         f"and misses {chosen.misses} of {chosen.bad} defective ones.",
         lead=" ".join(sentences),
-        caveats=[
-            "A threshold that was chosen on labelled photographs looks better on them than it is. Judge it on others "
-            "before you rely on it."
-        ],
+        caveats=[f"{LOOKS_BETTER} Judge it on others before you rely on it."],
         sections=[
             Section("The choices", "Every threshold trades one mistake against the other.", rows, charts),
         ],
