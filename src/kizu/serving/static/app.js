@@ -37,7 +37,7 @@ const digits = (value) => (value === null ? "–" : Number(value).toPrecision(4)
 const rarely = (p) =>
   p >= 0.5 ? `At most ${Math.round(100 * p)} % of the good parts score as high` : `At most 1 good part in ${Math.floor(1 / p + 1e-9).toLocaleString("en-GB")} scores as high`;
 const inGood = (p) =>
-  p >= 0.5 ? `up to ${Math.round(100 * p)} % of the good parts are as unusual` : `at most 1 good part in ${Math.floor(1 / p + 1e-9).toLocaleString("en-GB")} is as unusual`;
+  p >= 0.5 ? `at most ${Math.round(100 * p)} % of good parts` : `at most 1 in ${Math.floor(1 / p + 1e-9).toLocaleString("en-GB")} good parts`;
 
 /** A model that the server has, or what is known of another one by its verdict. */
 function modelOf(entry) {
@@ -245,7 +245,7 @@ function listRegions(regions, result) {
   const rows = regions.map((region, number) => {
     const row = document.createElement("button");
     row.type = "button";
-    row.title = `The map reaches ${digits(region.peak)} here`;
+    row.title = `The map reaches ${digits(region.peak)} here, as in ${inGood(region.p_value)}`;
     row.append(
       span("number", number + 1),
       span("what", `${region.box[2]} × ${region.box[3]} pixels`),
