@@ -262,3 +262,8 @@ def test_train_auto_chooses_says_and_keeps_it(tmp_path):
     assert "How the settings were chosen" in report and "No defective part and no test photograph" in report
     config = json.loads(next(run.glob("models/*/model.json")).read_text())["config"]
     assert config["rotate_degrees"] == choice["config"].get("rotate_degrees", 0.0)
+
+
+def test_only_methods_whose_settings_can_be_chosen_offer_it():
+    offered = {method: "--auto" in command("train", method, "--help").stdout for method in kizu.config.CONFIGS}
+    assert offered == {"patchcore": True, "simplenet": True, "efficientad": False, "puad": False}

@@ -76,7 +76,7 @@ def train() -> None:
 
 
 def _train_command(method: str) -> click.Command:
-    from kizu.config import Augmented, Config
+    from kizu.config import Augmented, BackboneConfig, Config
 
     kind = config_class(method)
     about_method = (kind.__doc__ or method).split("\n")[0].rstrip(".")
@@ -120,6 +120,9 @@ def _train_command(method: str) -> click.Command:
     \b
     Example:  kizu train {method} mvtec/bottle{" --teacher teachers" if method == "efficientad" else ""} --name first
     """
+    for param in command.params:  # settings are chosen for methods with a pretrained network
+        if isinstance(param, click.Option) and param.name in ("auto", "minutes", "milliseconds"):
+            param.hidden = not issubclass(kind, BackboneConfig)
     command.params += [config_option(field, about) for field, about in kind.model_fields.items()]
     command.params.append(config_file_option())
     return command
