@@ -85,9 +85,9 @@ def test_where_many_defects_are_missed_it_says_what_would_stop_more():
     assert known == "1 of 7 known defects are stopped. With `auto=True` settings are chosen for these parts."
     level = calibrate(good, 0.05).value
     more = sum(score > level for score in defects)
-    assert f"(`false_alarms=0.05`) {more} of 7 would be stopped, and 0 of 2 good ones" in rate and more == 4
+    assert f"(`false_alarms=0.05`) {more} of 7 would be stopped, and 0 of the 2 good parts" in rate and more == 4
     assert highest.startswith(
-        "good/odd.png alone sets the threshold of 3. Without it, the threshold would be 1.71, and 4 of 7"
+        "good/odd.png alone sets the threshold of 3. Without it, the threshold would be about 1.71, and about 4 of 7"
     )
     assert about_misses(replace(one, threshold=1.5), 0.01) == []  # all are stopped
     assert "documentation" in about_misses(replace(one, choice={"rows": []}), 0.01)[0]

@@ -109,7 +109,7 @@ def about_misses(result: "CategoryResult", rate: float) -> list[str]:
             alarms, harmless = at.count(defective=False, stopped=True), at.count(defective=False)
             notes.append(
                 f"With 1 false alarm in {round(1 / other)} (`false_alarms={other:g}`) {more} of {defective} would be "
-                f"stopped, and {alarms} of {harmless} good ones."
+                f"stopped, and {alarms} of the {harmless} good parts that were tested."
             )
             break
     return notes + _about_the_highest(result, good, rate, stopped)
@@ -125,7 +125,8 @@ def _about_the_highest(result: "CategoryResult", good: list[float], rate: float,
     if more <= stopped:
         return []
     return [
-        f"{names[0]} alone sets the threshold of {good[-1]:.4g}. Without it, the threshold would be {without:.4g}, and "
-        f"{more} of {result.count(defective=True)} known defects would be stopped. Where it does not show a good "
-        "part as it should be photographed, remove it and train again."
+        f"{names[0]} alone sets the threshold of {good[-1]:.4g}. Without it, the threshold would be about "
+        f"{without:.4g}, and about {more} of {result.count(defective=True)} known defects would be stopped. Remove it and "
+        "train again only where good parts should not be photographed like that: such photographs will then be stopped, "
+        "and the promise does not count them."
     ]
