@@ -126,7 +126,7 @@ def _about_the_highest(result: "CategoryResult", good: list[float], rate: float,
         return []
     return [
         f"{names[0]} alone sets the threshold of {good[-1]:.4g}. Without it, the threshold would be about "
-        f"{without:.4g}, and about {more} of {result.count(defective=True)} known defects would be stopped. Remove it and "
-        "train again only where good parts should not be photographed like that: such photographs will then be stopped, "
-        "and the promise does not count them."
+        f"{without:.4g}, and about {more} of {result.count(defective=True)} known defects would be stopped. "
+        "Remove it and train again only where good parts should not be photographed like that: such photographs will "
+        "then be stopped, and the promise does not count them."
     ]
