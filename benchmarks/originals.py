@@ -63,7 +63,7 @@ def seeds(numbers: Sequence[int], categories: Sequence[str]) -> None:
     for category in categories:
         data = dataset.find(SHARED / "mvtec_ad" / category)
         published = COMMON | {"sampler": "approx_greedy_coreset"}
-        for label, settings in (("published, 1 %", published), ("kizu's", {})):
+        for label, settings in (("published 1 %", published), ("kizu's", {})):
             found: dict[str, list[float]] = {"image_auroc": [], "pixel_auroc": [], "au_pro": []}
             for seed in numbers:
                 detector = kizu.PatchCore(**settings, seed=seed).fit(data.select(split="train"))
