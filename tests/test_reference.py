@@ -310,6 +310,8 @@ def test_simplenet_with_several_networks_trains_each_alone(mvtec, tmp_path):
     assert [list(names) for names in layers] == [["blocks.2"], ["blocks.4"]]
     line(*command, "--test", "net", *networks, *dimensions, *data)
     assert table(run / "results.csv") == rows
+    with pytest.raises(kizu.OptionError, match="3 files for 2 networks"):
+        line(*command, "--overwrite", "net", *networks, *3 * ("--weights", "x"), *dimensions, *data)
     with pytest.raises(kizu.OptionError, match=r"whose layer it is, as in 0\.layer2"):
         line(*command, "--overwrite", "net", *networks, "-le", "blocks.2", *dimensions, *data)
 

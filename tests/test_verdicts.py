@@ -132,6 +132,8 @@ def test_tune_shows_the_trade_sets_a_marked_level_and_takes_it_back(trained, tmp
     shown = command("tune", model, trained / "good", trained / "bad", "--output", tmp_path / "page")
     assert "PG2" in shown.stdout and "Nothing was changed" in shown.stdout
     assert kizu.load(model).threshold == kizu.load(trained / "model").threshold
+    some = command("tune", model, trained / "photos", trained / "bad")  # which it has learned from
+    assert "has learned from 24 of these 24 photographs, and makes fewer mistakes on them" in some.stderr
     values = json.loads(command("tune", model, trained / "good", trained / "bad", "--set", "--json").stdout)
     tuned = kizu.load(model)
     assert tuned.threshold.value == values["chosen"]["threshold"] and values["chosen"]["misses"] == 0

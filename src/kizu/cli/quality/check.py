@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from kizu.evaluation.robustness import Outcome
     from kizu.inference.inspector import Inspector
 
-__all__ = ["check"]
+__all__ = ["check", "not_learned_from"]
 
 
 @click.command()
@@ -46,11 +46,8 @@ def check(model: str, images: tuple[str, ...], most: int, output: str | None, **
     detector = load(model_folder(model))
     if most < 1:
         raise OptionError("--images must be at least 1")
-    every = [Photo(path) for path in image_paths(images)]
-    known = detector.known(every)
-    new = [photo for photo in every if photo not in known] or every  # if it knows all, they are better than none
-    chosen = [new[number * len(new) // most] for number in range(most)] if len(new) > most else new
-    caveats = [_learned_from(len(known), len(every))] if known else []
+    new, caveats = not_learned_from(detector, image_paths(images))
+    chosen = [Photo(path) for path in ([new[n * len(new) // most] for n in range(most)] if len(new) > most else new)]
     quiet = options["quiet"] or options["as_json"]
     with terminal.progress(quiet) as progress:
         outcomes = list(check_robustness(detector, chosen, progress=progress("Check")))
@@ -88,13 +85,19 @@ def _check_finding(outcomes: "Sequence[Outcome]") -> str:
     return f"The promise breaks under {len(broken)} of {len(first_broken(outcomes[1:]))} kinds of change: {steps}."
 
 
-def _learned_from(known: int, total: int) -> str:
-    if known < total:
-        return f"The model has learned from {known} of these {total} photographs: they were left out."
-    return (
-        f"The model has learned from {known} of these {total} photographs. It knows them, so the false alarms among "
-        "them are too few: use other good photographs."
-    )
+def not_learned_from(detector: "Inspector", paths: list[Path]) -> tuple[list[Path], list[str]]:
+    """The photographs that a model did not learn from, or all where it knows all; and what is to be said of that."""
+    from kizu.inference.prediction import Photo
+
+    photos = {Photo(path): path for path in paths}
+    known = {*detector.known(photos)}
+    others = [path for photo, path in photos.items() if photo not in known]
+    learned = f"The model has learned from {len(known)} of these {len(paths)} photographs"
+    if known and others:
+        return others, [f"{learned}: they were left out."]
+    if known:
+        return paths, [f"{learned}, and makes fewer mistakes on them than on others: use other photographs."]
+    return paths, []
 
 
 def _outcome_row(outcome: "Outcome") -> dict[str, str]:

@@ -12,6 +12,7 @@ from kizu.calibration.threshold import percent
 from kizu.cli import terminal
 from kizu.cli.models import held
 from kizu.cli.options import json_option, quiet_option
+from kizu.cli.quality.check import not_learned_from
 from kizu.data import files
 from kizu.errors import OptionError
 from kizu.inference.model_folder import model_folder
@@ -93,8 +94,8 @@ def _tune(folder: Path, good: str | None, bad: str | None, output: str | None, o
     failed = False
     with terminal.progress(options["quiet"] or options["as_json"]) as progress:
         for name, place in (("Good", good), ("Defective", bad)):
-            paths, caveat = _not_learned_from(detector, image_paths([place]))
-            caveats += [caveat] if caveat else []
+            paths, remarks = not_learned_from(detector, image_paths([place]))
+            caveats += remarks
             rows = predict_files(detector, paths, progress=progress(name))
             scores.append([row.score for row in rows if row.score is not None])
             failed |= any(row.error for row in rows)
@@ -117,23 +118,6 @@ def _tune(folder: Path, good: str | None, bad: str | None, output: str | None, o
     _show_trade(detector, curve, chosen, now, (good_scores, bad_scores), costs, output, options)
     if failed:
         click.get_current_context().exit(1)
-
-
-def _not_learned_from(detector: "Inspector", paths: list[Path]) -> tuple[list[Path], str]:
-    """The photographs that the model did not learn from, or all where it knows all, and what is to be said of that."""
-    from kizu.inference.prediction import Photo
-
-    photos = {Photo(path): path for path in paths}
-    known = detector.known(photos)
-    others = [path for photo, path in photos.items() if photo not in known]
-    if not known:
-        return paths, ""
-    if others:
-        return others, f"The model has learned from {len(known)} of {len(paths)} photographs: they were left out."
-    return paths, (
-        f"The model has learned from all of these {len(paths)} photographs, and makes fewer mistakes on them than on "
-        "others: use other ones."
-    )
 
 
 def _show_trade(

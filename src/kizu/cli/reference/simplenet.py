@@ -189,6 +189,8 @@ def _row(
 def _configs(main: dict[str, Any], network: dict[str, Any], data: dict[str, Any]) -> "list[SimpleNetConfig]":
     """One for each network, which is trained alone: layers are then numbered, as in 0.layer2, and 1.layer3."""
     names, layers = network["backbone_names"], network["layers_to_extract_from"]
+    if len(network["weights"]) > len(names):
+        raise OptionError(f"--weights: there are {len(network['weights'])} files for {len(names)} networks")
     weights = [*network["weights"], *[""] * (len(names) - len(network["weights"]))]
     if len(names) == 1:
         return [_config(main, network, data, names[0], layers, weights[0])]
