@@ -16,6 +16,7 @@ from kizu.data import image
 from kizu.errors import BadImage
 from kizu.inference.prediction import Photo, Prediction
 from processes import kizu as command
+from processes import python
 from services import small_model
 from test_detectors import part
 from test_serve import RAW, client
@@ -163,6 +164,42 @@ def test_what_decoders_print_of_damage_is_the_rows_reason(folder, tmp_path):
     for said in ("Fax4Decode: ", "ZIPDecode: ", "not yet in table", "cannot be decoded whole"):
         assert any(said in reason for reason in reasons)
     assert all(rows[name]["verdict"] != "error" for name in rows if "-" not in name)
+
+
+FIRST_TOGETHER = """
+import sys, threading
+from kizu.data import image
+from kizu.errors import BadImage
+
+sys.setswitchinterval(1e-6)
+content, barrier, said = open(sys.argv[1], "rb").read(), threading.Barrier(8), []
+
+def read():
+    barrier.wait()
+    for _ in range(20):
+        try:
+            image.read(content)
+        except BadImage as error:
+            said.append(str(error))
+
+threads = [threading.Thread(target=read) for _ in range(8)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+print(len(said), len(set(said)))
+"""
+
+
+def test_the_first_photographs_of_a_process_may_be_damaged_and_decoded_together(tmp_path):
+    """What libtiff calls with its errors must be there for good, whichever thread was the first."""
+    buffer = io.BytesIO()
+    Image.fromarray(part(0)).convert("1").save(buffer, "TIFF", compression="group4")
+    damaged = tmp_path / "damaged.tif"
+    damaged.write_bytes(buffer.getvalue()[:-40] + bytes(40))
+    for _ in range(8):
+        done = python("-c", FIRST_TOGETHER, damaged)
+        assert (done.returncode, done.stdout) == (0, "160 1\n"), done
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -331,7 +331,6 @@ def _about_folder(source: Source) -> str:
 @contextmanager
 def _decoding(name: str) -> Iterator[None]:
     """Whatever a decoder raises, or libtiff prints of an image that it made up in part, says that it is damaged."""
-    _listen_to_libtiff()
     _heard.lines = []
     try:
         yield
@@ -342,30 +341,6 @@ def _decoding(name: str) -> Iterator[None]:
         raise BadImage(name, f"is damaged and cannot be decoded ({reason})") from None
     if _heard.lines:
         raise BadImage(name, f"is damaged and cannot be decoded whole ({_heard.lines[0]})")
-
-
-@cache
-def _listen_to_libtiff() -> Any:
-    """Have libtiff, which Pillow brings along, tell its errors here. Where it cannot be found it goes on printing them.
-
-    What is returned must stay: libtiff calls it.
-    """
-    try:
-        set_handler = ctypes.CDLL(Image.core.__file__).TIFFSetErrorHandler  # type: ignore[attr-defined]
-        fill_in = ctypes.CDLL(None).vsnprintf
-    except (AttributeError, OSError, TypeError):
-        return None
-
-    def hear(place: bytes | None, template: bytes, values: int) -> None:
-        line = ctypes.create_string_buffer(200)
-        fill_in(line, ctypes.c_size_t(len(line)), template, ctypes.c_void_p(values))
-        heard = _heard.__dict__.setdefault("lines", [])
-        if len(heard) < 10:
-            heard.append(f"{(place or b'libtiff').decode('ascii', 'replace')}: {line.value.decode('ascii', 'replace')}")
-
-    handler = ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_void_p)(hear)
-    set_handler(handler)
-    return handler
 
 
 def _reason(error: Exception) -> str:
@@ -468,4 +443,28 @@ def _palette() -> RGB:
     return np.stack([np.interp(ramp, stops, colours[:, c]) for c in range(3)], axis=1).astype(np.uint8)
 
 
+def _listen_to_libtiff() -> Any:
+    """Have libtiff, which Pillow brings along, tell its errors here. Where it cannot be found it goes on printing them.
+
+    Returned is what libtiff calls from then on, in any thread: it must never be freed.
+    """
+    try:
+        set_handler = ctypes.CDLL(Image.core.__file__).TIFFSetErrorHandler  # type: ignore[attr-defined]
+        fill_in = ctypes.CDLL(None).vsnprintf
+    except (AttributeError, OSError, TypeError):
+        return None
+
+    def hear(place: bytes | None, template: bytes, values: int) -> None:
+        line = ctypes.create_string_buffer(200)
+        fill_in(line, ctypes.c_size_t(len(line)), template, ctypes.c_void_p(values))
+        heard = _heard.__dict__.setdefault("lines", [])
+        if len(heard) < 10:
+            heard.append(f"{(place or b'libtiff').decode('ascii', 'replace')}: {line.value.decode('ascii', 'replace')}")
+
+    handler = ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_void_p)(hear)
+    set_handler(handler)
+    return handler
+
+
 _PALETTE = _palette()
+_LIBTIFF_HANDLER = _listen_to_libtiff()  # here, where no two threads can be the first
