@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from kizu.data import demo, image
-from kizu.data import demo_flange as geometry
+from kizu.data.demo import flange as geometry
 from kizu.errors import DataError, OptionError, OutputError
 
 

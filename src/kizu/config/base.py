@@ -65,6 +65,10 @@ class Config(Augmented):
         le=8192,
         description="Scale the shorter side to this, then crop the centre to `size`. Default: no crop.",
     )
+    align: bool = Field(
+        False,
+        description="Turn and shift each photograph to one pose first, found from the part itself.",
+    )
     smoothing: float = Field(4.0, ge=0, le=64, description="Gaussian smoothing of the anomaly map: σ in input pixels.")
     false_alarms: float = Field(
         0.02, gt=0, lt=1, description="Share of good parts that may be stopped: 0.02 is 1 in 50."

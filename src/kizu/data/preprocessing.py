@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kizu.data import image
+from kizu.data.alignment import Alignment, Pose, laid_back, moved, turned
 from kizu.errors import BadImage
 
 __all__ = ["Batch", "Preprocessing", "Readable", "Stack", "batches", "digests"]
@@ -28,6 +29,7 @@ class Readable(Protocol):
 
 
 Item = TypeVar("Item", bound=Readable)
+_Prepared = tuple[npt.NDArray[np.uint8], Pose | None, tuple[int, int]]  # input, pose, shape of the photograph
 
 
 @dataclass(frozen=True)
@@ -35,11 +37,13 @@ class Preprocessing:
     """How a photograph becomes the network's input of `size` (height, width).
 
     Without `resize` the whole photograph is scaled to `size`, whatever its shape. With it, the shorter side is
-    scaled to `resize` and the centre of `size` is cut out, as the papers do.
+    scaled to `resize` and the centre of `size` is cut out, as the papers do. With `alignment` the photograph is turned
+    and shifted to one pose before.
     """
 
     size: tuple[int, int]
     resize: int | None = None
+    alignment: Alignment | None = None
 
     @property
     def enough(self) -> tuple[int, int]:
@@ -49,31 +53,43 @@ class Preprocessing:
 
     def __call__(self, rgb: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
         """(H, W, 3) uint8 → (height, width, 3) uint8."""
-        if self.resize is None:
-            return image.resize(rgb, self.size)
-        scaled = image.resize(rgb, self._scaled(rgb.shape[:2]))
-        top, left = self._corner(scaled.shape[:2])
-        return scaled[top : top + self.size[0], left : left + self.size[1]]
+        return self.posed(rgb)[0]
 
-    def restore(self, anomaly_map: image.Float, shape: tuple[int, int]) -> image.Float:
-        """Lay a map of `size` back over a photograph of `shape`. What was cropped away gets the map's minimum."""
-        if self.resize is None:
-            return image.resize_map(anomaly_map, shape)
+    def posed(self, rgb: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.uint8], Pose | None]:
+        """The network's input, and the pose that the part was found in, if it was looked for."""
+        pose = None if self.alignment is None else self.alignment.pose(rgb)
+        scaled = self._scaled(rgb.shape[:2])
+        pixels = image.resize(rgb, scaled) if pose is None else turned(rgb, pose, scaled)
+        top, left = self._corner(scaled)
+        return pixels[top : top + self.size[0], left : left + self.size[1]], pose
+
+    def restore(self, anomaly_map: image.Float, shape: tuple[int, int], pose: Pose | None = None) -> image.Float:
+        """Lay a map of `size` back over a photograph of `shape`. What the network did not see gets its minimum."""
+        scaled = self._scaled(shape)
+        if scaled != self.size:
+            top, left = self._corner(scaled)
+            canvas = np.full(scaled, anomaly_map.min(), dtype=np.float32)
+            canvas[top : top + self.size[0], left : left + self.size[1]] = anomaly_map
+            anomaly_map = canvas
+        if pose is not None:
+            anomaly_map = laid_back(anomaly_map, pose, shape)
+        return image.resize_map(anomaly_map, shape)
+
+    def locate(
+        self, place: tuple[float, float], shape: tuple[int, int], pose: Pose | None = None
+    ) -> tuple[float, float]:
+        """Where a pixel (x, y) of a photograph of `shape` lies in the network's input."""
         scaled = self._scaled(shape)
         top, left = self._corner(scaled)
-        canvas = np.full(scaled, anomaly_map.min(), dtype=np.float32)
-        canvas[top : top + self.size[0], left : left + self.size[1]] = anomaly_map
-        return image.resize_map(canvas, shape)
-
-    def locate(self, place: tuple[float, float], shape: tuple[int, int]) -> tuple[float, float]:
-        """Where a pixel (x, y) of a photograph of `shape` lies in the network's input."""
-        scaled = self.size if self.resize is None else self._scaled(shape)
-        top, left = (0, 0) if self.resize is None else self._corner(scaled)
         x, y = ((at + 0.5) * new / old for at, new, old in zip(place, scaled[::-1], shape[::-1], strict=True))
+        if pose is not None:
+            x, y = moved((x, y), pose, shape, scaled)
         return min(max(x - left, 0.0), self.size[1] - 0.001), min(max(y - top, 0.0), self.size[0] - 0.001)
 
     def _scaled(self, shape: tuple[int, ...]) -> tuple[int, int]:
-        assert self.resize is not None
+        """The size of the whole photograph, of which the network sees the middle."""
+        if self.resize is None:
+            return self.size
         factor = max(self.resize / min(shape[:2]), self.size[0] / shape[0], self.size[1] / shape[1])
         return max(self.size[0], round(shape[0] * factor)), max(self.size[1], round(shape[1] * factor))
 
@@ -88,6 +104,7 @@ class Batch(Generic[Item]):
     pixels: npt.NDArray[np.uint8]  # (B, 3, height, width)
     items: list[Item]  # B of them, in order
     shapes: list[tuple[int, int]]  # of the photographs as read
+    poses: list[Pose | None] = field(default_factory=list)  # that their parts were found in
     failures: list[tuple[Item, BadImage]] = field(default_factory=list)
     was_read: list[bool] = field(default_factory=list)  # of each photograph, in order
 
@@ -177,9 +194,9 @@ def batches(
     A photograph that cannot be read becomes a failure of its batch; the others go on. One alone needs no thread.
     """
 
-    def prepare(item: Item) -> tuple[npt.NDArray[np.uint8], tuple[int, int]]:
+    def prepare(item: Item) -> _Prepared:
         rgb, shape = item.read(preprocessing.enough)
-        return preprocessing(rgb), shape
+        return *preprocessing.posed(rgb), shape
 
     source = iter(items)
     first = list(islice(source, 3 * batch_size))
@@ -199,14 +216,12 @@ def batches(
                 future.cancel()
 
 
-def _gather(
-    now: Sequence[tuple[Item, Callable[[], tuple[npt.NDArray[np.uint8], tuple[int, int]]]]], size: tuple[int, int]
-) -> Batch[Item]:
+def _gather(now: Sequence[tuple[Item, Callable[[], _Prepared]]], size: tuple[int, int]) -> Batch[Item]:
     batch: Batch[Item] = Batch(np.empty((0, 3, *size), np.uint8), [], [])
     pixels = []
     for item, read in now:
         try:
-            rgb, shape = read()
+            rgb, pose, shape = read()
         except BadImage as error:
             batch.failures.append((item, error))
             batch.was_read.append(False)
@@ -215,6 +230,7 @@ def _gather(
         pixels.append(rgb)
         batch.items.append(item)
         batch.shapes.append(shape)
+        batch.poses.append(pose)
     if pixels:
         batch.pixels = np.ascontiguousarray(np.stack(pixels).transpose(0, 3, 1, 2))
     return batch

@@ -28,7 +28,7 @@ from kizu.data.image import Float
 from kizu.data.preprocessing import Preprocessing, Readable, Stack, batches
 from kizu.data.progress import Progress, silent
 from kizu.detectors.augmentation import Augmentation
-from kizu.detectors.fitting import AfterRound, FitContext, FitResult, ignore_round, timed
+from kizu.detectors.fitting import AfterRound, FitContext, FitResult, OnePose, ignore_round, timed
 from kizu.detectors.ram import budget
 from kizu.errors import BadImage, DataError, ModelError, OptionError
 from kizu.features.backbone import weights_hash
@@ -106,6 +106,7 @@ class Detector(Inspector):
         self.remarks, self.seconds = [], {}
         memory_bytes = self._memory_bytes(memory)
         with ExitStack() as open_files:
+            one_pose = self._one_pose(good, progress) if self.config.align else None
             with timed("decode", self.seconds):
                 photos, items = self.read(good, memory_bytes // 8, skip_bad, progress)
                 open_files.enter_context(photos)
@@ -128,13 +129,26 @@ class Detector(Inspector):
                 photos=photos,
                 held_out=others,
                 groups=groups[0] if self.grouped else None,
+                inspected=None if one_pose is None else one_pose.inspected,
                 memory_bytes=memory_bytes,
                 progress=progress,
                 checkpoint=None if checkpoint is None else Path(checkpoint),
                 after_round=after_round or ignore_round,
                 seconds=self.seconds,
             )
-            return self._learn_from(context, items, groups, copies)
+            self._learn_from(context, items, groups, copies)
+            if one_pose is not None:
+                self.facts["alignment"] = one_pose.facts
+            return self
+
+    def _one_pose(self, good: Any, progress: Progress) -> OnePose | None:
+        """The pose that good photographs are turned to, before any is read for learning."""
+        with timed("alignment", self.seconds):
+            one_pose = OnePose.learned(items_of(good), replace(self.preprocessing, alignment=None), progress)
+        if one_pose is not None:
+            self.preprocessing = one_pose.preprocessing
+            self.remarks.append(one_pose.remark)
+        return one_pose
 
     def _memory_bytes(self, memory: str | int | None) -> int:
         """What may be used of the machine's, and of the GPU's."""
@@ -342,6 +356,7 @@ class Detector(Inspector):
             "method": self.method,
             "config": self.config.model_dump(mode="json"),
             "backbone": self.pretrained(),
+            **({} if (alignment := self.preprocessing.alignment) is None else {"alignment": alignment.to_text()}),
             "threshold": {
                 "value": self.threshold.value if self.threshold.count else None,
                 "rate": self.threshold.rate,

@@ -7,15 +7,21 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from torch import nn
 
 from kizu.calibration.groups import highest
-from kizu.data.preprocessing import Stack
+from kizu.data.alignment import Alignment, inspected
+from kizu.data.preprocessing import Preprocessing, Readable, Stack
 from kizu.data.progress import Progress, silent
 from kizu.detectors.ram import release
+from kizu.errors import BadImage
 
-__all__ = ["AfterRound", "FitContext", "FitResult", "Split", "ignore_round", "timed"]
+__all__ = ["AfterRound", "FitContext", "FitResult", "OnePose", "Split", "ignore_round", "timed"]
 
+ALIGNED = 32  # photographs that the reference pose is learned from
+ALIKE = 0.5  # likeness below which photographs do not show one part
 AfterRound = Callable[[nn.Module, int], None]  # hears of each round of a training: the graph as it is, and the number
 
 
@@ -46,10 +52,62 @@ class FitContext:
     after_round: AfterRound = ignore_round
     seconds: dict[str, float] = field(default_factory=dict)  # spent so far, by stage
     groups: Sequence[int] | None = None  # a number for each photo, equal for those that belong together
+    inspected: npt.NDArray[np.bool_] | None = None  # (H, W): the pixels that count, where not all of them do
 
     def timed(self, stage: str) -> AbstractContextManager[None]:
         """Add the time spent inside to `seconds[stage]`; leave no freed memory behind."""
         return timed(stage, self.seconds)
+
+
+@dataclass(frozen=True)
+class OnePose:
+    """The pose that photographs are turned to, and what that leaves of them."""
+
+    preprocessing: Preprocessing
+    inspected: npt.NDArray[np.bool_] | None  # (H, W): pixels that lie in the photographs of nearly all poses
+    facts: dict[str, Any]
+
+    @classmethod
+    def learned(cls, items: Sequence[Readable], preprocessing: Preprocessing, progress: Progress) -> "OnePose | None":
+        """From good photographs, spread evenly over all; None where none can be read."""
+        photos, shapes = [], []
+        numbers = sorted({*np.linspace(0, len(items) - 1, min(ALIGNED, len(items))).round().astype(int).tolist()})
+        for done, number in enumerate(numbers, 1):
+            try:
+                photo, shape = items[number].read(preprocessing.enough)
+            except BadImage:  # it is reported when all are read
+                continue
+            photos.append(photo)
+            shapes.append(shape)
+            progress("Alignment", done, len(numbers))
+        if not photos:
+            return None
+        alignment, poses = Alignment.learned(photos)
+        seen = inspected(poses, shapes, preprocessing.size)
+        degrees = [pose.degrees for pose in poses]
+        facts = {
+            "degrees": [round(min(degrees)), round(max(degrees))],
+            "shift": round(float(max(abs(length) for pose in poses for length in pose.shift)), 3),
+            "likeness": round(float(np.median([pose.likeness for pose in poses])), 3),
+            "inspected": round(float(seen.mean()), 3),
+        }
+        return cls(replace(preprocessing, alignment=alignment), None if seen.all() else seen, facts)
+
+    @property
+    def remark(self) -> str:
+        """What was done to the photographs, for the user."""
+        if self.facts["likeness"] < ALIKE:
+            return (
+                f"The photographs are too unlike each other to be aligned (likeness {self.facts['likeness']:.2f}, "
+                f"{ALIKE} at least is usual): without `align=True` they stay as they are."
+            )
+        first, last = self.facts["degrees"]
+        done = (
+            f"Photographs are turned ({first}° to {last}°) and shifted (up to {self.facts['shift']:.0%}) to one pose."
+        )
+        if self.inspected is None:
+            return done
+        return done + f" {self.facts['inspected']:.0%} of the frame is inspected: the rest lies outside in other poses."
 
 
 @dataclass

@@ -239,7 +239,7 @@ def _usable(
 
 def _restored(prediction: "Prediction") -> npt.NDArray[np.float32]:
     """The anomaly map over the photograph, not kept."""
-    return prediction.detector.preprocessing.restore(prediction.input_map, prediction.shape)
+    return prediction.map_of(prediction.shape)
 
 
 def _mask(sample: Sample, prediction: "Prediction") -> npt.NDArray[np.bool_]:

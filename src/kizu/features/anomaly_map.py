@@ -1,5 +1,7 @@
 """From a grid of patch scores to an anomaly map over the whole input."""
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -11,11 +13,13 @@ class MapUpsampling(nn.Module):
     """Bilinear upsampling, then Gaussian smoothing with a mirrored border.
 
     Both are linear along each axis, so together they are one matrix a side: map = R · grid · Cᵀ. The grid covers the
-    map evenly, or its first point lies on pixel `first` and the others follow every `stride` pixels.
+    map evenly, or its first point lies on pixel `first` and the others follow every `stride` pixels. Of a part of the
+    input that is not inspected, `only_inspected` takes the grid's scores away.
     """
 
     rows: Tensor
     columns: Tensor
+    inspected: Tensor | None  # (h, w) bool; None: all of the grid
 
     def __init__(
         self,
@@ -28,6 +32,20 @@ class MapUpsampling(nn.Module):
         super().__init__()
         self.register_buffer("rows", _matrix(grid[0], size[0], sigma, first, stride))  # (H, h)
         self.register_buffer("columns", _matrix(grid[1], size[1], sigma, first, stride))  # (W, w)
+        self.register_buffer("inspected", None)
+
+    def inspect(self, pixels: npt.NDArray[np.bool_] | None) -> None:
+        """Inspect the places of the grid of which half or more lie on these pixels (H, W) of the input."""
+        if pixels is not None:
+            grid = self.rows.shape[1], self.columns.shape[1]
+            shares = F.adaptive_avg_pool2d(torch.from_numpy(pixels)[None, None].float(), grid)[0, 0]
+            self.register_buffer("inspected", (shares >= 0.5).to(self.rows.device))
+
+    def only_inspected(self, grid: Tensor) -> Tensor:
+        """Scores (…, h, w), at what is not inspected as low as the lowest of the image."""
+        if self.inspected is None:
+            return grid
+        return torch.where(self.inspected, grid, grid.amin((-2, -1), keepdim=True))
 
     def forward(self, grid: Tensor) -> Tensor:
         """(B, h, w) → (B, 1, H, W)."""

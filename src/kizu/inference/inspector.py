@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kizu.calibration.threshold import Threshold, by_hand, calibrate, from_finite, pixel_threshold_at
+from kizu.data.alignment import Alignment
 from kizu.data.image import Float, Source, read, resize
 from kizu.data.preprocessing import Batch, Preprocessing, Readable, batches, digests
 from kizu.data.sample import Sample
@@ -126,12 +127,12 @@ class Inspector(ABC):
 
     def _judged(self, batch: Batch[Item]) -> Iterator[tuple[Item, Prediction | BadImage]]:
         scored = self._scored(batch.pixels) if batch.items else []
-        for item, shape, outcome in zip(batch.items, batch.shapes, scored, strict=True):
+        for item, shape, pose, outcome in zip(batch.items, batch.shapes, batch.poses, scored, strict=True):
             if isinstance(outcome, str):
                 yield item, BadImage(name_of(item), outcome)
                 continue
             score, anomaly_map, parts = outcome
-            yield item, Prediction(score, self.threshold.value, anomaly_map, shape, item, self, parts)
+            yield item, Prediction(score, self.threshold.value, anomaly_map, shape, item, self, parts, pose)
 
     def _scored(self, pixels: npt.NDArray[np.uint8]) -> list[tuple[float, Float, dict[str, Any]] | str]:
         """For each image its score, map and parts, or why it has none.
@@ -188,10 +189,10 @@ class Inspector(ABC):
         Empty for methods that remember no patches. Raises `BadImage` when the photograph cannot be read any more.
         """
         height, width = self.preprocessing.size
-        seen = self.preprocessing(prediction.item.read(self.preprocessing.enough)[0])
+        seen, pose = self.preprocessing.posed(prediction.item.read(self.preprocessing.enough)[0])
         evidence = []
         for region, place in places(prediction)[:max_regions]:
-            x, y = self.preprocessing.locate(place, prediction.shape)
+            x, y = self.preprocessing.locate(place, prediction.shape, pose)
             nearest = self.nearest_good(seen, (x, y))
             if nearest is None:
                 return []
@@ -212,7 +213,9 @@ class Inspector(ABC):
         ]
 
     def restore_thresholds(self, about: dict[str, Any]) -> None:
-        """Take thresholds, facts and training from a model.json."""
+        """Take thresholds, alignment, facts and training from a model.json."""
+        if reference := about.get("alignment"):
+            self.preprocessing = replace(self.preprocessing, alignment=Alignment.from_text(reference))
         self.threshold = Threshold.from_json(about["threshold"])
         self.calibration_scores, self.map_peaks = about["calibration_scores"], about["map"]["peaks"]
         self.pixel_threshold, self.heat_map_range = from_finite(about["map"]["level"]), tuple(about["map"]["scale"])

@@ -79,6 +79,7 @@ class _Training(_Open):
 class _Config(_Open):
     size: list[Annotated[int, Field(ge=8, le=65536)]] = Field(min_length=2, max_length=2)
     resize: int | None = Field(ge=8, le=65536)
+    align: bool = False
 
 
 class _Tolerance(_Saved):
@@ -119,6 +120,7 @@ class _Model(_Saved):
     method: str = Field(min_length=1)
     config: _Config
     backbone: dict[str, str]
+    alignment: str | None = None  # its reference, a picture
     threshold: _Threshold
     calibration_scores: list[float]
     map: _Map
@@ -133,6 +135,8 @@ class _Model(_Saved):
     def _agrees(self) -> Self:
         if (self.files is None) != (self.seal is None):
             raise ValueError("files and seal come together")
+        if self.config.align != (self.alignment is not None):
+            raise ValueError("a model that aligns photographs has a reference, and no other has one")
         threshold = self.threshold
         follows = calibrate(self.calibration_scores, threshold.rate)
         if not threshold.tuned and (from_finite(threshold.value), threshold.count) != (follows.value, follows.count):

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from kizu.calibration.threshold import p_value
 from kizu.data import image
+from kizu.data.alignment import Pose
 from kizu.data.image import Float, Source
 from kizu.data.preprocessing import Readable
 from kizu.data.sample import Sample
@@ -87,6 +88,7 @@ class Prediction:
     item: Readable
     detector: "Inspector"
     parts: dict[str, Any] = field(default_factory=dict)  # what the score is made of, where the method says more
+    pose: Pose | None = None  # that the part was found in, by a model that aligns photographs
 
     def __iter__(self) -> Iterator[Any]:
         return iter((self.score, self.anomaly_map))
@@ -129,7 +131,11 @@ class Prediction:
     @cached_property
     def anomaly_map(self) -> Float:
         """(H, W) float32 over the photograph: how anomalous each pixel's surroundings are."""
-        return self.detector.preprocessing.restore(self.input_map, self.shape)
+        return self.map_of(self.shape)
+
+    def map_of(self, size: tuple[int, int]) -> Float:
+        """The anomaly map scaled to another (height, width), and not kept."""
+        return self.detector.preprocessing.restore(self.input_map, size, self.pose)
 
     @property
     def marked(self) -> npt.NDArray[np.bool_]:

@@ -106,7 +106,7 @@ def map_shape(photograph: tuple[int, int], longest: int) -> tuple[int, int]:
 def _map(prediction: Prediction, model: Inspector, format: Literal["png", "npy"], longest: int) -> Map:
     """The map over the whole photograph, its longer side at most so many pixels; 0: as the photograph."""
     shape = map_shape(prediction.shape, longest)
-    values = model.preprocessing.restore(prediction.input_map, shape)
+    values = prediction.map_of(shape)
     low = min(model.heat_map_range[0], float(values.min()))
     high = max(model.heat_map_range[1], float(values.max()), low + 1e-9)
     buffer = io.BytesIO()

@@ -48,6 +48,7 @@ class EfficientAD(Detector):
         with torch.random.fork_rng(devices):
             torch.manual_seed(config.seed)
             graph = EfficientADGraph(config, network).to(self.device)
+            graph.upsample.inspect(context.inspected)
             with context.timed("teacher"):
                 self._measure(graph, photos, split.train, progress)
             with context.timed("training"):
@@ -118,7 +119,9 @@ class EfficientAD(Detector):
     @classmethod
     def restore_graph(cls, config: Any, tensors: dict[str, Tensor]) -> nn.Module:
         state = {key.removeprefix("teacher."): value for key, value in tensors.items() if key.startswith("teacher.")}
-        return EfficientADGraph(config, teacher.assemble(state, "the model's teacher"))
+        graph = EfficientADGraph(config, teacher.assemble(state, "the model's teacher"))
+        graph.upsample.inspected = tensors.get("upsample.inspected")
+        return graph
 
 
 def quantile(values: npt.NDArray[np.float32], share: float) -> float:

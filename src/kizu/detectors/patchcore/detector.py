@@ -84,6 +84,7 @@ class PatchCore(Detector):
             coresets = self._embed(graph, context)
         with context.timed("coreset"), tidy():
             radii = _fill_banks(graph, coresets, context)
+            graph.upsample.inspect(context.inspected)
         facts: dict[str, Any] = {
             "bank": [len(bank.entries) for bank in graph.banks],
             "dimension": [bank.entries.shape[1] for bank in graph.banks],
@@ -269,6 +270,8 @@ class PatchCore(Detector):
         """
         graphs = [part._single("merged") for part in parts]
         first = parts[0]
+        if any(part.preprocessing != first.preprocessing for part in parts):
+            raise ModelError("Models that align photographs cannot be merged: each turns them to a pose of its own.")
         settings = {part.config.model_copy(update={"seed": 0}) for part in parts}
         if len(settings) > 1 or len({weights_hash(graph) for graph in graphs}) > 1:
             raise ModelError("Only models with the same settings and the same backbone can be merged.")
@@ -378,6 +381,7 @@ def _restore(config: PatchCoreConfig, tensors: dict[str, Tensor], prefix: str) -
     buffers = ("entries", "images", "places", "sums", "counts", "centres", "sizes")
     banks = [Bank(*(tensors[f"{name}.{buffer}"] for buffer in buffers)) for name in names]
     graph.set_banks(banks, [(height, width) for height, width in tensors[f"{prefix}grid_sizes"].tolist()])
+    graph.upsample.inspected = tensors.get(f"{prefix}upsample.inspected")
     return graph
 
 

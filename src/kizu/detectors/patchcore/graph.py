@@ -40,7 +40,10 @@ class PatchCoreGraph(nn.Module):
             for bank in banks:
                 bank.quantise = partial(QuantisedIndex, on_gpu=self.config.faiss_on_gpu)
         self.register_buffer("grid_sizes", torch.tensor(grids))  # so that a saved model knows them
+        before = getattr(self, "upsample", None)
         self.upsample = MapUpsampling(grids[0], self.config.size, self.config.smoothing).to(banks[0].entries.device)
+        if before is not None:
+            self.upsample.inspected = before.inspected
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         return self._with_maps(self.score_images(images))
@@ -140,6 +143,7 @@ class PatchCoreGraph(nn.Module):
         if len(grids) > 1:
             align = partial(F.interpolate, size=self.grids[0], mode="bilinear", align_corners=False)
             grid = torch.stack([grid, *map(align, grids[1:])]).mean(0)
+        grid = self.upsample.only_inspected(grid)
         flat = grid.flatten(1)
         most = max(1, round(self.config.top * flat.shape[1]))
         scores = flat.topk(most, dim=1).values.mean(1)

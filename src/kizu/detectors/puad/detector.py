@@ -101,6 +101,8 @@ class PUAD(Detector):
     ) -> None:
         """From a config or its fields. A `fitted_base` stays as it is, and only scores what is held out."""
         super().__init__(config, **settings)
+        if fitted_base is not None and fitted_base.preprocessing.alignment is not None:
+            raise ModelError("A base that aligns photographs cannot be given: let PUAD train it, with `align=True`.")
         self.fitted_base = fitted_base
 
     def learn(self, context: FitContext) -> FitResult:

@@ -79,6 +79,7 @@ class SimpleNet(Detector):
         if self.config.auto_noise:
             graph.unit.fill_(as_rows(features).std(0, correction=0).mean().clamp(min=1e-6))
         graph.complete(features.shape[1], (features.shape[2], features.shape[3]))
+        graph.upsample.inspect(context.inspected)
         if self.config.train_backbone or self.augmentation is not None:
             return None
         store = FeatureStore(len(train), features[0, 0].numel(), features.shape[1], context.memory_bytes // 3)
@@ -118,12 +119,15 @@ class SimpleNet(Detector):
         network, weight = first_layer(config)
         dimension = tensors[f"{network.removeprefix('pre_')}.{weight}"].shape[1]
         graph.complete(dimension, (tensors["upsample.rows"].shape[1], tensors["upsample.columns"].shape[1]))
+        graph.upsample.inspected = tensors.get("upsample.inspected")
         return graph
 
     def save_to_path(self, folder: str | os.PathLike[str]) -> Path:
         """Write `ckpt.pth` and `params.pkl` in the published layout; the backbone's weights are not inside."""
         if not isinstance(self.graph, SimpleNetGraph):
             raise ModelError("There is nothing to save: call fit first.")
+        if self.preprocessing.alignment is not None:
+            raise ModelError("The published layout knows no alignment: save the model by `save`.")
         states = {"discriminator": self.graph.discriminator.state_dict()}
         if self.config.pre_proj:
             states["pre_projection"] = self.graph.projection.state_dict()

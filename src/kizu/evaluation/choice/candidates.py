@@ -6,7 +6,16 @@ from typing import Any
 from kizu.config import Augmented, PatchCoreConfig
 from kizu.features import backbone
 
-__all__ = ["LARGER", "SMALLER", "at_two_sizes", "in_any_pose", "in_proportion", "other_size", "seen_wider"]
+__all__ = [
+    "LARGER",
+    "SMALLER",
+    "at_two_sizes",
+    "in_any_pose",
+    "in_one_pose",
+    "in_proportion",
+    "other_size",
+    "seen_wider",
+]
 
 STEP = 32  # pixels: each side of an input is a multiple of it, so that every layer's grid covers it
 LARGER, SMALLER = 1.4, 0.8  # factors of both sides
@@ -56,12 +65,18 @@ def at_two_sizes(config: PatchCoreConfig, size: tuple[int, int]) -> dict[str, An
     return {**wider, "size": larger, "layers": layers}
 
 
+def in_one_pose(config: PatchCoreConfig) -> dict[str, Any] | None:
+    """Each photograph turned to one pose first; None where the settings say so already, or how to vary photographs."""
+    given = {"align", *Augmented.model_fields} & config.model_fields_set
+    return None if given else {"align": True}
+
+
 def in_any_pose(config: PatchCoreConfig) -> dict[str, Any] | None:
     """Turned copies of each photograph, of which banks keep a smaller share; None where the settings say how to vary.
 
     There are five times as many patches, and nearly as much is alike among them: banks of twice the size do.
     """
-    if config.model_fields_set.intersection(Augmented.model_fields):
+    if config.align or config.model_fields_set.intersection(Augmented.model_fields):
         return None
     given = "coreset" in config.model_fields_set
     return {"rotate_degrees": 180.0} | ({} if given else {"coreset": SHARE_OF_TURNED * config.coreset})

@@ -2,7 +2,8 @@
 
 From the given settings on, one thing is changed at a time, and kept where it finds clearly more of the made-up defects.
 What may be chance, among so few photographs, is left as it was. Only what sees more, wider and at two sizes, is kept
-unless it finds clearly less, and copies in any pose where good parts that are turned look as usual as they were.
+unless it finds clearly less, and copies in any pose where good parts that are turned look as usual as they were and
+turning each photograph to one pose does not find more.
 """
 
 import os
@@ -22,6 +23,7 @@ from kizu.evaluation.choice.candidates import (
     SMALLER,
     at_two_sizes,
     in_any_pose,
+    in_one_pose,
     in_proportion,
     other_size,
     seen_wider,
@@ -161,18 +163,22 @@ class _Course:
         size = in_proportion(self.config.size, self.material.shape) if free else self.config.size
         self.kept = {"size": size} if size != self.config.size else {}
         self.against, detector = self._tried(self.kept)
-        if change := in_any_pose(self.config):
-            self._consider_poses(change, detector)
+        if poses := [change for change in (in_one_pose(self.config), in_any_pose(self.config)) if change]:
+            self._consider_poses(poses, detector)
         if not (wider and self._consider_wider(size, free)) and free:
             self._consider_sizes(size)
 
-    def _consider_poses(self, change: Settings, detector: PatchCore) -> None:
-        """Copies in any pose, where good parts that are turned do not look strange."""
+    def _consider_poses(self, changes: list[Settings], detector: PatchCore) -> None:
+        """One pose for all, or else copies in any pose, where good parts that are turned do not look strange."""
         strange = strange_when_turned(detector, self.material)
         if strange > STRANGE:
-            self.reasons.append(f"{words(change)}: not tried, because good parts look strange when they are turned.")
-        else:
-            self._consider(change, favoured="good parts look usual when they are turned" if strange < USUAL else "")
+            both = " and ".join(map(words, changes))
+            self.reasons.append(f"{both}: not tried, because good parts look strange when they are turned.")
+            return
+        for change in changes:
+            favoured = "rotate_degrees" in change and strange < USUAL
+            if self._consider(change, favoured="good parts look usual when they are turned" if favoured else ""):
+                break
 
     def _consider_wider(self, size: tuple[int, int], free: bool) -> bool:
         """What sees more of the whole part, at two sizes if there is room for them; whether it is kept.
@@ -303,7 +309,8 @@ class _Course:
 def words(settings: Settings) -> str:
     """What settings of a choice do, as in "size 320x320 and 448x448, wider, any pose".
 
-    Wider: larger neighbourhoods and a coarser layer. Any pose: turned copies.
+    Wider: larger neighbourhoods and a coarser layer. One pose: each photograph is turned to it first. Any pose: turned
+    copies are learned from too.
     """
     parts = []
     if "size" in settings:
@@ -312,5 +319,6 @@ def words(settings: Settings) -> str:
             "size " + " and ".join(f"{height}x{width}" for height, width in sorted(look.size for look in looks))
         )
     parts += ["wider"] if "layers" in settings else []
+    parts += ["one pose"] if settings.get("align") else []
     parts += ["any pose"] if "rotate_degrees" in settings else []
     return ", ".join(parts)

@@ -232,7 +232,16 @@ def _milliseconds(detector: PatchCore, items: Sequence[Readable], growth: float)
         detector(batch.pixels)
         both = time.perf_counter() - start
         seconds.append(both + (growth - 1) * detector.search_seconds(batch.pixels))
+        if detector.preprocessing.alignment is not None:
+            seconds[-1] += _aligning_seconds(detector, batch.items[0])
     return 1000 * statistics.median(seconds[1:])
+
+
+def _aligning_seconds(detector: Detector, item: Readable) -> float:
+    photo, _ = item.read(detector.preprocessing.enough)
+    start = time.perf_counter()
+    detector.preprocessing(photo)
+    return time.perf_counter() - start
 
 
 def _each_part_once(

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from kizu.data import files, image
-from kizu.data.demo_flange import DEFECTS, Job, Studio, new_studio, photograph
+from kizu.data.demo.flange import DEFECTS, Job, Studio, new_studio, photograph
 from kizu.errors import DataError, OptionError
 
 __all__ = ["DEFECTS", "render"]

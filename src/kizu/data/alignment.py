@@ -1,0 +1,294 @@
+"""One pose for all photographs: how far a part is turned and shifted, found from the photograph itself.
+
+Everything is numpy and Pillow, so that a model aligns alike while it is trained, exported and served.
+"""
+
+import base64
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from kizu.data import image
+from kizu.data.image import RGB, Float
+
+__all__ = ["Alignment", "Pose", "inspected", "laid_back", "moved", "turned"]
+
+COARSE, FINE = 48, 128  # pixels of the shorter side, for the search and for what refines it
+MARGIN = 0.25  # shares of the shorter side around the middle square: how far a part may be shifted
+STEP = 5  # degrees, of the search
+CANDIDATES, APART = 3, 20  # places of the search that are refined, and the degrees between them
+FIRST_ROUNDS, LAST_ROUNDS = 4, 12  # of refining each, and the best
+MAX_TURN, MAX_SHIFT = 0.1, 4.0  # radians and pixels of one round
+STILL_TURN, STILL_SHIFT = 1e-3, 0.03  # below which a round ends the refining
+ALWAYS_SEEN = 0.95  # share of the good photographs in which a place must lie to be inspected
+FINER = 2  # times the input's size at which a photograph is turned, so that it is blurred alike at any angle
+
+Matrix = npt.NDArray[np.float64]  # (2, 3): places (x, y, 1) of the outcome → places of what it is made from
+
+
+@dataclass(frozen=True)
+class Pose:
+    """How a part lies in a photograph, against the reference."""
+
+    degrees: float  # it is turned, clockwise
+    shift: tuple[float, float]  # right and down, in shares of the photograph's shorter side
+    likeness: float  # correlation with the reference, then, from -1 to 1
+
+
+class Alignment:
+    """A reference, and the search for the pose that makes a photograph most like it.
+
+    The search is exhaustive: the reference, turned by every fifth degree, at every shift, by the fast Fourier
+    transform; the best few are refined by Gauss-Newton steps on the correlation within the largest disc (Evangelidis
+    and Psarakis, 2008, in the inverse form of Baker and Matthews, 2004).
+    """
+
+    def __init__(self, reference: RGB) -> None:
+        """From a reference picture, the mean of aligned good photographs (192, 192, 3)."""
+        self.reference = reference
+        values = np.ascontiguousarray(reference.transpose(2, 0, 1), np.float32)
+        self._set_search(_coarse(values))
+        self._set_refining(values)
+
+    @classmethod
+    def learned(cls, photos: Iterable[RGB]) -> tuple["Alignment", list[Pose]]:
+        """From photographs of good parts: like the first one at first, then like the mean of all that are like it.
+
+        Returns the poses of the photographs too.
+        """
+        looks = [_look(photo, FINE) for photo in photos]
+        alignment = cls(_picture(looks[0]))
+        for unlike in (25, 10):  # percent of the photographs that do not enter the mean
+            poses = [alignment._pose(look) for look in looks]
+            least = np.percentile([pose.likeness for pose in poses], unlike)
+            square = (FINE, FINE)
+            aligned = [
+                _warped(look, _matrix(pose, square, square, look.shape[1:]), look.shape[1:])
+                for look, pose in zip(looks, poses, strict=True)
+                if pose.likeness >= least
+            ]
+            alignment = cls(_picture(np.mean(aligned, axis=0)))
+        return alignment, [alignment._pose(look) for look in looks]
+
+    @classmethod
+    def from_text(cls, text: str) -> Self:
+        """What `to_text` gave."""
+        return cls(image.read(base64.b64decode(text)))
+
+    def to_text(self) -> str:
+        """The reference as a picture without loss, for a model's JSON."""
+        return base64.b64encode(image.encode(self.reference)).decode()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Alignment) and np.array_equal(self.reference, other.reference)
+
+    def __hash__(self) -> int:
+        return hash(self.reference.tobytes())
+
+    def pose(self, photo: RGB) -> Pose:
+        """How the part of a photograph (H, W, 3) lies."""
+        return self._pose(_look(photo, FINE))
+
+    def _pose(self, look: Float) -> Pose:
+        found = [self._refined(look, *place, FIRST_ROUNDS) for place in self._search(look)]
+        best = max(found, key=lambda place: place[-1])
+        angle, x, y, likeness = self._refined(look, *best[:3], LAST_ROUNDS)
+        degrees = (math.degrees(angle) + 180) % 360 - 180
+        shift = round(float(x) / FINE, 5), round(float(y) / FINE, 5)
+        return Pose(round(degrees, 3), shift, round(likeness, 4))
+
+    # The search
+
+    def _set_search(self, reference: Float) -> None:
+        side = reference.shape[1]
+        disc = _disc(side, COARSE / 2 - 0.5)
+        self._disc = np.conj(np.fft.rfft2(disc.astype(np.float32)))
+        self._count = int(disc.sum())
+        templates, energies = [], []
+        for degrees in range(0, 360, STEP):
+            template = _warped(reference, _about_middle(math.radians(-degrees), 0, 0, side), (side, side))
+            template = (template - template[:, disc].mean(1)[:, None, None]) * disc
+            energies.append(float(np.square(template).sum()))
+            templates.append(np.conj(np.fft.rfft2(template)))
+        self._templates = np.stack(templates).astype(np.complex64)  # (angles, 3, side, side // 2 + 1)
+        self._energies = np.array(energies, np.float32)
+        self._shifts = np.r_[0 : round(COARSE * MARGIN) + 1, -round(COARSE * MARGIN) : 0]
+
+    def _search(self, look: Float) -> list[tuple[float, float, float]]:
+        """The best angles in radians, each with its shift (x, y) in pixels of the finer look."""
+        small, side = _coarse(look), _side(COARSE)
+        spectrum = np.fft.rfft2(small).astype(np.complex64)
+        squares = np.fft.rfft2(np.square(small).sum(0))
+        products = np.fft.irfft2((self._templates * spectrum).sum(1), s=(side, side))
+        sums = np.fft.irfft2(spectrum * self._disc, s=(side, side))
+        energies = np.fft.irfft2(squares * self._disc, s=(side, side))
+        spread = np.maximum(energies - np.square(sums).sum(0) / self._count, 1e-3 * max(float(energies.max()), 1e-6))
+        likeness = products / np.sqrt(spread * np.maximum(self._energies, 1e-6)[:, None, None])
+        likeness = likeness[:, self._shifts][:, :, self._shifts].reshape(len(likeness), -1)
+        values, places = likeness.max(1), likeness.argmax(1)
+        found = []
+        for _ in range(CANDIDATES):
+            best = int(values.argmax())
+            row, column = divmod(int(places[best]), len(self._shifts))
+            shift = self._shifts[column] * FINE / COARSE, self._shifts[row] * FINE / COARSE
+            found.append((math.radians(STEP * best), float(shift[0]), float(shift[1])))
+            near = np.arange(best - APART // STEP + 1, best + APART // STEP) % len(values)
+            values[near] = -np.inf
+        return found
+
+    # Refining
+
+    def _set_refining(self, reference: Float) -> None:
+        self._within = _disc(FINE, FINE / 2 - 1)
+        down, right = (_middle(np.asarray(slope)) for slope in np.gradient(reference, axis=(1, 2)))
+        y, x = np.mgrid[:FINE, :FINE] - (FINE - 1) / 2
+        steepest = np.stack([down * x - right * y, right, down], axis=-1)[:, self._within]  # by angle, x and y
+        template, norm = _normalised(_middle(reference)[:, self._within])
+        steepest = ((steepest - steepest.mean(1, keepdims=True)) / norm).reshape(-1, 3)
+        self._template = template.ravel()
+        steepest -= np.outer(self._template, self._template @ steepest)
+        square = steepest.T @ steepest
+        self._solve = np.linalg.inv(square + 1e-6 * max(float(np.trace(square)), 1e-6) * np.eye(3)) @ steepest.T
+
+    def _refined(self, look: Float, angle: float, x: float, y: float, rounds: int) -> tuple[float, float, float, float]:
+        """Angle and shift in pixels that raise the likeness, and the likeness."""
+        best = (angle, x, y, -2.0)
+        for _ in range(rounds + 1):
+            matrix = _about_middle(angle, x, y, look.shape[1])
+            matrix[:, 2] += matrix[:, :2].sum(1) * (look.shape[1] - FINE) / 2  # only the middle is looked at
+            seen, _ = _normalised(_warped(look, matrix, (FINE, FINE))[:, self._within])
+            likeness = float(seen.ravel() @ self._template)
+            if likeness > best[-1]:
+                best = (angle, x, y, likeness)
+            turn, right, down = self._solve @ (seen.ravel() / max(likeness, 0.1) - self._template)
+            turn = float(np.clip(turn, -MAX_TURN, MAX_TURN))
+            length = math.hypot(right, down)
+            slower = min(1.0, MAX_SHIFT / max(length, 1e-9))
+            angle -= turn
+            x -= slower * (math.cos(angle) * right - math.sin(angle) * down)
+            y -= slower * (math.sin(angle) * right + math.cos(angle) * down)
+            if abs(turn) < STILL_TURN and length < STILL_SHIFT:
+                break
+        return best
+
+
+def turned(photo: RGB, pose: Pose, size: tuple[int, int]) -> RGB:
+    """A photograph (H, W, 3) in the reference's pose and of `size` (height, width), mirrored beyond its borders."""
+    finer = FINER * size[0], FINER * size[1]
+    matrix = _matrix(pose, photo.shape[:2], finer, finer)
+    corners = matrix @ [[0, finer[1], 0, finer[1]], [0, 0, finer[0], finer[0]], [1, 1, 1, 1]]
+    beyond = np.concatenate([-corners.min(1)[::-1], corners.max(1)[::-1] - finer])  # top, left, bottom, right
+    top, left, bottom, right = (max(0, math.ceil(length) + 1) for length in beyond.tolist())
+    scaled = Image.fromarray(photo).resize(finer[::-1], Image.Resampling.BICUBIC, reducing_gap=3.0)
+    padded = np.pad(np.asarray(scaled), ((top, bottom), (left, right), (0, 0)), mode="symmetric")
+    matrix[:, 2] += left, top
+    picture = Image.fromarray(padded).transform(finer[::-1], Image.Transform.AFFINE, *_data(matrix))
+    return np.asarray(picture.reduce(FINER))
+
+
+def laid_back(values: Float, pose: Pose, shape: tuple[int, int]) -> Float:
+    """A map (h, w) over the turned photograph of `shape`, back over the photograph as it was; minimum beyond."""
+    height, width = values.shape
+    there = np.vstack([_matrix(pose, shape, (height, width), (height, width)), [0, 0, 1]])
+    picture = Image.fromarray(np.ascontiguousarray(values, dtype=np.float32))
+    least = float(values.min())
+    back = np.linalg.inv(there)[:2]
+    return np.asarray(picture.transform((width, height), Image.Transform.AFFINE, *_data(back), fillcolor=least))
+
+
+def moved(place: tuple[float, float], pose: Pose, shape: tuple[int, int], size: tuple[int, int]) -> tuple[float, float]:
+    """Where a place (x, y) of a photograph of `shape`, scaled to `size`, lies in the turned one."""
+    there = np.vstack([_matrix(pose, shape, size, size), [0, 0, 1]])
+    x, y, _ = np.linalg.inv(there) @ [*place, 1]
+    return float(x), float(y)
+
+
+def inspected(poses: Sequence[Pose], shapes: Sequence[tuple[int, int]], size: tuple[int, int]) -> npt.NDArray[np.bool_]:
+    """(height, width): which places of turned photographs lie within the photographs of these poses, nearly always."""
+    y, x = np.mgrid[: size[0], : size[1]] + 0.5
+    places = np.stack([x.ravel(), y.ravel(), np.ones(x.size)])
+    within = np.zeros(x.size, np.int64)
+    for pose, shape in zip(poses, shapes, strict=True):
+        across, down = _matrix(pose, shape, size, size) @ places
+        within += (across >= 0) & (across <= size[1]) & (down >= 0) & (down <= size[0])
+    return (within >= ALWAYS_SEEN * len(poses)).reshape(size)
+
+
+def _matrix(pose: Pose, shape: Sequence[int], size: Sequence[int], canvas: Sequence[int]) -> Matrix:
+    """Places of the turned picture → places of the photograph of `shape`, both scaled to `size`, amid a `canvas`."""
+    shorter = min(shape[:2])
+    scale = np.array([size[1] / shape[1], size[0] / shape[0]]) * shorter  # pixels of a shorter side, across and down
+    angle = math.radians(pose.degrees)
+    turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+    turn = turn * scale[:, None] / scale
+    middle = np.array([canvas[1], canvas[0]]) / 2
+    return np.column_stack([turn, middle + scale * pose.shift - turn @ middle])
+
+
+def _about_middle(angle: float, x: float, y: float, side: int) -> Matrix:
+    """As `_matrix`, of a square picture, in radians and pixels."""
+    pose = Pose(math.degrees(angle), (x / side, y / side), 0)
+    return _matrix(pose, (side, side), (side, side), (side, side))
+
+
+def _data(matrix: Matrix) -> tuple[tuple[float, ...], Image.Resampling]:
+    return tuple(matrix.ravel().tolist()), Image.Resampling.BILINEAR
+
+
+def _warped(layers: Float, matrix: Matrix, size: Sequence[int]) -> Float:
+    """Layers (C, H, W) seen through a matrix, (C, height, width)."""
+    pictures = [Image.fromarray(layer) for layer in layers]
+    seen = [picture.transform((size[1], size[0]), Image.Transform.AFFINE, *_data(matrix)) for picture in pictures]
+    return np.stack([np.asarray(picture) for picture in seen])
+
+
+def _look(photo: RGB, side: int) -> Float:
+    """(3, S, S): a photograph with a shorter side of `side` pixels, amid a square, its borders drawn out to fill it."""
+    height, width = photo.shape[:2]
+    scale = side / min(height, width)
+    values = image.resize(photo, (max(side, round(scale * height)), max(side, round(scale * width)))).astype(np.float32)
+    for axis in (0, 1):
+        missing = _side(side) - values.shape[axis]
+        if missing > 0:
+            around = [(0, 0), (0, 0), (0, 0)]
+            around[axis] = missing // 2, missing - missing // 2
+            values = np.pad(values, around, mode="edge")
+        else:
+            values = np.take(values, np.arange(_side(side)) - missing // 2, axis=axis)
+    return np.ascontiguousarray(values.transpose(2, 0, 1))
+
+
+def _picture(look: Float) -> RGB:
+    return look.transpose(1, 2, 0).round().clip(0, 255).astype(np.uint8)
+
+
+def _coarse(look: Float) -> Float:
+    side = _side(COARSE)
+    return np.stack([image.resize_map(layer, (side, side)) for layer in look])
+
+
+def _middle(layers: Float) -> Float:
+    margin = (layers.shape[1] - FINE) // 2
+    return layers[:, margin : margin + FINE, margin : margin + FINE]
+
+
+def _side(shorter: int) -> int:
+    """Of the square around a photograph."""
+    return round(shorter * (1 + 2 * MARGIN))
+
+
+def _disc(side: int, radius: float) -> npt.NDArray[np.bool_]:
+    y, x = np.mgrid[:side, :side] - (side - 1) / 2
+    return np.asarray(y * y + x * x <= radius * radius)
+
+
+def _normalised(values: Float) -> tuple[Float, float]:
+    """(C, N) with each layer's mean taken off and of length 1 together, and the length before."""
+    centred = values - values.mean(1, keepdims=True)
+    length = max(float(np.linalg.norm(centred)), 1e-6)
+    return centred / length, length
