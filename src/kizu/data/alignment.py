@@ -18,15 +18,15 @@ from kizu.data.image import RGB, Float
 
 __all__ = ["Alignment", "Pose", "inspected", "laid_back", "moved", "turned"]
 
-COARSE, FINE = 48, 128  # pixels of the shorter side, for the search and for what refines it
+COARSE, FINE = 48, 96  # pixels of the shorter side, for the search and for what refines it
 MARGIN = 0.25  # shares of the shorter side around the middle square: how far a part may be shifted
 STEP = 5  # degrees, of the search
 CANDIDATES, APART = 3, 20  # places of the search that are refined, and the degrees between them
-FIRST_ROUNDS, LAST_ROUNDS = 4, 12  # of refining each, and the best
+FIRST_ROUNDS, LAST_ROUNDS = 2, 12  # of refining each, and the best
 MAX_TURN, MAX_SHIFT = 0.1, 4.0  # radians and pixels of one round
 STILL_TURN, STILL_SHIFT = 1e-3, 0.03  # below which a round ends the refining
 ALWAYS_SEEN = 0.95  # share of the good photographs in which a place must lie to be inspected
-FINER = 2  # times the input's size at which a photograph is turned, so that it is blurred alike at any angle
+DENSE = 1.5  # times the input's size, above which a photograph is scaled down before it is turned
 
 Matrix = npt.NDArray[np.float64]  # (2, 3): places (x, y, 1) of the outcome → places of what it is made from
 
@@ -49,7 +49,7 @@ class Alignment:
     """
 
     def __init__(self, reference: RGB) -> None:
-        """From a reference picture, the mean of aligned good photographs (192, 192, 3)."""
+        """From a reference picture, the mean of aligned good photographs (144, 144, 3)."""
         self.reference = reference
         values = np.ascontiguousarray(reference.transpose(2, 0, 1), np.float32)
         self._set_search(_coarse(values))
@@ -179,16 +179,21 @@ class Alignment:
 
 def turned(photo: RGB, pose: Pose, size: tuple[int, int]) -> RGB:
     """A photograph (H, W, 3) in the reference's pose and of `size` (height, width), mirrored beyond its borders."""
-    finer = FINER * size[0], FINER * size[1]
-    matrix = _matrix(pose, photo.shape[:2], finer, finer)
-    corners = matrix @ [[0, finer[1], 0, finer[1]], [0, 0, finer[0], finer[0]], [1, 1, 1, 1]]
-    beyond = np.concatenate([-corners.min(1)[::-1], corners.max(1)[::-1] - finer])  # top, left, bottom, right
-    top, left, bottom, right = (max(0, math.ceil(length) + 1) for length in beyond.tolist())
-    scaled = Image.fromarray(photo).resize(finer[::-1], Image.Resampling.BICUBIC, reducing_gap=3.0)
-    padded = np.pad(np.asarray(scaled), ((top, bottom), (left, right), (0, 0)), mode="symmetric")
+    shape = photo.shape[:2]
+    dense = round(DENSE * size[0]), round(DENSE * size[1])
+    if shape[0] > dense[0] or shape[1] > dense[1]:
+        photo = image.resize(photo, (min(shape[0], dense[0]), min(shape[1], dense[1])))
+    scale = np.array([photo.shape[1] / size[1], photo.shape[0] / size[0]])[:, None]
+    matrix = scale * _matrix(pose, shape, size, size)
+    corners = matrix @ [[0, size[1], 0, size[1]], [0, 0, size[0], size[0]], [1, 1, 1, 1]]
+    beyond = np.concatenate([-corners.min(1)[::-1], corners.max(1)[::-1] - photo.shape[:2]])
+    top, left, bottom, right = (max(0, math.ceil(length) + 2) for length in beyond.tolist())
+    padded = np.pad(photo, ((top, bottom), (left, right), (0, 0)), mode="symmetric")
     matrix[:, 2] += left, top
-    picture = Image.fromarray(padded).transform(finer[::-1], Image.Transform.AFFINE, *_data(matrix))
-    return np.asarray(picture.reduce(FINER))
+    picture = Image.fromarray(padded)
+    coefficients = tuple(matrix.ravel().tolist())
+    seen = picture.transform(size[::-1], Image.Transform.AFFINE, coefficients, Image.Resampling.BICUBIC)
+    return np.asarray(seen)
 
 
 def laid_back(values: Float, pose: Pose, shape: tuple[int, int]) -> Float:
