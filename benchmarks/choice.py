@@ -2,6 +2,7 @@
 
 python benchmarks/choice.py                      the categories at hand, a table and benchmarks/results/choice.csv
 python benchmarks/choice.py DATA…                fewer
+python benchmarks/choice.py --only "pill, turned"  one of them, whose rows replace those in the table
 
 The candidates are those that `kizu train --auto` tries, what it takes of them together, and a larger input alone. Each
 is judged on the made-up defects and, with the same model, on the test photographs, of which the choice knows nothing.
@@ -11,6 +12,7 @@ lies behind the part continued at the margin.
 """
 
 import argparse
+import csv
 import math
 import sys
 import tempfile
@@ -47,19 +49,30 @@ TURNED = ("pill", "transistor")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", nargs="*")
+    parser.add_argument("--only", help="the category of this name, whose rows replace those in the table")
     options = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         for folder in options.data or present():
             data = dataset.find(Path(folder))
             for category in data.categories:
-                rows += compared(data, category)
-                if category in TURNED:
-                    rows += compared(turned(data, category, Path(scratch)), f"{category}, turned")
+                if options.only in (None, category):
+                    rows += compared(data, category)
+                if category in TURNED and options.only in (None, name := f"{category}, turned"):
+                    rows += compared(turned(data, category, Path(scratch)), name)
     print_table(rows)
     print(f"\n{machine()['summary']}")
     if not options.data:
-        write_csv(TARGET, rows[0], map(dict.values, rows))
+        _keep(rows)
+
+
+def _keep(rows: list[dict[str, str]]) -> None:
+    """Write down these rows, in the place of those of the same categories."""
+    found = list(csv.DictReader(TARGET.read_text().splitlines())) if TARGET.exists() else []
+    new = {row["category"] for row in rows}
+    names = dict.fromkeys(row["category"] for row in [*found, *rows])
+    kept = [row for name in names for row in (rows if name in new else found) if row["category"] == name]
+    write_csv(TARGET, rows[0], map(dict.values, kept))
 
 
 def turned(data: dataset.Dataset, category: str, scratch: Path) -> dataset.Dataset:

@@ -2,8 +2,8 @@
 
 From the given settings on, one thing is changed at a time, and kept where it finds clearly more of the made-up defects.
 What may be chance, among so few photographs, is left as it was. Only what sees more, wider and at two sizes, is kept
-unless it finds clearly less, and copies in any pose where good parts that are turned look as usual as they were and
-turning each photograph to one pose does not find more.
+unless it finds clearly less, and so is one pose for all, or else copies in any pose, where good parts that are turned
+look as usual as they were.
 """
 
 import os
@@ -175,10 +175,8 @@ class _Course:
             both = " and ".join(map(words, changes))
             self.reasons.append(f"{both}: not tried, because good parts look strange when they are turned.")
             return
-        for change in changes:
-            favoured = "rotate_degrees" in change and strange < USUAL
-            if self._consider(change, favoured="good parts look usual when they are turned" if favoured else ""):
-                break
+        favoured = "good parts look usual when they are turned" if strange < USUAL else ""
+        any(self._consider(change, favoured=favoured) for change in changes)
 
     def _consider_wider(self, size: tuple[int, int], free: bool) -> bool:
         """What sees more of the whole part, at two sizes if there is room for them; whether it is kept.
