@@ -95,7 +95,7 @@ def compared(data: dataset.Dataset, category: str, name: str = "") -> list[dict[
     tried: list[tuple[dict[str, Any], float, float, float]] = []
     materials: list[Material] = []
 
-    def judged(detector: PatchCore, settings: dict[str, Any], material: Material, *_: Any) -> Trial:
+    def judged(detector: PatchCore, settings: dict[str, Any], material: Material, *_: Any, **__: Any) -> Trial:
         start = time.perf_counter()
         trial = run_trial(detector, settings, material)
         materials.append(material)

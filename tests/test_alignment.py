@@ -66,7 +66,7 @@ def alignment():
 
 @pytest.fixture(scope="module")
 def fitted():
-    return kizu.PatchCore(size=96, coreset=0.2, align=True).fit(GOOD)
+    return kizu.PatchCore(size=96, coreset=0.2, align=True).fit(iter(GOOD))
 
 
 @pytest.mark.parametrize("size", [(120, 150), (150, 120), (100, 260), (400, 400)])

@@ -102,9 +102,8 @@ class Detector(Inspector):
         Raises `DataError` with the list of all images that cannot be read, before any work, unless `skip_bad`, and
         `OptionError` for a rate of false alarms that was asked for and that so few images cannot carry.
         """
-        progress = progress or silent
-        self.remarks, self.seconds = [], {}
-        memory_bytes = self._memory_bytes(memory)
+        self.remarks, self.seconds, progress = [], {}, progress or silent
+        good, memory_bytes = items_of(good), self._memory_bytes(memory)
         with ExitStack() as open_files:
             one_pose = self._one_pose(good, progress) if self.config.align else None
             with timed("decode", self.seconds):
@@ -117,34 +116,29 @@ class Detector(Inspector):
                 copies = sorted({*read} - {*photos.digests})
             if len(photos) == 0:
                 raise DataError("There is no image to learn from.")
-            numbers = self._grouped(
-                "none" if group_by is None and keep_copies else group_by, every, kept, [photos, others]
-            )
+            by = "none" if group_by is None and keep_copies else group_by
+            numbers = self._grouped(by, every, kept, [photos, others])
             items, groups = [every[n] for n in kept[: len(photos)]], [numbers[: len(photos)], numbers[len(photos) :]]
             if self.grouped and not len(others) and not self.leaves_groups_out:
                 others, items, groups = self._hold_groups_out(photos, items, groups[0])
                 open_files.enter_context(others)
-            self.check_promise(len({*groups[0]}), len({*groups[1]}))
             context = FitContext(
                 photos=photos,
                 held_out=others,
                 groups=groups[0] if self.grouped else None,
-                inspected=None if one_pose is None else one_pose.inspected,
+                one_pose=one_pose,
                 memory_bytes=memory_bytes,
                 progress=progress,
                 checkpoint=None if checkpoint is None else Path(checkpoint),
                 after_round=after_round or ignore_round,
                 seconds=self.seconds,
             )
-            self._learn_from(context, items, groups, copies)
-            if one_pose is not None:
-                self.facts["alignment"] = one_pose.facts
-            return self
+            return self._learn_from(context, items, groups, copies)
 
-    def _one_pose(self, good: Any, progress: Progress) -> OnePose | None:
+    def _one_pose(self, good: Sequence[Readable], progress: Progress) -> OnePose | None:
         """The pose that good photographs are turned to, before any is read for learning."""
         with timed("alignment", self.seconds):
-            one_pose = OnePose.learned(items_of(good), replace(self.preprocessing, alignment=None), progress)
+            one_pose = OnePose.learned(good, replace(self.preprocessing, alignment=None), progress)
         if one_pose is not None:
             self.preprocessing = one_pose.preprocessing
             self.remarks.append(one_pose.remark)
@@ -159,7 +153,10 @@ class Detector(Inspector):
         self, context: FitContext, items: list[Readable], groups: Sequence[Sequence[int]], copies: list[str]
     ) -> Self:
         """Learn, remember from what, and set the thresholds; `groups` of the photos, and of those held out."""
+        self.check_promise(len({*groups[0]}), len({*groups[1]}))
         result = self.learn(context)
+        if context.one_pose is not None:
+            result.facts = {**result.facts, "alignment": context.one_pose.facts}
         if self.grouped:
             result = result.of_groups(groups[1] if len(context.held_out) else groups[0])
         self.training = {"images": 0, "names": [], "digests": [], "suspects": [], "copies": copies}

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from torch import nn
 
 from kizu.calibration.groups import highest
+from kizu.calibration.threshold import percent
 from kizu.data.alignment import Alignment, inspected
 from kizu.data.preprocessing import Preprocessing, Readable, Stack
 from kizu.data.progress import Progress, silent
@@ -38,25 +39,6 @@ def timed(stage: str, seconds: dict[str, float]) -> Iterator[None]:
     finally:
         release()
         seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - start
-
-
-@dataclass(frozen=True)
-class FitContext:
-    """The photographs of one fit, and the conditions that hold while it lasts."""
-
-    photos: Stack  # good images to learn from
-    held_out: Stack  # good images that set the threshold and teach nothing; may be empty
-    memory_bytes: int  # that working data should stay below
-    progress: Progress = silent
-    checkpoint: Path | None = None  # the file that a long training writes its state to and goes on from
-    after_round: AfterRound = ignore_round
-    seconds: dict[str, float] = field(default_factory=dict)  # spent so far, by stage
-    groups: Sequence[int] | None = None  # a number for each photo, equal for those that belong together
-    inspected: npt.NDArray[np.bool_] | None = None  # (H, W): the pixels that count, where not all of them do
-
-    def timed(self, stage: str) -> AbstractContextManager[None]:
-        """Add the time spent inside to `seconds[stage]`; leave no freed memory behind."""
-        return timed(stage, self.seconds)
 
 
 @dataclass(frozen=True)
@@ -102,12 +84,35 @@ class OnePose:
                 f"{ALIKE} at least is usual): without `align=True` they stay as they are."
             )
         first, last = self.facts["degrees"]
-        done = (
-            f"Photographs are turned ({first}° to {last}°) and shifted (up to {self.facts['shift']:.0%}) to one pose."
-        )
+        shift, area = percent(self.facts["shift"]), percent(self.facts["inspected"])
+        done = f"Photographs are turned ({first}° to {last}°) and shifted (by up to {shift}) to one pose."
         if self.inspected is None:
             return done
-        return done + f" {self.facts['inspected']:.0%} of the frame is inspected: the rest lies outside in other poses."
+        return f"{done} Only {area} of the frame is inspected: the rest lies outside of photographs in other poses."
+
+
+@dataclass(frozen=True)
+class FitContext:
+    """The photographs of one fit, and the conditions that hold while it lasts."""
+
+    photos: Stack  # good images to learn from
+    held_out: Stack  # good images that set the threshold and teach nothing; may be empty
+    memory_bytes: int  # that working data should stay below
+    progress: Progress = silent
+    checkpoint: Path | None = None  # the file that a long training writes its state to and goes on from
+    after_round: AfterRound = ignore_round
+    seconds: dict[str, float] = field(default_factory=dict)  # spent so far, by stage
+    groups: Sequence[int] | None = None  # a number for each photo, equal for those that belong together
+    one_pose: OnePose | None = None  # that photographs were turned to
+
+    @property
+    def inspected(self) -> npt.NDArray[np.bool_] | None:
+        """(H, W): the pixels that count, where not all of them do."""
+        return None if self.one_pose is None else self.one_pose.inspected
+
+    def timed(self, stage: str) -> AbstractContextManager[None]:
+        """Add the time spent inside to `seconds[stage]`; leave no freed memory behind."""
+        return timed(stage, self.seconds)
 
 
 @dataclass
