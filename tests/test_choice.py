@@ -13,8 +13,17 @@ from kizu.config import EfficientADConfig, PatchCoreConfig, SimpleNetConfig
 from kizu.evaluation.choice import choose as choosing
 from kizu.evaluation.choice.candidates import in_proportion, other_size
 from kizu.evaluation.choice.synthetic_defects import KINDS, MISPLACED, WHOLE_KINDS, Poses, part_of, with_defect
-from kizu.evaluation.choice.trials import Material, Trial, gain, run_trial, strange_when_turned, surprise
+from kizu.evaluation.choice.trials import (
+    Material,
+    Trial,
+    gain,
+    run_trial,
+    strange_when_turned,
+    surprise,
+    unlikeness_left,
+)
 from processes import kizu as command
+from test_alignment import bracket, poses
 from test_detectors import GOOD, part
 from test_groups import photograph
 
@@ -108,8 +117,8 @@ def test_equal_photographs_lead_to_equal_choices_and_what_was_given_stays():
     first, again = (kizu.choose(GOOD, SMALL) for _ in range(2))
     assert first.config == again.config and first.config.size == (64, 64)
     assert [trial.found for trial in first.trials] == [trial.found for trial in again.trials]
-    turned, wider = first.reasons
-    assert wider.startswith("wider: finds") and turned.startswith("any pose: ")
+    one_pose, turned, wider = first.reasons
+    assert wider.startswith("wider: finds") and turned.startswith("any pose: ") and one_pose.startswith("one pose: ")
     assert not kizu.choose(GOOD, SMALL.model_copy(update={"augment": True})).reasons or first.reasons
 
 
@@ -149,12 +158,14 @@ def test_a_change_is_kept_where_it_is_clearly_better(monkeypatch):
         return told(settings, value + 0.01 * np.arange(-8, 8) / 8)
 
     monkeypatch.setattr(choosing, "run_trial", trial)
+    monkeypatch.setattr(choosing, "unlikeness_left", lambda material: 0.5)
     monkeypatch.setattr(choosing, "strange_when_turned", lambda detector, material: 0.95)
     choice = kizu.choose(GOOD)
     assert choice.config.size == (448, 448) and choice.config.rotate_degrees == 0
     assert [row["settings"] for row in choice.rows] == ["as they were", two_sizes, "wider", "size 448x448"]
     assert [row[""] for row in choice.rows] == ["", "", "", "taken"] and choice.settings == {"size": (448, 448)}
     assert [reason.rpartition(", ")[2] for reason in choice.reasons] == [
+        "because good parts are hardly more alike in it.",
         "because good parts look strange when they are turned.",
         "because it is less.",
         "because it is less.",
@@ -163,7 +174,7 @@ def test_a_change_is_kept_where_it_is_clearly_better(monkeypatch):
     ]
     assert "size 448x448. 49.9 % of these defects were found before, and 69.9 % with the change" in choice.sentence
     slow = kizu.choose(GOOD, milliseconds=5)
-    assert slow.config.size == (320, 320) and all("takes 10 ms" in reason for reason in slow.reasons[1:])
+    assert slow.config.size == (320, 320) and all("takes 10 ms" in reason for reason in slow.reasons[2:])
     assert kizu.choose(GOOD, milliseconds=50).config.size == (640, 640)
 
     sees_more = 0  # which is favoured, and copies, which find more
@@ -201,11 +212,32 @@ def test_poses_are_told_by_good_parts_that_are_turned(monkeypatch):
         return told(settings, 0.5 + 0.02 * (np.arange(16) % 3 - 0.8) * ("rotate_degrees" in settings))
 
     monkeypatch.setattr(choosing, "run_trial", trial)
+    monkeypatch.setattr(choosing, "unlikeness_left", lambda material: 0.5)
     config = PatchCoreConfig(size=64, layers="blocks.2")
     for value, degrees, words in ((0.5, 180, "look usual"), (0.75, 0, "may be chance"), (0.95, 0, "look strange")):
         monkeypatch.setattr(choosing, "strange_when_turned", lambda detector, material, value=value: value)
         choice = kizu.choose(GOOD, config)
-        assert choice.config.rotate_degrees == degrees and words in choice.reasons[0]
+        assert choice.config.rotate_degrees == degrees and words in choice.reasons[1]
+
+
+def test_one_pose_is_kept_where_good_parts_are_much_more_alike_in_it(monkeypatch):
+    """Unless it finds clearly less; then copies are considered as without it."""
+    lying = [bracket(seed=number) for number in range(24)]
+    anyhow = [bracket(*pose, seed=number) for number, pose in enumerate(poses(24))]
+    left = [unlikeness_left(Material.of([kizu.Photo(photo) for photo in photos], 0)) for photos in (lying, anyhow)]
+    assert left[0] > choosing.ALIKE > left[1]
+    choice = kizu.choose(anyhow, PatchCoreConfig(size=64, layers="blocks.2"))
+    assert choice.config.align and choice.config.rotate_degrees == 0
+    assert not kizu.choose(lying, PatchCoreConfig(size=64, layers="blocks.2")).config.align
+    assert kizu.choose(anyhow, PatchCoreConfig(size=64, layers="blocks.2", align=True)).settings == {}
+
+    def trial(detector, settings, material, progress, hopeless, growth, rate):
+        return told(settings, 0.5 - 0.2 * ("align" in settings) + 0.01 * np.arange(-8, 8) / 8)
+
+    monkeypatch.setattr(choosing, "run_trial", trial)
+    monkeypatch.setattr(choosing, "strange_when_turned", lambda detector, material: 0.5)
+    choice = kizu.choose(anyhow, PatchCoreConfig(size=64, layers="blocks.2"))
+    assert not choice.config.align and choice.config.rotate_degrees == 180
 
 
 def test_a_rate_that_all_photographs_can_promise_is_not_refused_for_a_trial():

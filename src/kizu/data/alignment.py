@@ -62,7 +62,7 @@ class Alignment:
         Returns the poses of the photographs too.
         """
         looks = [_look(photo, FINE) for photo in photos]
-        alignment = cls(_picture(looks[0]))
+        alignment: Alignment = cls(_picture(looks[0]))
         for unlike in (25, 10):  # percent of the photographs that do not enter the mean
             poses = [alignment._pose(look) for look in looks]
             least = np.percentile([pose.likeness for pose in poses], unlike)
@@ -74,6 +74,11 @@ class Alignment:
             ]
             alignment = cls(_picture(np.mean(aligned, axis=0)))
         return alignment, [alignment._pose(look) for look in looks]
+
+    @classmethod
+    def of_mean(cls, photos: Sequence[RGB]) -> Self:
+        """To the mean of photographs as they are."""
+        return cls(_picture(np.mean([_look(photo, FINE) for photo in photos], axis=0)))
 
     @classmethod
     def from_text(cls, text: str) -> Self:
@@ -93,6 +98,11 @@ class Alignment:
     def pose(self, photo: RGB) -> Pose:
         """How the part of a photograph (H, W, 3) lies."""
         return self._pose(_look(photo, FINE))
+
+    def likeness(self, photo: RGB) -> float:
+        """The correlation of a photograph with the reference as it is, from -1 to 1."""
+        seen, _ = _normalised(_middle(_look(photo, FINE))[:, self._within])
+        return float(seen.ravel() @ self._template)
 
     def _pose(self, look: Float) -> Pose:
         found = [self._refined(look, *place, FIRST_ROUNDS) for place in self._search(look)]

@@ -1,9 +1,9 @@
 """Settings chosen for parts that nobody tuned for, from photographs of good ones alone.
 
 From the given settings on, one thing is changed at a time, and kept where it finds clearly more of the made-up defects.
-What may be chance, among so few photographs, is left as it was. Only what sees more, wider and at two sizes, is kept
-unless it finds clearly less, and so is one pose for all, or else copies in any pose, where good parts that are turned
-look as usual as they were.
+What may be chance, among so few photographs, is left as it was. Kept unless it finds clearly less is one pose for all,
+where good parts are much more alike in it; copies in any pose, where parts that are turned look as usual as they were;
+and what sees more, wider and at two sizes.
 """
 
 import os
@@ -28,12 +28,13 @@ from kizu.evaluation.choice.candidates import (
     other_size,
     seen_wider,
 )
-from kizu.evaluation.choice.trials import Material, Trial, gain, run_trial, strange_when_turned
+from kizu.evaluation.choice.trials import Material, Trial, gain, run_trial, strange_when_turned, unlikeness_left
 
 __all__ = ["Choice", "choose", "words"]
 
 Settings = dict[str, Any]
 SURE = 2.0  # standard errors by which a change must be better
+ALIKE = 1 / 3  # of what good photographs differ in, that may be left in one pose, as `unlikeness_left` says it
 USUAL, STRANGE = 0.65, 0.9  # of good parts that are turned, as `strange_when_turned` says it
 WORTH = 0.03  # of what there is to be found, that a change must find besides
 UNIT = 320 * 320  # pixels of a photograph, for counting the work
@@ -163,20 +164,28 @@ class _Course:
         size = in_proportion(self.config.size, self.material.shape) if free else self.config.size
         self.kept = {"size": size} if size != self.config.size else {}
         self.against, detector = self._tried(self.kept)
-        if poses := [change for change in (in_one_pose(self.config), in_any_pose(self.config)) if change]:
-            self._consider_poses(poses, detector)
+        if not self._consider_one_pose() and (change := in_any_pose(self.config)):
+            self._consider_any_pose(change, detector)
         if not (wider and self._consider_wider(size, free)) and free:
             self._consider_sizes(size)
 
-    def _consider_poses(self, changes: list[Settings], detector: PatchCore) -> None:
-        """One pose for all, or else copies in any pose, where good parts that are turned do not look strange."""
+    def _consider_one_pose(self) -> bool:
+        """Each photograph turned to one pose first, where good parts are much more alike in it; whether it is kept."""
+        if (change := in_one_pose(self.config)) is None:
+            return self.config.align
+        left = unlikeness_left(self.material)
+        if left > ALIKE:
+            self.reasons.append(f"{words(change)}: not tried, because good parts are hardly more alike in it.")
+            return False
+        return self._consider(change, favoured="good parts are much more alike in it")
+
+    def _consider_any_pose(self, change: Settings, detector: PatchCore) -> None:
+        """Copies in any pose, where good parts that are turned do not look strange."""
         strange = strange_when_turned(detector, self.material)
         if strange > STRANGE:
-            both = " and ".join(map(words, changes))
-            self.reasons.append(f"{both}: not tried, because good parts look strange when they are turned.")
-            return
-        favoured = "good parts look usual when they are turned" if strange < USUAL else ""
-        any(self._consider(change, favoured=favoured) for change in changes)
+            self.reasons.append(f"{words(change)}: not tried, because good parts look strange when they are turned.")
+        else:
+            self._consider(change, favoured="good parts look usual when they are turned" if strange < USUAL else "")
 
     def _consider_wider(self, size: tuple[int, int], free: bool) -> bool:
         """What sees more of the whole part, at two sizes if there is room for them; whether it is kept.

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from kizu.calibration.copies import first_of_each_part
 from kizu.calibration.groups import highest, named, recognised
 from kizu.calibration.threshold import calibrate, p_value
+from kizu.data.alignment import Alignment
 from kizu.data.image import RGB, Float
 from kizu.data.preprocessing import Preprocessing, Readable, batches
 from kizu.data.progress import Progress, silent
@@ -27,7 +28,7 @@ from kizu.evaluation.choice.synthetic_defects import Poses, with_defect
 from kizu.evaluation.metrics import image_metrics
 from kizu.inference.prediction import Photo, path_of
 
-__all__ = ["Material", "Trial", "gain", "run_trial", "strange_when_turned", "surprise"]
+__all__ = ["Material", "Trial", "gain", "run_trial", "strange_when_turned", "surprise", "unlikeness_left"]
 
 Item = TypeVar("Item")
 
@@ -39,6 +40,7 @@ LOOK = (64, 64)  # pixels of a first look at the photographs
 ENOUGH = (1280, 1280)  # pixels above which a photograph may be read smaller
 TIMED = 3  # photographs, one at a time
 MAX_TURNED = 20  # photographs that are turned
+MAX_ALIGNED = 16  # photographs by which is seen whether they are more alike in one pose
 
 
 @dataclass(frozen=True)
@@ -192,6 +194,15 @@ def strange_when_turned(detector: Detector, material: Material) -> float:
     turned = _scores(detector, [Photo(np.rot90(square, turn).copy()) for square in squares for turn in (1, 3)])
     metrics, _ = image_metrics([*plain, *turned], [False] * len(plain) + [True] * len(turned))
     return metrics["image_auroc"] or 0.0
+
+
+def unlikeness_left(material: Material) -> float:
+    """How much of what good photographs differ in is left when they lie in one pose: 0 nothing, 1 all of it."""
+    photos = [item.read(ENOUGH)[0] for item in _evenly(material.learn, min(MAX_ALIGNED, len(material.learn)))]
+    as_they_lie = Alignment.of_mean(photos)
+    before = np.median([as_they_lie.likeness(photo) for photo in photos])
+    after = np.median([pose.likeness for pose in Alignment.learned(photos)[1]])
+    return float((1 - after) / max(1 - before, 1e-6))
 
 
 def gain(trial: Trial, other: Trial) -> tuple[float, float]:
