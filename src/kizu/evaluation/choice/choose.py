@@ -34,7 +34,7 @@ __all__ = ["Choice", "choose", "words"]
 
 Settings = dict[str, Any]
 SURE = 2.0  # standard errors by which a change must be better
-ALIKE = 1 / 3  # of what good photographs differ in, that may be left in one pose, as `unlikeness_left` says it
+ALIKE = 0.5  # of what good photographs differ in, that may be left in one pose, as `unlikeness_left` says it
 USUAL, STRANGE = 0.65, 0.9  # of good parts that are turned, as `strange_when_turned` says it
 WORTH = 0.03  # of what there is to be found, that a change must find besides
 UNIT = 320 * 320  # pixels of a photograph, for counting the work
