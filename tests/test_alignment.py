@@ -205,6 +205,16 @@ def test_a_model_without_the_reference_that_its_settings_speak_of_is_refused(fit
         kizu.load(folder)
 
 
+@pytest.mark.parametrize("text", ["", "no base64", "AAAA", Alignment(np.zeros((99, 99, 3), np.uint8)).to_text()])
+def test_a_damaged_reference_is_refused(text, fitted, tmp_path):
+    for folder in (fitted.save(tmp_path / "model"), export(fitted, tmp_path / "exported").folder):
+        about = model_json.read(folder) | {"alignment": text}
+        (folder / "model.json").unlink()
+        model_json.write(folder, about)
+        with pytest.raises(ModelError, match="damaged"):
+            kizu.load(folder)
+
+
 def test_photographs_of_unlike_things_are_said_to_be_unfit():
     rng = np.random.default_rng(0)
     noise = [rng.integers(0, 256, (96, 96, 3), dtype=np.uint8) for _ in range(6)]

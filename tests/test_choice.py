@@ -158,7 +158,7 @@ def test_a_change_is_kept_where_it_is_clearly_better(monkeypatch):
         return told(settings, value + 0.01 * np.arange(-8, 8) / 8)
 
     monkeypatch.setattr(choosing, "run_trial", trial)
-    monkeypatch.setattr(choosing, "unlikeness_left", lambda material: 0.5)
+    monkeypatch.setattr(choosing, "unlikeness_left", lambda material: 0.6)
     monkeypatch.setattr(choosing, "strange_when_turned", lambda detector, material: 0.95)
     choice = kizu.choose(GOOD)
     assert choice.config.size == (448, 448) and choice.config.rotate_degrees == 0
@@ -212,7 +212,7 @@ def test_poses_are_told_by_good_parts_that_are_turned(monkeypatch):
         return told(settings, 0.5 + 0.02 * (np.arange(16) % 3 - 0.8) * ("rotate_degrees" in settings))
 
     monkeypatch.setattr(choosing, "run_trial", trial)
-    monkeypatch.setattr(choosing, "unlikeness_left", lambda material: 0.5)
+    monkeypatch.setattr(choosing, "unlikeness_left", lambda material: 0.6)
     config = PatchCoreConfig(size=64, layers="blocks.2")
     for value, degrees, words in ((0.5, 180, "look usual"), (0.75, 0, "may be chance"), (0.95, 0, "look strange")):
         monkeypatch.setattr(choosing, "strange_when_turned", lambda detector, material, value=value: value)

@@ -15,8 +15,9 @@ from PIL import Image
 
 from kizu.data import image
 from kizu.data.image import RGB, Float
+from kizu.errors import BadImage
 
-__all__ = ["Alignment", "Pose", "inspected", "laid_back", "moved", "turned"]
+__all__ = ["Alignment", "Pose", "inspected", "laid_back", "moved", "reference_in", "turned"]
 
 COARSE, FINE = 48, 96  # pixels of the shorter side, for the search and for what refines it
 MARGIN = 0.25  # shares of the shorter side around the middle square: how far a part may be shifted
@@ -82,8 +83,8 @@ class Alignment:
 
     @classmethod
     def from_text(cls, text: str) -> Self:
-        """What `to_text` gave."""
-        return cls(image.read(base64.b64decode(text)))
+        """What `to_text` gave. Raises `ValueError` for anything else."""
+        return cls(reference_in(text))
 
     def to_text(self) -> str:
         """The reference as a picture without loss, for a model's JSON."""
@@ -185,6 +186,17 @@ class Alignment:
             if abs(turn) < STILL_TURN and length < STILL_SHIFT:
                 break
         return best
+
+
+def reference_in(text: str) -> RGB:
+    """The picture in what `Alignment.to_text` gave. Raises `ValueError` for anything else."""
+    try:
+        reference = image.read(base64.b64decode(text, validate=True))
+    except BadImage as error:
+        raise ValueError(f"the reference that photographs are aligned to {error.reason}") from None
+    if reference.shape != (_side(FINE), _side(FINE), 3):
+        raise ValueError(f"the reference that photographs are aligned to is not {_side(FINE)} pixels wide and high")
+    return reference
 
 
 def turned(photo: RGB, pose: Pose, size: tuple[int, int]) -> RGB:

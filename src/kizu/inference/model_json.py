@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from kizu.calibration.threshold import calibrate, from_finite
 from kizu.data import files
+from kizu.data.alignment import reference_in
 from kizu.errors import ModelError
 
 __all__ = ["FILE", "FORMAT", "check", "checking", "read", "write"]
@@ -137,6 +138,8 @@ class _Model(_Saved):
             raise ValueError("files and seal come together")
         if self.config.align != (self.alignment is not None):
             raise ValueError("a model that aligns photographs has a reference, and no other has one")
+        if self.alignment is not None:
+            reference_in(self.alignment)
         threshold = self.threshold
         follows = calibrate(self.calibration_scores, threshold.rate)
         if not threshold.tuned and (from_finite(threshold.value), threshold.count) != (follows.value, follows.count):

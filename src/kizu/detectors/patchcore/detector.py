@@ -270,7 +270,7 @@ class PatchCore(Detector):
         """
         graphs = [part._single("merged") for part in parts]
         first = parts[0]
-        if any(part.preprocessing != first.preprocessing for part in parts):
+        if any(part.preprocessing.alignment != first.preprocessing.alignment for part in parts):
             raise ModelError("Models that align photographs cannot be merged: each turns them to a pose of its own.")
         settings = {part.config.model_copy(update={"seed": 0}) for part in parts}
         if len(settings) > 1 or len({weights_hash(graph) for graph in graphs}) > 1:
