@@ -1,6 +1,7 @@
 """One pose for all photographs: it is found, undone in the map, and the same in every form of a model."""
 
 import pickle
+import tracemalloc
 from dataclasses import replace
 
 import numpy as np
@@ -90,6 +91,19 @@ def test_a_photograph_of_nothing_has_some_pose(alignment):
     for nothing in (np.zeros((60, 60, 3), np.uint8), np.full((8, 300, 3), 255, np.uint8)):
         pose = alignment.pose(nothing)
         assert np.isfinite([pose.degrees, *pose.shift, pose.likeness]).all() and pose.likeness < 0.5
+
+
+def test_a_very_long_photograph_takes_no_more_memory_than_others(alignment):
+    preprocessing = Preprocessing((96, 96), None, alignment)
+    strip = np.random.default_rng(0).integers(0, 256, (8, 1_000_000, 3), dtype=np.uint8)
+    tracemalloc.start()
+    for photo in (strip, strip.transpose(1, 0, 2)):
+        seen, pose = preprocessing.posed(photo)
+        assert seen.shape == (96, 96, 3) and np.isfinite(pose.degrees)
+        turned(photo, Pose(90.0, (0.1, 0.1), 0.5), (96, 96))
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 100e6
 
 
 @pytest.mark.parametrize("resize", [None, 110])

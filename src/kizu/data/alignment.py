@@ -27,6 +27,8 @@ FIRST_ROUNDS, LAST_ROUNDS = 2, 12  # of refining each, and the best
 MAX_TURN, MAX_SHIFT = 0.1, 4.0  # radians and pixels of one round
 STILL_TURN, STILL_SHIFT = 1e-3, 0.03  # below which a round ends the refining
 ALWAYS_SEEN = 0.95  # share of the good photographs in which a place must lie to be inspected
+MOST_MIRRORED = 2  # times a side, beyond either border; what lies further outside is black
+LONG = 4  # times the shorter side: of a longer photograph, the middle is looked at
 DENSE = 1.5  # times the input's size, above which a photograph is scaled down before it is turned
 
 Matrix = npt.NDArray[np.float64]  # (2, 3): places (x, y, 1) of the outcome → places of what it is made from
@@ -209,7 +211,8 @@ def turned(photo: RGB, pose: Pose, size: tuple[int, int]) -> RGB:
     matrix = scale * _matrix(pose, shape, size, size)
     corners = matrix @ [[0, size[1], 0, size[1]], [0, 0, size[0], size[0]], [1, 1, 1, 1]]
     beyond = np.concatenate([-corners.min(1)[::-1], corners.max(1)[::-1] - photo.shape[:2]])
-    top, left, bottom, right = (max(0, math.ceil(length) + 2) for length in beyond.tolist())
+    most = MOST_MIRRORED * np.array(photo.shape[:2] * 2)
+    top, left, bottom, right = np.clip(np.ceil(beyond) + 2, 0, most).astype(int).tolist()
     padded = np.pad(photo, ((top, bottom), (left, right), (0, 0)), mode="symmetric")
     matrix[:, 2] += left, top
     picture = Image.fromarray(padded)
@@ -276,6 +279,9 @@ def _warped(layers: Float, matrix: Matrix, size: Sequence[int]) -> Float:
 
 def _look(photo: RGB, side: int) -> Float:
     """(3, S, S): a photograph with a shorter side of `side` pixels, amid a square, its borders drawn out to fill it."""
+    for axis in (0, 1):
+        beyond = max(0, photo.shape[axis] - LONG * photo.shape[1 - axis]) // 2
+        photo = photo[(slice(None),) * axis + (slice(beyond, photo.shape[axis] - beyond),)]
     height, width = photo.shape[:2]
     scale = side / min(height, width)
     values = image.resize(photo, (max(side, round(scale * height)), max(side, round(scale * width)))).astype(np.float32)
