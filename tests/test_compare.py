@@ -7,10 +7,11 @@ import pytest
 from scipy.stats import binomtest
 from sklearn.metrics import roc_auc_score
 
+from kizu.data.demo import render
 from kizu.evaluation.comparison import auroc_difference, sign_test
 from processes import kizu
 
-TRAIN = ("train", "patchcore", "demo/images-0", "--size", "96", "--coreset", "0.1", "-q")
+TRAIN = ("train", "patchcore", "parts", "--size", "96", "--coreset", "0.1", "-q")
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -37,7 +38,7 @@ def test_the_sign_test(won, lost):
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     place = tmp_path_factory.mktemp("runs")
-    kizu("demo", "-q", cwd=place)
+    render(place / "parts", train=40, good=20, each=5, size=96)
     kizu(*TRAIN, "--name", "small", cwd=place)
     kizu(*TRAIN, "--name", "smaller", "--size", "48", cwd=place)
     return place
