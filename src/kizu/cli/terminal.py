@@ -34,6 +34,7 @@ __all__ = [
 __all__ += ["progress", "summary"]
 
 COLUMNS = {"image_auroc": "image AUROC", "pixel_auroc": "pixel AUROC", "au_pro": "AU-PRO"}
+NOT_OUTLINED = "nothing is outlined: no place passes the pixel threshold (--overlays shows the highest)"
 MAX_LISTED = 8  # training images for a second look
 LOCO_COLUMNS = {
     "image_auroc_logical": "logical AUROC",
@@ -188,7 +189,7 @@ def print_verdicts(rows: "Sequence[FileVerdict]", options: dict[str, Any]) -> No
             if row.verdict == "stop" and row.parts:
                 click.echo(f"{'':19}{_explanation(row.parts)}")
             elif row.verdict == "stop" and not row.regions:
-                click.echo(f"{'':19}unusual as a whole: no single place stands out")
+                click.echo(f"{'':19}{NOT_OUTLINED}")
     if not options["quiet"]:
         counts = {word: sum(row.verdict == word for row in rows) for word in ("stop", "pass", "error")}
         threshold = next((row.threshold for row in rows if not row.error), None)
