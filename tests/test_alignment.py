@@ -14,6 +14,7 @@ from kizu.data.preprocessing import Preprocessing
 from kizu.detectors import DETECTORS, detector_class
 from kizu.errors import ModelError
 from kizu.export import export
+from kizu.export.reference_files import write_reference
 from kizu.inference import model_json
 from processes import kizu as command
 from test_detectors import SETTINGS
@@ -199,6 +200,19 @@ def test_an_updated_model_keeps_its_pose_and_what_it_inspects(tmp_path):
     before, area = model.preprocessing, model.graph.upsample.inspected
     model.update([bracket(*pose, seed=200 + number) for number, pose in enumerate(poses(4, seed=11))])
     assert model.preprocessing == before and (model.graph.upsample.inspected == area).all()
+
+
+@pytest.mark.parametrize("method", DETECTORS)
+def test_the_published_systems_have_no_files_for_it(method, tmp_path):
+    plain = {
+        "patchcore": {"fusion": "stack", "local_scale": False, "top": 0, "patchsize_aggregate": ""},
+        "efficientad": {"border": "stretch", "size": 256, "smoothing": 0},
+    }
+    settings = {**SETTINGS[method], **plain.get(method, {}), "align": True}
+    detector = detector_class(method)(**settings).fit(GOOD)
+    with pytest.raises(ModelError, match="do not align"):
+        write_reference(detector, tmp_path / "published")
+    assert not (tmp_path / "published").exists()
 
 
 def test_models_of_different_poses_are_not_merged(fitted):

@@ -12,10 +12,13 @@ import time
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import numpy as np
 import pytest
 
 import kizu
+from kizu.data import image
 from kizu.serving.history import HISTORY, History
+from kizu.serving.watch.camera import FrameFolder
 from kizu.serving.watch.sinks import HistorySink
 from processes import kizu as command
 from services import KIZU, encoded, small_model
@@ -292,6 +295,40 @@ def test_a_video_goes_to_a_broker_frame_by_frame_and_on_after_an_end(folder, tmp
     again = ledger(tmp_path / "film.jsonl")
     assert again[:5] == rows[:5] and [row["image"] for row in again] == [row["image"] for row in rows]
     broker.listening.close()
+
+
+def test_the_frames_of_a_camera_are_in_the_history_too(folder, tmp_path):
+    """Also those whose rows were written before a kill and delivered after it; nothing is left beside the output."""
+    cv2 = pytest.importorskip("cv2", reason="OpenCV is not installed (extra camera)")
+    film = cv2.VideoWriter(str(tmp_path / "line.avi"), cv2.VideoWriter_fourcc(*"MJPG"), 10, (96, 96))
+    for number in range(40):
+        film.write(part(number // 5, spot=number // 5 == 4)[:, :, ::-1].copy())
+    film.release()
+    options = ["--camera", "line.avi", "--every", "0.5", "--output", "film.jsonl", "--once"]
+    finished(*options, "--store", "served", model=folder, cwd=tmp_path)
+
+    def kept(store):
+        history = History(tmp_path / store / HISTORY)
+        entries = history.last(20)[::-1]
+        pictures = [image.read(history.photograph(entry.id)) for entry in entries]
+        assert all(history.thumbnail(entry.id) for entry in entries)
+        history.close()
+        return [entry.verdict.verdict for entry in entries], pictures
+
+    verdicts, pictures = kept("served")
+    assert verdicts == [row["verdict"] for row in ledger(tmp_path / "film.jsonl")] and len(verdicts) == 8
+    assert verdicts[4] == "stop" and pictures[4].shape == (96, 96, 3)
+    assert np.abs(pictures[4].astype(int) - part(4, spot=True)).mean() < 20  # as the video has it
+    assert not list(tmp_path.glob("film.frames*"))
+
+    frames = FrameFolder(tmp_path / "film.jsonl")  # as a kill leaves it: rows without deliveries, a frame without a row
+    for number, row in enumerate(ledger(tmp_path / "film.jsonl")):
+        frames.write(row["image"], pictures[number])
+    frames.write("line.avi-000099", pictures[0])
+    finished(*options, "--store", "anew", model=folder, cwd=tmp_path)
+    again, same = kept("anew")
+    assert again == verdicts and all(map(np.array_equal, pictures, same))
+    assert not list(tmp_path.glob("film.frames*"))
 
 
 def test_what_watch_is_told_wrongly_it_says(folder, tmp_path):

@@ -18,6 +18,7 @@ from kizu.errors import OptionError
 from kizu.inference.model_folder import model_folder
 
 if TYPE_CHECKING:
+    from kizu.serving.watch.camera import FrameFolder
     from kizu.serving.watch.incoming import Arrival
     from kizu.serving.watch.ledger import Ledger
     from kizu.serving.watch.sinks import Sink
@@ -230,13 +231,12 @@ def watch(folder: str | None, model: str, camera: str | None, quiet: bool, **opt
         raise OptionError("kizu watch takes either a folder or --camera SOURCE")
     if folder is not None and not Path(folder).is_dir():
         raise OptionError(f"{folder} is not a folder")
-    if folder is None and options["store"]:
-        raise OptionError("--store keeps photographs of a folder; a camera's frames are in no file")
     aside = Path(options["move_bad"]) if options["move_bad"] else None
     if folder is not None and aside is not None and aside.resolve() == Path(folder).resolve():
         raise OptionError(f"--move-bad {aside} is the folder that is watched: give another")
     from kizu import load
     from kizu.data import image
+    from kizu.serving.watch.camera import FrameFolder
     from kizu.serving.watch.ledger import Ledger
     from kizu.serving.watch.watcher import Watcher
 
@@ -246,10 +246,12 @@ def watch(folder: str | None, model: str, camera: str | None, quiet: bool, **opt
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
+    frames = FrameFolder(ledger.path) if camera is not None and options["store"] else None
     watcher = Watcher(
         ledger,
-        sinks=_sinks(ledger.path, [Path(place) for place in (folder, aside) if place is not None], options),
+        sinks=_sinks(ledger.path, [Path(place) for place in (folder, aside) if place is not None], frames, options),
         stopped_folder=aside,
+        frames=frames,
         on_row=(lambda row: None) if quiet else _say,
         on_warning=_warn,
     )
@@ -305,8 +307,10 @@ def _warn(sentence: str) -> None:
         click.echo(f"kizu: {flagged(sentence)}", err=True)
 
 
-def _sinks(ledger: Path, folders: Sequence[Path], options: dict[str, Any]) -> "list[Sink]":
-    """Where verdicts go besides the ledger; the photographs are in one of the folders."""
+def _sinks(
+    ledger: Path, folders: Sequence[Path], frames: "FrameFolder | None", options: dict[str, Any]
+) -> "list[Sink]":
+    """Where verdicts go besides the ledger; the photographs are in one of the folders, or frames."""
     from kizu.serving.history import HISTORY, History
     from kizu.serving.watch.remote import MqttSink, WebhookSink
     from kizu.serving.watch.sinks import CsvSink, HistorySink
@@ -316,7 +320,7 @@ def _sinks(ledger: Path, folders: Sequence[Path], options: dict[str, Any]) -> "l
     if options["csv_file"]:
         sinks.append(CsvSink(Path(options["csv_file"]), ledger))
     if options["store"]:
-        sinks.append(HistorySink(History(Path(options["store"]) / HISTORY, options["keep"]), ledger, folders))
+        sinks.append(HistorySink(History(Path(options["store"]) / HISTORY, options["keep"]), ledger, folders, frames))
     if options["webhook"]:
         sinks.append(WebhookSink(options["webhook"], ledger, only))
     if options["mqtt"]:

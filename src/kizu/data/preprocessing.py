@@ -55,9 +55,10 @@ class Preprocessing:
         """(H, W, 3) uint8 → (height, width, 3) uint8."""
         return self.posed(rgb)[0]
 
-    def posed(self, rgb: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.uint8], Pose | None]:
-        """The network's input, and the pose that the part was found in, if it was looked for."""
-        pose = None if self.alignment is None else self.alignment.pose(rgb)
+    def posed(self, rgb: npt.NDArray[np.uint8], pose: Pose | None = None) -> tuple[npt.NDArray[np.uint8], Pose | None]:
+        """The network's input, and the pose that the part is in: as given, or found, if the alignment looks for one."""
+        if pose is None and self.alignment is not None:
+            pose = self.alignment.pose(rgb)
         scaled = self._scaled(rgb.shape[:2])
         pixels = image.resize(rgb, scaled) if pose is None else turned(rgb, pose, scaled)
         top, left = self._corner(scaled)

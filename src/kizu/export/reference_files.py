@@ -121,6 +121,8 @@ def write_reference(
     """
     if detector.graph is None:
         raise ModelError("There is nothing to write: call fit first.")
+    if detector.preprocessing.alignment is not None:
+        raise ModelError("The published systems do not align photographs: train without `align=True`.")
     folder = Path(folder)
     if isinstance(detector, PatchCore):
         return _write_patchcore(detector, folder)

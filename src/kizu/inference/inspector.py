@@ -189,7 +189,7 @@ class Inspector(ABC):
         Empty for methods that remember no patches. Raises `BadImage` when the photograph cannot be read any more.
         """
         height, width = self.preprocessing.size
-        seen, pose = self.preprocessing.posed(prediction.item.read(self.preprocessing.enough)[0])
+        seen, pose = self.preprocessing.posed(prediction.item.read(self.preprocessing.enough)[0], prediction.pose)
         evidence = []
         for region, place in places(prediction)[:max_regions]:
             x, y = self.preprocessing.locate(place, prediction.shape, pose)

@@ -127,7 +127,7 @@ class SimpleNet(Detector):
         if not isinstance(self.graph, SimpleNetGraph):
             raise ModelError("There is nothing to save: call fit first.")
         if self.preprocessing.alignment is not None:
-            raise ModelError("The published layout knows no alignment: save the model by `save`.")
+            raise ModelError("The published systems do not align photographs: train without `align=True`.")
         states = {"discriminator": self.graph.discriminator.state_dict()}
         if self.config.pre_proj:
             states["pre_projection"] = self.graph.projection.state_dict()

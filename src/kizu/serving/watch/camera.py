@@ -2,17 +2,52 @@
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from kizu.data import image
+from kizu.data.image import RGB
 from kizu.errors import OptionError, require
 from kizu.inference.prediction import Photo
 from kizu.serving.watch.incoming import Arrival
-from kizu.serving.watch.ledger import Identity
+from kizu.serving.watch.ledger import Identity, Row, rows
 
-__all__ = ["frames"]
+__all__ = ["FrameFolder", "frames"]
 
 PAUSE = 2.0  # seconds until a camera that fell silent is tried again
+
+
+class FrameFolder:
+    """Frames as PNG, beside a ledger, from before their rows are written until a sink has taken them over."""
+
+    def __init__(self, ledger: Path) -> None:
+        self._folder = ledger.with_suffix(".frames")
+
+    def write(self, name: str, frame: RGB) -> None:
+        """Raises `OutputError` where it cannot be written."""
+        self._folder.mkdir(exist_ok=True)
+        image.write(self._path(name), frame, durable=True)
+
+    def read(self, row: Row) -> bytes:
+        """The frame of a row; empty where there is none."""
+        with suppress(OSError):
+            return self._path(row["image"]).read_bytes()
+        return b""
+
+    def forget(self, row: Row) -> None:
+        self._path(row["image"]).unlink(missing_ok=True)
+
+    def tidy(self, ledger: Path, after: int) -> None:
+        """Forget all frames but those of rows after this number; the folder too, where none are left."""
+        waiting = {self._path(row["image"]) for row, _ in rows(ledger) if row["number"] > after}
+        for path in {*self._folder.glob("*.png")} - waiting:
+            path.unlink(missing_ok=True)
+        with suppress(OSError):
+            self._folder.rmdir()
+
+    def _path(self, name: str) -> Path:
+        return self._folder / f"{name}.png"
 
 
 def frames(source: str, every: float, known: Callable[[Identity], bool], first: int) -> Iterator[list[Arrival]]:

@@ -15,6 +15,7 @@ from kizu.inference.verdict import Verdict
 from kizu.serving.batcher import Upload
 from kizu.serving.history import History
 from kizu.serving.responses import thumbnail
+from kizu.serving.watch.camera import FrameFolder
 from kizu.serving.watch.growing_file import GrowingFile
 from kizu.serving.watch.ledger import Row, photograph_of, rows
 
@@ -157,31 +158,40 @@ class HistorySink:
 
     name = "history"
 
-    def __init__(self, history: History, ledger: Path, folders: Sequence[Path]) -> None:
-        """Go on with what this ledger has in the history. The photographs are in one of the folders."""
-        self._history, self._folders = history, folders
-        self._source = str(ledger.resolve())
+    def __init__(
+        self, history: History, ledger: Path, folders: Sequence[Path], frames: FrameFolder | None = None
+    ) -> None:
+        """Go on with what this ledger has in the history. The photographs are in one of the folders, or frames."""
+        self._history, self._folders, self._frames = history, folders, frames
+        self._ledger, self._source = ledger, str(ledger.resolve())
         number, when = history.delivered(self._source)
         last, known = 0, False
         for row, _ in rows(ledger):
             last, known = row["number"], known or (row["number"] == number and row["time"] == when)
         number = number if known else 0  # a ledger that was begun anew has nothing there
         self.delivered = max(number, last - history.keep)  # what would be dropped at once is not brought
+        if frames is not None:
+            frames.tidy(ledger, self.delivered)
 
     def wants(self, row: Row) -> bool:
         return bool(row["verdict"] != "error")
 
     def deliver(self, row: Row) -> None:
         verdict = Verdict(**{name: row[name] for name in Verdict.model_fields})
-        when, content = datetime.fromisoformat(row["time"]).timestamp(), photograph_of(row, self._folders, MAX_KEPT)
+        when = datetime.fromisoformat(row["time"]).timestamp()
+        content = self._frames.read(row) if self._frames else photograph_of(row, self._folders, MAX_KEPT)
         try:
             picture = thumbnail(Upload(content, row["image"])) if content else b""
         except BadImage:  # it was changed since it was judged
             content = picture = b""
         source = self._source, row["number"], row["time"]
         self._history.add(when, row["model"], "", verdict, content, picture, source)
+        if self._frames is not None:
+            self._frames.forget(row)
 
     def close(self) -> None:
+        if self._frames is not None:
+            self._frames.tidy(self._ledger, self.delivered)
         self._history.close()
 
 

@@ -11,6 +11,7 @@ from kizu.data import files, image
 from kizu.errors import BadImage, OutputError
 from kizu.inference.inspector import Inspector
 from kizu.inference.verdict import Verdict
+from kizu.serving.watch.camera import FrameFolder
 from kizu.serving.watch.incoming import Arrival, Arrivals
 from kizu.serving.watch.ledger import Ledger, Row, state_of
 from kizu.serving.watch.ledger import rows as read_rows
@@ -32,12 +33,16 @@ class Watcher:
         *,
         sinks: Sequence[Sink] = (),
         stopped_folder: Path | None = None,
+        frames: FrameFolder | None = None,
         on_row: Callable[[Row], None] = lambda row: None,
         on_warning: Callable[[str], None] = lambda sentence: None,
     ) -> None:
-        """Photographs that are stopped go to `stopped_folder`; `on_row` gets each row, `on_warning` each problem."""
+        """Photographs that are stopped go to `stopped_folder`, what is in no file to `frames`, for the sinks.
+
+        `on_row` gets each row, `on_warning` each problem.
+        """
         self._ledger = ledger
-        self._stopped_folder = stopped_folder
+        self._stopped_folder, self._frames = stopped_folder, frames
         self._on_row = on_row
         self._on_warning = on_warning
         self._not_moved = 0
@@ -63,6 +68,8 @@ class Watcher:
             row = new[id(photo)] = _row(arrival, Verdict.of(arrival.identity[0], outcome, model), name)
             if self._stopped_folder is not None and arrival.path is None and row["verdict"] == "stop":
                 image.write(self._stopped_folder / f"{arrival.identity[0]}.png", photo.read()[0], durable=True)
+            if self._frames is not None and row["verdict"] != "error":
+                self._frames.write(arrival.identity[0], photo.read()[0])
         judged = [arrival for arrival in batch if id(arrival.photo) in new]
         rows = self._ledger.append([new[id(arrival.photo)] for arrival in judged])
         self.errors += sum(row["verdict"] == "error" for row in rows)
