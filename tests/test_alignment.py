@@ -1,5 +1,6 @@
 """One pose for all photographs: it is found, undone in the map, and the same in every form of a model."""
 
+import json
 import pickle
 import tracemalloc
 from dataclasses import replace
@@ -9,7 +10,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 import kizu
-from kizu.data.alignment import Alignment, Pose, inspected, laid_back, moved, turned
+from kizu.data.alignment import Alignment, Pose, Range, laid_back, moved, turned
 from kizu.data.preprocessing import Preprocessing
 from kizu.detectors import DETECTORS, detector_class
 from kizu.errors import ModelError
@@ -63,7 +64,7 @@ GOOD = [bracket(*pose, seed=number) for number, pose in enumerate(poses(12))]
 
 @pytest.fixture(scope="module")
 def alignment():
-    return Alignment.learned([bracket(seed=number) for number in range(4)])[0]
+    return Alignment(Alignment.learned([bracket(seed=number) for number in range(4)])[0].reference)  # among all poses
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +79,33 @@ def test_a_pose_is_found_wherever_the_part_lies(alignment, size):
         assert abs((pose.degrees - degrees + 180) % 360 - 180) < 1, (pose, degrees)
         np.testing.assert_allclose(pose.shift, shift, atol=0.01)
         assert pose.likeness > 0.95
+
+
+def test_what_good_parts_never_do_is_not_put_right():
+    """A part upside down, or beside its place, is a defect where good parts lie alike."""
+    lying = [(float(degrees), (0.01 * number - 0.03, 0.0)) for number, degrees in enumerate((-4, -1, 0, 0, 1, 2, 4))]
+    alignment, poses = Alignment.learned([bracket(*pose, seed=number) for number, pose in enumerate(lying)])
+    assert 4 < alignment.range.degrees[1] < 20 and 0.02 < alignment.range.right[1] < 0.1 > alignment.range.down[1]
+    assert np.ptp([pose.degrees for pose in poses]) == pytest.approx(8, abs=1)
+    for degrees, shift in ((180.0, (0.0, 0.0)), (60.0, (0.0, 0.0)), (0.0, (0.2, 0.0)), (0.0, (0.0, -0.2))):
+        wrong = alignment.pose(bracket(degrees, shift, seed=50))
+        assert alignment.range.nearest(wrong.degrees, *wrong.shift) == pytest.approx(
+            (wrong.degrees, *wrong.shift), abs=1e-3
+        )
+        assert wrong.likeness < min(pose.likeness for pose in poses) - 0.05
+    model = kizu.PatchCore(size=96, coreset=0.2, align=True)
+    model.fit([bracket(*pose, seed=10 * turn + number) for turn in range(3) for number, pose in enumerate(lying)])
+    assert model.predict(bracket(180.0, seed=90)).is_anomalous
+    assert model.predict(bracket(0.0, (0.2, 0.1), seed=91)).is_anomalous
+    assert not model.predict(bracket(1.5, (0.01, 0.0), seed=92)).is_anomalous
+
+
+def test_the_range_of_poses_goes_all_round_where_good_parts_do():
+    anyhow = Range.of([Pose(15.0 * number, (0.0, 0.0), 1.0) for number in range(24)])
+    assert anyhow.degrees[1] == 180 and anyhow.nearest(179.0, 0.0, 0.0)[0] == 179.0
+    across = Range.of([Pose(angle, (0.0, 0.0), 1.0) for angle in (178.0, 180.0, -178.0, -179.0)])
+    assert across.nearest(-177.0, 0.0, 0.0)[0] % 360 == pytest.approx(183.0)
+    assert across.nearest(0.0, 0.0, 0.0)[0] % 360 == pytest.approx(180, abs=8)
 
 
 def test_a_defect_does_not_turn_the_part(alignment):
@@ -143,12 +171,16 @@ def test_turning_by_nothing_changes_nothing_but_the_size():
 
 
 def test_what_lies_outside_in_other_poses_is_not_inspected():
-    still = [Pose(0.0, (0.0, 0.0), 1.0)] * 20
-    assert inspected(still, [(50, 50)] * 20, (32, 32)).all()
+    still, shapes = [Pose(0.0, (0.0, 0.0), 1.0)] * 20, [(50, 50)] * 20
+    assert Preprocessing((32, 32)).inspected(still, shapes).all()
     anyhow = [Pose(18.0 * number, (0.0, 0.0), 1.0) for number in range(20)]
-    seen = inspected(anyhow, [(50, 50)] * 20, (64, 64))
     y, x = np.mgrid[:64, :64] - 31.5
-    assert seen[np.hypot(y, x) < 31].all() and not seen[np.hypot(y, x) > 34].any()
+    for resize, radius in (
+        (None, 32),
+        (80, 40),
+    ):  # of the disc that lies in every photograph; 80: its middle is cut out
+        seen = Preprocessing((64, 64), resize).inspected(anyhow, shapes)
+        assert seen[np.hypot(y, x) < radius - 1].all() and not seen[np.hypot(y, x) > radius + 2].any()
 
 
 def test_an_aligned_model_finds_what_is_wrong_in_any_pose(fitted):
@@ -233,10 +265,13 @@ def test_a_model_without_the_reference_that_its_settings_speak_of_is_refused(fit
         kizu.load(folder)
 
 
-@pytest.mark.parametrize("text", ["", "no base64", "AAAA", Alignment(np.zeros((99, 99, 3), np.uint8)).to_text()])
+@pytest.mark.parametrize(
+    "text", ["", "no base64", "AAAA", Alignment(np.zeros((99, 99, 3), np.uint8)).to_json()["reference"]]
+)
 def test_a_damaged_reference_is_refused(text, fitted, tmp_path):
     for folder in (fitted.save(tmp_path / "model"), export(fitted, tmp_path / "exported").folder):
-        about = model_json.read(folder) | {"alignment": text}
+        about = model_json.read(folder)
+        about["alignment"]["reference"] = text
         (folder / "model.json").unlink()
         model_json.write(folder, about)
         with pytest.raises(ModelError, match="damaged"):
@@ -247,7 +282,7 @@ def test_photographs_of_unlike_things_are_said_to_be_unfit():
     rng = np.random.default_rng(0)
     noise = [rng.integers(0, 256, (96, 96, 3), dtype=np.uint8) for _ in range(6)]
     detector = kizu.PatchCore(size=96, coreset=0.2, align=True).fit(noise)
-    assert any("too unlike" in remark for remark in detector.remarks)
+    assert any("too unlike" in remark and "is inspected" in remark for remark in detector.remarks)
 
 
 def test_the_command_line_aligns(tmp_path):
@@ -261,7 +296,7 @@ def test_the_command_line_aligns(tmp_path):
 
 
 def test_an_alignment_is_kept_without_loss(alignment):
-    again = Alignment.from_text(alignment.to_text())
+    again = Alignment.from_json(json.loads(json.dumps(alignment.to_json())))
     photo = bracket(33.0, (0.02, 0.03), seed=1)
     assert again == alignment and again.pose(photo) == alignment.pose(photo)
     assert replace(Preprocessing((96, 96)), alignment=again) == Preprocessing((96, 96), None, alignment)

@@ -165,7 +165,7 @@ def test_a_change_is_kept_where_it_is_clearly_better(monkeypatch):
     assert [row["settings"] for row in choice.rows] == ["as they were", two_sizes, "wider", "size 448x448"]
     assert [row[""] for row in choice.rows] == ["", "", "", "taken"] and choice.settings == {"size": (448, 448)}
     assert [reason.rpartition(", ")[2] for reason in choice.reasons] == [
-        "because good parts are hardly more alike in it.",
+        "because good parts are not much more alike in it.",
         "because good parts look strange when they are turned.",
         "because it is less.",
         "because it is less.",

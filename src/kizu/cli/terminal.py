@@ -34,7 +34,7 @@ __all__ = [
 __all__ += ["progress", "summary"]
 
 COLUMNS = {"image_auroc": "image AUROC", "pixel_auroc": "pixel AUROC", "au_pro": "AU-PRO"}
-NOT_OUTLINED = "nothing is outlined: no place passes the pixel threshold (--overlays shows the highest)"
+NOT_OUTLINED = "nothing is outlined: no pixel is above the pixel threshold (--overlays shows where the map is highest)"
 MAX_LISTED = 8  # training images for a second look
 LOCO_COLUMNS = {
     "image_auroc_logical": "logical AUROC",

@@ -67,7 +67,7 @@ class Config(Augmented):
     )
     align: bool = Field(
         False,
-        description="Turn and shift each photograph to one pose first, found from the part itself.",
+        description="Find how the part lies in each photograph, and turn and shift it to one common pose first.",
     )
     smoothing: float = Field(4.0, ge=0, le=64, description="Gaussian smoothing of the anomaly map: σ in input pixels.")
     false_alarms: float = Field(

@@ -5,9 +5,9 @@ Everything is numpy and Pillow, so that a model aligns alike while it is trained
 
 import base64
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Self
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +17,7 @@ from kizu.data import image
 from kizu.data.image import RGB, Float
 from kizu.errors import BadImage
 
-__all__ = ["Alignment", "Pose", "inspected", "laid_back", "moved", "reference_in", "turned"]
+__all__ = ["Alignment", "Pose", "Range", "laid_back", "moved", "reference_in", "turned", "within"]
 
 COARSE, FINE = 48, 96  # pixels of the shorter side, for the search and for what refines it
 MARGIN = 0.25  # shares of the shorter side around the middle square: how far a part may be shifted
@@ -26,9 +26,9 @@ CANDIDATES, APART = 3, 20  # places of the search that are refined, and the degr
 FIRST_ROUNDS, LAST_ROUNDS = 2, 12  # of refining each, and the best
 MAX_TURN, MAX_SHIFT = 0.1, 4.0  # radians and pixels of one round
 STILL_TURN, STILL_SHIFT = 1e-3, 0.03  # below which a round ends the refining
-ALWAYS_SEEN = 0.95  # share of the good photographs in which a place must lie to be inspected
 MOST_MIRRORED = 2  # times a side, beyond either border; what lies further outside is black
 LONG = 4  # times the shorter side: of a longer photograph, the middle is looked at
+NEARLY_ALL, WIDER, MORE_DEGREES, MORE_SHIFT = 0.95, 1.5, 2.0, 0.02  # quantile, factor, and additions for a `Range`
 DENSE = 1.5  # times the input's size, above which a photograph is scaled down before it is turned
 
 Matrix = npt.NDArray[np.float64]  # (2, 3): places (x, y, 1) of the outcome → places of what it is made from
@@ -40,29 +40,61 @@ class Pose:
 
     degrees: float  # it is turned, clockwise
     shift: tuple[float, float]  # right and down, in shares of the photograph's shorter side
-    likeness: float  # correlation with the reference, then, from -1 to 1
+    likeness: float  # correlation with the reference once it is turned and shifted, from -1 to 1
+
+
+@dataclass(frozen=True)
+class Range:
+    """What good parts are turned and shifted by, and a little more.
+
+    A part that lies in no such way is not put right: that it lies so may be its defect. Each is the middle, and how
+    far it may be off either way.
+    """
+
+    degrees: tuple[float, float] = (0.0, 180.0)
+    right: tuple[float, float] = (0.0, MARGIN)  # shares of the shorter side
+    down: tuple[float, float] = (0.0, MARGIN)
+
+    @classmethod
+    def of(cls, poses: Sequence[Pose]) -> "Range":
+        """Nearly all of these poses lie in it."""
+        angles = np.radians([pose.degrees for pose in poses])
+        middle = math.degrees(math.atan2(np.sin(angles).mean(), np.cos(angles).mean()))
+        off = [abs(_turn_to(pose.degrees, middle)) for pose in poses]
+        degrees = middle, min(180.0, WIDER * float(np.quantile(off, NEARLY_ALL)) + MORE_DEGREES)
+        right, down = (_around([pose.shift[axis] for pose in poses]) for axis in (0, 1))
+        return cls(degrees, right, down)
+
+    def nearest(self, degrees: float, right: float, down: float) -> tuple[float, float, float]:
+        """The turn and shift within the range that are nearest to these."""
+        middle, most = self.degrees
+        if most < 180:
+            degrees = middle + float(np.clip(_turn_to(degrees, middle), -most, most))
+        x, y = (float(np.clip(at, a - b, a + b)) for at, (a, b) in ((right, self.right), (down, self.down)))
+        return degrees, x, y
 
 
 class Alignment:
-    """A reference, and the search for the pose that makes a photograph most like it.
+    """A reference, and the search for the pose that makes a photograph most like it, among those that good parts have.
 
     The search is exhaustive: the reference, turned by every fifth degree, at every shift, by the fast Fourier
     transform; the best few are refined by Gauss-Newton steps on the correlation within the largest disc (Evangelidis
     and Psarakis, 2008, in the inverse form of Baker and Matthews, 2004).
     """
 
-    def __init__(self, reference: RGB) -> None:
-        """From a reference picture, the mean of aligned good photographs (144, 144, 3)."""
-        self.reference = reference
+    def __init__(self, reference: RGB, poses: Range | None = None) -> None:
+        """From a reference picture, the mean of aligned good photographs (144, 144, 3), and the poses to look among."""
+        self.reference, self.range = reference, poses or Range()
         values = np.ascontiguousarray(reference.transpose(2, 0, 1), np.float32)
         self._set_search(_coarse(values))
         self._set_refining(values)
 
     @classmethod
     def learned(cls, photos: Iterable[RGB]) -> tuple["Alignment", list[Pose]]:
-        """From photographs of good parts: like the first one at first, then like the mean of all that are like it.
+        """From photographs of good parts, and the poses of these.
 
-        Returns the poses of the photographs too.
+        They are aligned to the first one, and the three quarters that are most like it averaged; then to this mean, and
+        the nine tenths that are most like it averaged, which is the reference.
         """
         looks = [_look(photo, FINE) for photo in photos]
         alignment: Alignment = cls(_picture(looks[0]))
@@ -76,6 +108,7 @@ class Alignment:
                 if pose.likeness >= least
             ]
             alignment = cls(_picture(np.mean(aligned, axis=0)))
+        alignment = cls(alignment.reference, Range.of([alignment._pose(look) for look in looks]))
         return alignment, [alignment._pose(look) for look in looks]
 
     @classmethod
@@ -84,16 +117,20 @@ class Alignment:
         return cls(_picture(np.mean([_look(photo, FINE) for photo in photos], axis=0)))
 
     @classmethod
-    def from_text(cls, text: str) -> Self:
-        """What `to_text` gave. Raises `ValueError` for anything else."""
-        return cls(reference_in(text))
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        """What `to_json` gave. Raises `ValueError` for a reference that is no such picture."""
+        ranges = {name: (values[name][0], values[name][1]) for name in ("degrees", "right", "down")}
+        return cls(reference_in(values["reference"]), Range(**ranges))
 
-    def to_text(self) -> str:
-        """The reference as a picture without loss, for a model's JSON."""
-        return base64.b64encode(image.encode(self.reference)).decode()
+    def to_json(self) -> dict[str, Any]:
+        """For a model's JSON: the reference as a picture without loss, and the range of poses."""
+        ranges = {name: list(values) for name, values in asdict(self.range).items()}
+        return {"reference": base64.b64encode(image.encode(self.reference)).decode(), **ranges}
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Alignment) and np.array_equal(self.reference, other.reference)
+        if not isinstance(other, Alignment):
+            return NotImplemented
+        return self.range == other.range and np.array_equal(self.reference, other.reference)
 
     def __hash__(self) -> int:
         return hash(self.reference.tobytes())
@@ -130,7 +167,11 @@ class Alignment:
             templates.append(np.conj(np.fft.rfft2(template)))
         self._templates = np.stack(templates).astype(np.complex64)  # (angles, 3, side, side // 2 + 1)
         self._energies = np.array(energies, np.float32)
-        self._shifts = np.r_[0 : round(COARSE * MARGIN) + 1, -round(COARSE * MARGIN) : 0]
+        shifts = np.r_[0 : round(COARSE * MARGIN) + 1, -round(COARSE * MARGIN) : 0]
+        self._columns = shifts[_possible(shifts / COARSE - self.range.right[0], self.range.right[1])]
+        self._rows = shifts[_possible(shifts / COARSE - self.range.down[0], self.range.down[1])]
+        off = np.array([_turn_to(degrees, self.range.degrees[0]) for degrees in range(0, 360, STEP)])
+        self._possible_angles = _possible(off, self.range.degrees[1])
 
     def _search(self, look: Float) -> list[tuple[float, float, float]]:
         """The best angles in radians, each with its shift (x, y) in pixels of the finer look."""
@@ -142,13 +183,15 @@ class Alignment:
         energies = np.fft.irfft2(squares * self._disc, s=(side, side))
         spread = np.maximum(energies - np.square(sums).sum(0) / self._count, 1e-3 * max(float(energies.max()), 1e-6))
         likeness = products / np.sqrt(spread * np.maximum(self._energies, 1e-6)[:, None, None])
-        likeness = likeness[:, self._shifts][:, :, self._shifts].reshape(len(likeness), -1)
-        values, places = likeness.max(1), likeness.argmax(1)
+        likeness = likeness[:, self._rows][:, :, self._columns].reshape(len(likeness), -1)
+        values, places = np.where(self._possible_angles, likeness.max(1), -np.inf), likeness.argmax(1)
         found = []
         for _ in range(CANDIDATES):
             best = int(values.argmax())
-            row, column = divmod(int(places[best]), len(self._shifts))
-            shift = self._shifts[column] * FINE / COARSE, self._shifts[row] * FINE / COARSE
+            if not np.isfinite(values[best]):
+                break
+            row, column = divmod(int(places[best]), len(self._columns))
+            shift = self._columns[column] * FINE / COARSE, self._rows[row] * FINE / COARSE
             found.append((math.radians(STEP * best), float(shift[0]), float(shift[1])))
             near = np.arange(best - APART // STEP + 1, best + APART // STEP) % len(values)
             values[near] = -np.inf
@@ -172,26 +215,28 @@ class Alignment:
         """Angle and shift in pixels that raise the likeness, and the likeness."""
         best = (angle, x, y, -2.0)
         for _ in range(rounds + 1):
+            degrees, right, down = self.range.nearest(math.degrees(angle), x / FINE, y / FINE)
+            angle, x, y = math.radians(degrees), right * FINE, down * FINE
             matrix = _about_middle(angle, x, y, look.shape[1])
             matrix[:, 2] += matrix[:, :2].sum(1) * (look.shape[1] - FINE) / 2  # only the middle is looked at
             seen, _ = _normalised(_warped(look, matrix, (FINE, FINE))[:, self._within])
             likeness = float(seen.ravel() @ self._template)
             if likeness > best[-1]:
                 best = (angle, x, y, likeness)
-            turn, right, down = self._solve @ (seen.ravel() / max(likeness, 0.1) - self._template)
+            turn, across, along = self._solve @ (seen.ravel() / max(likeness, 0.1) - self._template)
             turn = float(np.clip(turn, -MAX_TURN, MAX_TURN))
-            length = math.hypot(right, down)
+            length = math.hypot(across, along)
             slower = min(1.0, MAX_SHIFT / max(length, 1e-9))
             angle -= turn
-            x -= slower * (math.cos(angle) * right - math.sin(angle) * down)
-            y -= slower * (math.sin(angle) * right + math.cos(angle) * down)
+            x -= slower * (math.cos(angle) * across - math.sin(angle) * along)
+            y -= slower * (math.sin(angle) * across + math.cos(angle) * along)
             if abs(turn) < STILL_TURN and length < STILL_SHIFT:
                 break
         return best
 
 
 def reference_in(text: str) -> RGB:
-    """The picture in what `Alignment.to_text` gave. Raises `ValueError` for anything else."""
+    """The picture in what `Alignment.to_json` gave. Raises `ValueError` for anything else."""
     try:
         reference = image.read(base64.b64decode(text, validate=True))
     except BadImage as error:
@@ -238,15 +283,12 @@ def moved(place: tuple[float, float], pose: Pose, shape: tuple[int, int], size: 
     return float(x), float(y)
 
 
-def inspected(poses: Sequence[Pose], shapes: Sequence[tuple[int, int]], size: tuple[int, int]) -> npt.NDArray[np.bool_]:
-    """(height, width): which places of turned photographs lie within the photographs of these poses, nearly always."""
+def within(pose: Pose, shape: Sequence[int], size: tuple[int, int]) -> npt.NDArray[np.bool_]:
+    """(height, width): which places of a turned photograph of `shape`, scaled to `size`, lie within the photograph."""
     y, x = np.mgrid[: size[0], : size[1]] + 0.5
-    places = np.stack([x.ravel(), y.ravel(), np.ones(x.size)])
-    within = np.zeros(x.size, np.int64)
-    for pose, shape in zip(poses, shapes, strict=True):
-        across, down = _matrix(pose, shape, size, size) @ places
-        within += (across >= 0) & (across <= size[1]) & (down >= 0) & (down <= size[0])
-    return (within >= ALWAYS_SEEN * len(poses)).reshape(size)
+    across, down = _matrix(pose, shape, size, size) @ np.stack([x.ravel(), y.ravel(), np.ones(x.size)])
+    inside = (across >= 0) & (across <= size[1]) & (down >= 0) & (down <= size[0])
+    return np.asarray(inside.reshape(size))
 
 
 def _matrix(pose: Pose, shape: Sequence[int], size: Sequence[int], canvas: Sequence[int]) -> Matrix:
@@ -303,6 +345,24 @@ def _picture(look: Float) -> RGB:
 def _coarse(look: Float) -> Float:
     side = _side(COARSE)
     return np.stack([image.resize_map(layer, (side, side)) for layer in look])
+
+
+def _turn_to(degrees: float, middle: float) -> float:
+    """From one angle to another, in -180 … 180."""
+    return (degrees - middle + 180) % 360 - 180
+
+
+def _around(values: Sequence[float]) -> tuple[float, float]:
+    """The middle of shifts, and how far from it others may be."""
+    middle = float(np.median(values))
+    off = float(np.quantile(np.abs(np.subtract(values, middle)), NEARLY_ALL))
+    return middle, min(MARGIN, WIDER * off + MORE_SHIFT)
+
+
+def _possible(off: npt.NDArray[np.float64], most: float) -> npt.NDArray[np.bool_]:
+    """Which of these steps of the search lie no further off than `most`; at least those that are nearest."""
+    distance = np.abs(off)
+    return distance <= max(most, float(distance.min()))
 
 
 def _middle(layers: Float) -> Float:

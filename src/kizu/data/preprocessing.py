@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kizu.data import image
-from kizu.data.alignment import Alignment, Pose, laid_back, moved, turned
+from kizu.data.alignment import Alignment, Pose, laid_back, moved, turned, within
 from kizu.errors import BadImage
 
 __all__ = ["Batch", "Preprocessing", "Readable", "Stack", "batches", "digests"]
@@ -29,6 +29,7 @@ class Readable(Protocol):
 
 
 Item = TypeVar("Item", bound=Readable)
+NEARLY_ALL = 0.95  # of the photographs
 _Prepared = tuple[npt.NDArray[np.uint8], Pose | None, tuple[int, int]]  # input, pose, shape of the photograph
 
 
@@ -86,6 +87,15 @@ class Preprocessing:
         if pose is not None:
             x, y = moved((x, y), pose, shape, scaled)
         return min(max(x - left, 0.0), self.size[1] - 0.001), min(max(y - top, 0.0), self.size[0] - 0.001)
+
+    def inspected(self, poses: Sequence[Pose], shapes: Sequence[tuple[int, int]]) -> npt.NDArray[np.bool_]:
+        """(height, width): which pixels of the input lie within nearly all photographs of these poses and shapes."""
+        counts = np.zeros(self.size, np.int64)
+        for pose, shape in zip(poses, shapes, strict=True):
+            scaled = self._scaled(shape)
+            top, left = self._corner(scaled)
+            counts += within(pose, shape, scaled)[top : top + self.size[0], left : left + self.size[1]]
+        return np.asarray(counts >= NEARLY_ALL * len(poses))
 
     def _scaled(self, shape: tuple[int, ...]) -> tuple[int, int]:
         """The size of the whole photograph, of which the network sees the middle."""

@@ -353,7 +353,7 @@ class Detector(Inspector):
             "method": self.method,
             "config": self.config.model_dump(mode="json"),
             "backbone": self.pretrained(),
-            **({} if (alignment := self.preprocessing.alignment) is None else {"alignment": alignment.to_text()}),
+            **({} if (alignment := self.preprocessing.alignment) is None else {"alignment": alignment.to_json()}),
             "threshold": {
                 "value": self.threshold.value if self.threshold.count else None,
                 "rate": self.threshold.rate,

@@ -13,7 +13,7 @@ from torch import nn
 
 from kizu.calibration.groups import highest
 from kizu.calibration.threshold import percent
-from kizu.data.alignment import Alignment, inspected
+from kizu.data.alignment import Alignment
 from kizu.data.preprocessing import Preprocessing, Readable, Stack
 from kizu.data.progress import Progress, silent
 from kizu.detectors.ram import release
@@ -65,7 +65,7 @@ class OnePose:
         if not photos:
             return None
         alignment, poses = Alignment.learned(photos)
-        seen = inspected(poses, shapes, preprocessing.size)
+        seen = preprocessing.inspected(poses, shapes)
         degrees = [pose.degrees for pose in poses]
         facts = {
             "degrees": [round(min(degrees)), round(max(degrees))],
@@ -78,17 +78,23 @@ class OnePose:
     @property
     def remark(self) -> str:
         """What was done to the photographs, for the user."""
-        if self.facts["likeness"] < ALIKE:
-            return (
-                f"The photographs are too unlike each other to be aligned (likeness {self.facts['likeness']:.2f}, "
-                f"{ALIKE} at least is usual): without `align=True` they stay as they are."
-            )
         first, last = self.facts["degrees"]
-        shift, area = percent(self.facts["shift"]), percent(self.facts["inspected"])
-        done = f"Photographs are turned ({first}° to {last}°) and shifted (by up to {shift}) to one pose."
-        if self.inspected is None:
-            return done
-        return f"{done} Only {area} of the frame is inspected: the rest lies outside of photographs in other poses."
+        shift, area, likeness = percent(self.facts["shift"]), percent(self.facts["inspected"]), self.facts["likeness"]
+        sentences = [
+            f"Photographs are turned ({first}° to {last}°) and shifted (by up to {shift} of the shorter side) to one "
+            "pose."
+        ]
+        if likeness < ALIKE:
+            sentences.append(
+                f"They are too unlike each other for that (likeness {likeness:.2f}, usually {ALIKE} or more): train "
+                "without `align=True`."
+            )
+        if self.inspected is not None:
+            sentences.append(
+                f"Only {area} of the frame is inspected: what lies outside is not in every photograph, and a defect "
+                "there is not found."
+            )
+        return " ".join(sentences)
 
 
 @dataclass(frozen=True)

@@ -127,7 +127,7 @@ def _about_the_highest(result: "CategoryResult", good: list[float], rate: float,
     return [
         f"{names[0]} alone sets the threshold of {good[-1]:.4g}. Without it, the threshold would be about "
         f"{without:.4g}, and about {more} of {result.count(defective=True)} known defects would be stopped. "
-        "Look at it. If the part is defective after all, or the photograph unlike later ones, remove it and train "
-        "again. If good parts may look like that, keep it: without it they would be stopped, and the promise would not "
-        "count them."
+        "Look at this photograph. If the part is defective after all, or later photographs will not look like this, "
+        "remove it and train again. If good parts may look like this, keep it: otherwise such good parts will be "
+        "stopped, and more often than promised."
     ]

@@ -13,8 +13,8 @@ class MapUpsampling(nn.Module):
     """Bilinear upsampling, then Gaussian smoothing with a mirrored border.
 
     Both are linear along each axis, so together they are one matrix a side: map = R · grid · Cᵀ. The grid covers the
-    map evenly, or its first point lies on pixel `first` and the others follow every `stride` pixels. Of a part of the
-    input that is not inspected, `only_inspected` takes the grid's scores away.
+    map evenly, or its first point lies on pixel `first` and the others follow every `stride` pixels. What is
+    not inspected gets the lowest score of the grid from `only_inspected`.
     """
 
     rows: Tensor
@@ -35,14 +35,14 @@ class MapUpsampling(nn.Module):
         self.register_buffer("inspected", None)
 
     def inspect(self, pixels: npt.NDArray[np.bool_] | None) -> None:
-        """Inspect the places of the grid of which half or more lie on these pixels (H, W) of the input."""
+        """Inspect only places of the grid of which half or more lie on these pixels (H, W); None changes nothing."""
         if pixels is not None:
             grid = self.rows.shape[1], self.columns.shape[1]
             shares = F.adaptive_avg_pool2d(torch.from_numpy(pixels)[None, None].float(), grid)[0, 0]
             self.register_buffer("inspected", (shares >= 0.5).to(self.rows.device))
 
     def only_inspected(self, grid: Tensor) -> Tensor:
-        """Scores (…, h, w), at what is not inspected as low as the lowest of the image."""
+        """Scores (…, h, w); where nothing is inspected, the lowest score of the image."""
         if self.inspected is None:
             return grid
         return torch.where(self.inspected, grid, grid.amin((-2, -1), keepdim=True))

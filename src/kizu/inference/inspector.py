@@ -214,8 +214,8 @@ class Inspector(ABC):
 
     def restore_thresholds(self, about: dict[str, Any]) -> None:
         """Take thresholds, alignment, facts and training from a model.json."""
-        if reference := about.get("alignment"):
-            self.preprocessing = replace(self.preprocessing, alignment=Alignment.from_text(reference))
+        if alignment := about.get("alignment"):
+            self.preprocessing = replace(self.preprocessing, alignment=Alignment.from_json(alignment))
         self.threshold = Threshold.from_json(about["threshold"])
         self.calibration_scores, self.map_peaks = about["calibration_scores"], about["map"]["peaks"]
         self.pixel_threshold, self.heat_map_range = from_finite(about["map"]["level"]), tuple(about["map"]["scale"])

@@ -25,6 +25,7 @@ FILE = "model.json"
 FORMAT = 2
 MAX_BYTES = 10**9
 NO_SEAL = "0" * 32
+_Pair = Annotated[list[float], Field(min_length=2, max_length=2)]
 Hashes = dict[Annotated[str, Field(pattern=r"^[^/\\]+$")], str]  # of files, by their names
 
 
@@ -83,6 +84,18 @@ class _Config(_Open):
     align: bool = False
 
 
+class _Alignment(_Saved):
+    reference: str  # a picture
+    degrees: _Pair  # the middle of what is looked among, and how far either way
+    right: _Pair
+    down: _Pair
+
+    @model_validator(mode="after")
+    def _is_a_picture(self) -> Self:
+        reference_in(self.reference)
+        return self
+
+
 class _Tolerance(_Saved):
     score: float
     map: float
@@ -121,7 +134,7 @@ class _Model(_Saved):
     method: str = Field(min_length=1)
     config: _Config
     backbone: dict[str, str]
-    alignment: str | None = None  # its reference, a picture
+    alignment: _Alignment | None = None
     threshold: _Threshold
     calibration_scores: list[float]
     map: _Map
@@ -138,8 +151,6 @@ class _Model(_Saved):
             raise ValueError("files and seal come together")
         if self.config.align != (self.alignment is not None):
             raise ValueError("a model that aligns photographs has a reference, and no other has one")
-        if self.alignment is not None:
-            reference_in(self.alignment)
         threshold = self.threshold
         follows = calibrate(self.calibration_scores, threshold.rate)
         if not threshold.tuned and (from_finite(threshold.value), threshold.count) != (follows.value, follows.count):

@@ -175,12 +175,12 @@ class _Course:
             return self.config.align
         left = unlikeness_left(self.material)
         if left > ALIKE:
-            self.reasons.append(f"{words(change)}: not tried, because good parts are hardly more alike in it.")
+            self.reasons.append(f"{words(change)}: not tried, because good parts are not much more alike in it.")
             return False
         return self._consider(change, favoured="good parts are much more alike in it")
 
     def _consider_any_pose(self, change: Settings, detector: PatchCore) -> None:
-        """Copies in any pose, where good parts that are turned do not look strange."""
+        """Learn from turned copies too, unless good parts look strange when they are turned."""
         strange = strange_when_turned(detector, self.material)
         if strange > STRANGE:
             self.reasons.append(f"{words(change)}: not tried, because good parts look strange when they are turned.")

@@ -19,14 +19,13 @@ PAUSE = 2.0  # seconds until a camera that fell silent is tried again
 
 
 class FrameFolder:
-    """Frames as PNG, beside a ledger, from before their rows are written until a sink has taken them over."""
+    """A camera's frames as PNG, beside the ledger: each from before its row is written until a sink has taken it."""
 
     def __init__(self, ledger: Path) -> None:
         self._folder = ledger.with_suffix(".frames")
 
     def write(self, name: str, frame: RGB) -> None:
         """Raises `OutputError` where it cannot be written."""
-        self._folder.mkdir(exist_ok=True)
         image.write(self._path(name), frame, durable=True)
 
     def read(self, row: Row) -> bytes:
