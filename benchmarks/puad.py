@@ -1,7 +1,8 @@
-"""PUAD over PatchCore: image AUROC of base, head, plain sum and gated sum.
+"""PUAD over PatchCore, or over another base: image AUROC of base, head, plain sum and gated sum.
 
 python benchmarks/puad.py --textile textile                     all categories, and the textile (benchmarks/textile.py)
 python benchmarks/puad.py --category juice_bottle --fresh       one of them, whatever was measured before
+python benchmarks/puad.py --base efficientad                    over EfficientAD, in results/puad_efficientad.csv
 
 The flange is the demo's rendered part. Each category is learned once, with kizu's defaults; the scores are parts of the
 same predictions. The gain is that of what PUAD says over its base, with a 95 % interval from 2,000 bootstrap samples of
@@ -55,27 +56,29 @@ def main() -> None:
     )
     parser.add_argument("--textile", type=Path, help="folder that benchmarks/textile.py wrote")
     parser.add_argument("--fresh", action="store_true", help="repeat what was measured before")
+    parser.add_argument("--base", default="patchcore", choices=["patchcore", "simplenet", "efficientad"])
     options = parser.parse_args()
+    target = TARGET if options.base == "patchcore" else TARGET.with_stem(f"puad_{options.base}")
     folders = FOLDERS | ({"textile": options.textile} if options.textile else {})
-    rows = list(csv.DictReader(TARGET.read_text().splitlines())) if TARGET.exists() else []
+    rows = list(csv.DictReader(target.read_text().splitlines())) if target.exists() else []
     for category in options.category or [*folders, "flange"]:
         if options.fresh or not any(row["category"].split(", ")[0] == category for row in rows):
             with tempfile.TemporaryDirectory() as scratch:
                 folder = Path(demo.render(scratch)) if category == "flange" else folders.get(category)
                 if folder is None or not folder.is_dir():
                     sys.exit(f"There are no images of {category}: name the textile's folder with --textile")
-                new = measure(category, folder)
+                new = measure(category, folder, options.base)
             rows = [row for row in rows if row["category"].split(", ")[0] != category] + new
-            write_csv(TARGET, rows[0], map(dict.values, rows))
+            write_csv(target, rows[0], map(dict.values, rows))
     print_table(rows)
     print(f"\n{machine()['summary']}; " + ", ".join(f"{name} {value}" for name, value in versions().items()))
 
 
-def measure(category: str, folder: Path) -> list[dict[str, str]]:
+def measure(category: str, folder: Path, base: str) -> list[dict[str, str]]:
     """A row; for textile and flange one of each kind of defect."""
     start = time.perf_counter()
     data = dataset.find(folder)
-    detector = kizu.PUAD().fit(data.select(split="train"), held_out=data.select(split="validation"))
+    detector = kizu.PUAD(base=base).fit(data.select(split="train"), held_out=data.select(split="validation"))
     judged = [(sample.defect, outcome) for sample, outcome in detector.judge(data.select(split="test"))]
     print(f"{category}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
     kinds = sorted({defect for defect, _ in judged} - {"good"})

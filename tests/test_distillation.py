@@ -57,8 +57,9 @@ def test_the_loss_is_the_mean_squared_difference_to_the_pooled_layers_in_their_u
         assert float(distillation_loss(student, source, photos)) == pytest.approx(expected, rel=1e-4)
 
 
-def test_a_killed_distillation_goes_on_to_the_same_teacher(photographs, tmp_path, monkeypatch):
-    config = DistillationConfig(**QUICK, crops=True)
+@pytest.mark.parametrize("recipe", [{"crops": True}, {"cosine": True, "average": 0.9, "learning_rate": 1e-3}])
+def test_a_killed_distillation_goes_on_to_the_same_teacher(recipe, photographs, tmp_path, monkeypatch):
+    config = DistillationConfig(**QUICK, **recipe)
     whole = distill(photographs, config, tmp_path / "whole")
     monkeypatch.setattr("kizu.features.training_state.EVERY", 0)
 
@@ -105,9 +106,8 @@ def test_the_command_makes_a_teacher_of_either_size_and_measures_the_channels_on
 
 
 @pytest.mark.slow
-def test_distilling_brings_the_teacher_nearer_to_the_backbone(photographs, tmp_path, monkeypatch):
-    monkeypatch.setattr("kizu.detectors.efficientad.distillation.LEARNING_RATE", 1e-3)
-    config = DistillationConfig(**{**QUICK, "steps": 40})
+def test_distilling_brings_the_teacher_nearer_to_the_backbone(photographs, tmp_path):
+    config = DistillationConfig(**{**QUICK, "steps": 40}, learning_rate=1e-3)
     target = distill(photographs, config, tmp_path)
     losses = [float(row["loss"]) for row in csv.DictReader(target.with_suffix(".csv").read_text().splitlines())]
     assert np.mean(losses[-10:]) < 0.85 * np.mean(losses[:5])

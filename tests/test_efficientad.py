@@ -35,7 +35,7 @@ def taught(tmp_path_factory):
 
 def random_graph(seed=0, dimension=16, **settings):
     torch.manual_seed(seed)
-    graph = EfficientADGraph(EfficientADConfig(**settings), PDN("s", dimension, (8, 8, 8))).eval()
+    graph = EfficientADGraph(EfficientADConfig(**{"network": "s", **settings}), PDN("s", dimension, (8, 8, 8))).eval()
     graph.mean.normal_(0, 0.1)
     graph.std.uniform_(0.05, 0.2)
     graph.surround.normal_()
@@ -181,7 +181,7 @@ def slow_maps(graph, config, image):
 
 @pytest.mark.parametrize("settings", [{}, {"border": "map"}, {"size": "258x301"}])
 def test_maps_and_scores_are_the_papers_equations(settings):
-    config = EfficientADConfig(**settings)
+    config = EfficientADConfig(network="s", **settings)
     graph = random_graph(**settings)
     graph.levels.copy_(torch.tensor([[0.2, 0.9], [0.01, 0.04]]))
     batch = np.random.default_rng(0).integers(0, 256, (2, 3, *config.size), dtype=np.uint8)
@@ -245,7 +245,11 @@ class Remembers(nn.Module):
 @pytest.mark.parametrize("size", [(256, 256), (257, 322)])
 def test_a_disturbance_anywhere_peaks_where_it_is_and_as_high(size):
     torch.manual_seed(1)
-    graph = EfficientADGraph(EfficientADConfig(size=size), PDN("s", 16, (8, 8, 8))).eval().requires_grad_(False)
+    graph = (
+        EfficientADGraph(EfficientADConfig(network="s", size=size), PDN("s", 16, (8, 8, 8)))
+        .eval()
+        .requires_grad_(False)
+    )
     for parameter in graph.teacher.parameters():
         parameter.abs_()  # a feature answers the more, the nearer to its centre a thing is
     clean = torch.full((1, 3, *size), 128, dtype=torch.uint8)
@@ -400,9 +404,9 @@ def test_without_a_gpu_the_cost_is_told(taught, caplog, monkeypatch):
 
 def test_sentences_for_what_cannot_be(tmp_path):
     with pytest.raises(kizu.ModelError, match="kizu distill"):
-        kizu.EfficientAD().fit(GOOD[:2])
+        kizu.EfficientAD(network="s").fit(GOOD[:2])
     with pytest.raises(kizu.OptionError, match="at least 256"):
-        kizu.EfficientAD(size="256x224")
+        kizu.EfficientAD(network="s", size="256x224")
     with pytest.raises(kizu.ModelError, match="no such teacher"):
         kizu.EfficientAD(teacher="nowhere.pth").fit(GOOD[:2])
 

@@ -218,13 +218,14 @@ def test_base_settings_are_checked_as_the_bases_own():
     config = kizu.PUAD(base_settings="coreset=0.5,layers=blocks.2,blocks.3,size=128").config
     assert config.size == (128, 128) and config.base_config.coreset == 0.5
     assert config.base_config.layers == ("blocks.2", "blocks.3")
-    assert kizu.PUAD(base="efficientad").config.size == (256, 256)
+    assert kizu.PUAD(base="efficientad").config.size == (320, 320)
+    assert kizu.PUAD(base="efficientad", base_settings="network=s").config.size == (256, 256)
     assert kizu.PUAD(base_settings='{"top": 0}').config.base_config.top == 0
     for settings, words in (
         ({"base_settings": "coreset=2"}, '`coreset="2"`'),
         ({"base_settings": "colour=2"}, "`colour` is not a setting of PatchCore"),
         ({"base_settings": "fast"}, '`base_settings="fast"`'),
-        ({"base": "efficientad", "size": 64}, "`size=64`"),
+        ({"base": "efficientad", "base_settings": "network=m", "size": 64}, "`size=64`"),
         ({"base": "yolo"}, '`base="yolo"`'),
         ({"exact": True, "balance": 0.2}, "`exact=True`"),
     ):

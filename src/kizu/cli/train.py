@@ -118,7 +118,7 @@ def _train_command(method: str) -> click.Command:
     DATA is a folder of good images, or a data set (see  kizu data --help).
 
     \b
-    Example:  kizu train {method} mvtec/bottle{" --teacher teachers" if method == "efficientad" else ""} --name first
+    Example:  kizu train {method} mvtec/bottle --name first
     """
     for param in command.params:  # settings are chosen for methods with a pretrained network
         if isinstance(param, click.Option) and param.name in ("auto", "minutes", "milliseconds"):

@@ -29,6 +29,18 @@ class DistillationConfig(BaseModel):
     )
     steps: int = Field(60_000, ge=1, description="Training steps.")
     batch_size: int = Field(16, ge=1, le=1024, description="Photographs in a training step.")
+    learning_rate: float = Field(1e-4, gt=0, le=1, description="Learning rate. Paper: 1e-4 throughout.")
+    cosine: bool = Field(
+        False,
+        description="Let the learning rate rise over the first tenth of the steps, and fall along a cosine to nothing.",
+    )
+    average: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Keep a running mean of the weights, of which each step leaves this share as it was: 0.999. 0: the "
+        "last weights.",
+    )
     crops: bool = Field(False, description="Train on random crops, mirrored or not, instead of whole photographs.")
     measured: int = Field(
         10_000, ge=1, description="Photographs that each channel's mean and standard deviation are measured on."

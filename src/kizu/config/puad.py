@@ -58,10 +58,11 @@ class PUADConfig(Config):
             return values
         own = _settings(values.get("base_settings") or {})
         values = {**values, **{name: own.pop(name) for name in list(own) if name in Config.model_fields}}
-        for name, field in kind.model_fields.items():
-            if name in Config.model_fields and field.default != Config.model_fields[name].default:
-                values.setdefault(name, field.default)
-        plain = build(kind, own).model_dump(mode="json")
+        base = build(kind, own)
+        for name, field in Config.model_fields.items():
+            if getattr(base, name) != field.default:
+                values.setdefault(name, getattr(base, name))
+        plain = base.model_dump(mode="json")
         return {**values, "base_settings": {name: plain[name] for name in own}}
 
     @model_validator(mode="after")

@@ -20,6 +20,7 @@ from kizu.data import files
 from kizu.detectors.base import Detector
 from kizu.detectors.efficientad import teacher
 from kizu.detectors.efficientad.detector import EfficientAD
+from kizu.detectors.efficientad.embedded import EmbeddedGraph
 from kizu.detectors.efficientad.graph import EfficientADGraph
 from kizu.detectors.patchcore.detector import PatchCore
 from kizu.detectors.patchcore.graph import EnsembleGraph, PatchCoreGraph
@@ -132,6 +133,8 @@ def write_reference(
     if isinstance(graph, EfficientADGraph):
         config = detector._base().config if isinstance(detector, PUAD) else detector.config
         return write_efficientad(graph, config, folder, data_set, category)
+    if isinstance(graph, EmbeddedGraph):
+        raise ModelError("The published EfficientAD has its own networks: train with `network=s` or `network=m`")
     raise ModelError(
         'The published PUAD stands on EfficientAD only: train it with `base="efficientad"` and `exact=True`'
     )

@@ -12,6 +12,9 @@ In the order of the paper:
 4. §3.4 both maps in units of quantiles of good pixels, their mean, and its maximum: `detector.EfficientAD` measures
    the quantiles, `graph.EfficientADGraph.score_outputs` uses them
 
+`embedded` is the default: a pretrained network in the teacher's place, which is quick on a CPU. `network=s` and
+`network=m` are the paper's.
+
 Different from the published code, and switchable: photographs get a frame in the mean colour of good ones' borders
 (`border`), so that the map reaches to the edge and lies where the defect is.
 """

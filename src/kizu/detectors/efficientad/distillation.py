@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from kizu.config import DistillationConfig
 from kizu.data import files, streams
@@ -30,7 +31,7 @@ from kizu.data.progress import Progress, silent
 from kizu.detectors.augmentation import greyed
 from kizu.detectors.efficientad import teacher
 from kizu.detectors.efficientad.networks import DIMENSION, FRAME, PDN, normalised
-from kizu.detectors.efficientad.training import ChannelStatistics, Pace, arithmetic
+from kizu.detectors.efficientad.training import ChannelStatistics, Pace, along_a_cosine, arithmetic
 from kizu.errors import DataError, ModelError, OptionError
 from kizu.features import backbone
 from kizu.features.patch_features import PatchFeatures
@@ -40,7 +41,7 @@ __all__ = ["distill"]
 
 log = logging.getLogger("kizu")
 
-LEARNING_RATE, WEIGHT_DECAY = 1e-4, 1e-5
+WEIGHT_DECAY = 1e-5
 GREY = 0.1  # share of the photographs that lose their colour
 ADVICE = "Fewer `steps` give a worse teacher; it can be interrupted, and goes on with `resume=True`."
 
@@ -172,8 +173,9 @@ def _train(
 ) -> list[tuple[int, float]]:
     """Train the small network; returns its loss, averaged over each two-hundredth of the steps, with the step."""
     device = source.mean.device
-    optimiser = torch.optim.Adam(network.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
-    checkpoint = Checkpoint(state, about, {"teacher": network, "optimiser": optimiser})
+    optimiser = torch.optim.Adam(network.parameters(), weight_decay=WEIGHT_DECAY)
+    mean = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(config.average))
+    checkpoint = Checkpoint(state, about, {"teacher": network, "mean": mean, "optimiser": optimiser})
     start, extra = checkpoint.restore()
     curve: list[tuple[int, float]] = extra.get("curve", [])
     total, count = extra.get("sum", [0.0, 0])
@@ -183,6 +185,8 @@ def _train(
     precision = arithmetic(config.precision, device)
     pace = Pace(config.steps - start, device, ADVICE)
     for step in range(start, config.steps):
+        for group in optimiser.param_groups:
+            group["lr"] = config.learning_rate * (along_a_cosine(step, config.steps) if config.cosine else 1)
         pixels = torch.from_numpy(next(pictures)).to(device)
         if len(pixels):
             with precision:
@@ -190,6 +194,7 @@ def _train(
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
             optimiser.step()
+            mean.update_parameters(network)
             summed, count = summed + loss.detach(), count + 1
         if (step + 1) % every == 0 and count:
             curve.append((step + 1, float(summed) / count))
@@ -201,6 +206,7 @@ def _train(
         progress("Distilling", step + 1, config.steps)
     if not curve:
         raise DataError(f"None of the {len(paths)} photographs could be read.")
+    network.load_state_dict(mean.module.state_dict())
     return curve
 
 

@@ -1,14 +1,17 @@
 """EfficientAD's training: the teacher's channels measured, then the steps of student and autoencoder (§3.2, §3.3)."""
 
+import itertools
 import logging
+import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kizu.config import EfficientADConfig
 from kizu.data import streams
@@ -17,13 +20,15 @@ from kizu.detectors.augmentation import greyed
 from kizu.detectors.efficientad.graph import LOSSES, EfficientADGraph
 from kizu.detectors.efficientad.teacher import fingerprint
 from kizu.detectors.fitting import FitContext
-from kizu.features.training_state import Checkpoint, Stateful
+from kizu.features.training_state import Checkpoint
 
-__all__ = ["ChannelStatistics", "Pace", "arithmetic", "penalty_source", "train"]
+__all__ = ["ChannelStatistics", "Course", "Pace", "along_a_cosine", "arithmetic", "paper_course"]
+__all__ += ["penalty_pictures", "penalty_source", "train"]
 
 log = logging.getLogger("kizu")
 
 LEARNING_RATE, WEIGHT_DECAY = 1e-4, 1e-5
+WARM_UP = 0.1  # share of the steps until a learning rate along a cosine is the highest
 FALL = 0.95  # share of the steps after which the learning rate falls to a tenth
 GREY_PENALTY = 0.3  # share of the penalty's photographs that lose their colour
 ADVICE = (
@@ -33,38 +38,30 @@ WORTH_TELLING = 600  # seconds
 MEASURED_STEPS = 3  # after the first
 
 
-def train(
-    graph: EfficientADGraph,
-    config: EfficientADConfig,
-    count: int,
-    pixels: Callable[[Sequence[int], int], Tensor],
-    context: FitContext,
-) -> dict[str, Any]:
-    """Train student and autoencoder; what there is to tell of it.
+@dataclass(frozen=True)
+class Course:
+    """What is trained, and how."""
 
-    `pixels(positions, turn)` gives photographs (B, 3, H, W) of the `count` ones to learn from, varied in each turn.
-    """
-    device = graph.mean.device
-    graph.train()
-    graph.teacher.eval()
-    trainable = [*graph.student.parameters(), *graph.autoencoder.parameters()]
-    optimiser = torch.optim.Adam(trainable, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
-    checkpoint = _checkpoint(graph, config, optimiser, context)
+    modules: Mapping[str, nn.Module]
+    losses: Callable[[int], Iterator[Tensor]]  # from a step on: the terms of each step's loss, in order of LOSSES
+    rate: Callable[[int], float]  # the learning rate of a step
+    about: Mapping[str, Any]  # what must be the same when a training goes on
+
+
+def train(course: Course, config: EfficientADConfig, context: FitContext, device: torch.device) -> dict[str, Any]:
+    """Train; what there is to tell of it."""
+    parameters = [parameter for module in course.modules.values() for parameter in module.parameters()]
+    optimiser = torch.optim.Adam(parameters, weight_decay=WEIGHT_DECAY)
+    about = {"settings": config.model_dump_json(), "images": context.photos.hash, **course.about}
+    checkpoint = Checkpoint(context.checkpoint, about, {**course.modules, "optimiser": optimiser})
     start, extra = checkpoint.restore()
     curve: list[list[float]] = extra.get("curve", [])
     sums = torch.tensor(extra.get("sums", [0.0] * len(LOSSES)), dtype=torch.float64, device=device)
     every = max(1, config.steps // 100)
-    penalty = _penalty(config, start)
-    order = streams.shuffled(count, config.seed, start * config.batch_size)
-    precision = arithmetic(config.precision, device)
     pace = Pace(config.steps - start, device, ADVICE)
-    for step in range(start, config.steps):
+    for step, losses in zip(range(start, config.steps), course.losses(start)):  # noqa: B905 (one has no end)
         for group in optimiser.param_groups:
-            group["lr"] = LEARNING_RATE * (0.1 if step >= int(FALL * config.steps) else 1)
-        images = pixels([next(order) for _ in range(config.batch_size)], step + 1)
-        unrelated = None if penalty is None else greyed(torch.from_numpy(next(penalty)).to(device), GREY_PENALTY)
-        with precision:
-            losses = graph.losses(images, unrelated)
+            group["lr"] = course.rate(step)
         optimiser.zero_grad(set_to_none=True)
         losses.sum().backward()
         optimiser.step()
@@ -81,24 +78,50 @@ def train(
     return {"steps": config.steps, "loss": _first_and_last(curve)}
 
 
+def paper_course(
+    graph: EfficientADGraph, config: EfficientADConfig, count: int, pixels: Callable[[Sequence[int], int], Tensor]
+) -> Course:
+    """The paper's training of student and autoencoder (§3.2, §3.3).
+
+    `pixels(positions, turn)` gives photographs (B, 3, H, W) of the `count` ones to learn from, varied in each turn.
+    """
+    device = graph.mean.device
+    precision = arithmetic(config.precision, device)
+    graph.train()
+    graph.teacher.eval()
+
+    def losses(start: int) -> Iterator[Tensor]:
+        penalty = penalty_pictures(config, start, config.batch_size)
+        order = streams.shuffled(count, config.seed, start * config.batch_size)
+        for step in itertools.count(start):
+            images = pixels([next(order) for _ in range(config.batch_size)], step + 1)
+            others = None if penalty is None else greyed(torch.from_numpy(next(penalty)).to(device), GREY_PENALTY)
+            with precision:
+                terms = graph.losses(images, others)
+            yield terms
+
+    return Course(
+        {"student": graph.student, "autoencoder": graph.autoencoder},
+        losses,
+        lambda step: LEARNING_RATE * (0.1 if step >= int(FALL * config.steps) else 1),
+        {"teacher": fingerprint(graph.teacher)},
+    )
+
+
+def along_a_cosine(step: int, steps: int) -> float:
+    """The share of the highest learning rate: it rises over the first tenth of the steps, and falls to nothing."""
+    share = (step + 1) / steps
+    if share < WARM_UP:
+        return share / WARM_UP
+    return (1 + math.cos(math.pi * (share - WARM_UP) / (1 - WARM_UP))) / 2
+
+
 def arithmetic(precision: str, device: torch.device) -> torch.autocast:
     """The context to train in: with `mixed`, convolutions are computed in bfloat16. Warns where that is slow."""
     mixed = precision == "mixed"
     if mixed and device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         log.warning("This processor has no arithmetic for bfloat16: `precision=single` is many times faster here.")
     return torch.autocast(device.type, torch.bfloat16, enabled=mixed)
-
-
-def _checkpoint(
-    graph: EfficientADGraph, config: EfficientADConfig, optimiser: torch.optim.Optimizer, context: FitContext
-) -> Checkpoint:
-    about = {
-        "settings": config.model_dump_json(),
-        "images": context.photos.hash,
-        "teacher": fingerprint(graph.teacher),
-    }
-    parts: dict[str, Stateful] = {"student": graph.student, "autoencoder": graph.autoencoder, "optimiser": optimiser}
-    return Checkpoint(context.checkpoint, about, parts)
 
 
 def penalty_source(config: EfficientADConfig) -> str:
@@ -110,15 +133,15 @@ def penalty_source(config: EfficientADConfig) -> str:
     return f"{len(streams.photographs(config.penalty))} photographs in {config.penalty}"
 
 
-def _penalty(config: EfficientADConfig, start: int) -> Iterator[npt.NDArray[np.uint8]] | None:
-    """Those pictures from the step `start` on, a batch a step."""
+def penalty_pictures(config: EfficientADConfig, start: int, batch_size: int) -> Iterator[npt.NDArray[np.uint8]] | None:
+    """Those pictures (B, 3, H, W), a batch a step, from the step `start` on; None where there are to be none."""
     if config.penalty == "none":
         return None
-    first = start * config.batch_size
+    first = start * batch_size
     if config.penalty is None:
-        return streams.endless(streams.drawn(config.seed, first), Preprocessing(config.size), config.batch_size)
+        return streams.endless(streams.drawn(config.seed, first), Preprocessing(config.size), batch_size)
     pictures = streams.cropped(streams.photographs(config.penalty), config.seed, first, crops=False)
-    return streams.endless(pictures, Preprocessing(config.size, 2 * max(config.size)), config.batch_size)
+    return streams.endless(pictures, Preprocessing(config.size, 2 * max(config.size)), batch_size)
 
 
 def _first_and_last(curve: Sequence[Sequence[float]]) -> dict[str, list[float]]:
