@@ -107,7 +107,11 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     result: dict[str, Any] = {"version": f"kizu {kizu.__version__}, torch {torch.__version__}", "rate": rate()}
     for border in ("map", "picture"):
         torch.manual_seed(0)
-        graph = EfficientADGraph(EfficientADConfig(network=job["size"], border=border), PDN(job["size"])).eval().requires_grad_(False)
+        graph = (
+            EfficientADGraph(EfficientADConfig(network=job["size"], border=border), PDN(job["size"]))
+            .eval()
+            .requires_grad_(False)
+        )
         graph.levels[:, 1] = 1.0
         for batch in job["batches"]:
             images = torch.randint(0, 256, (batch, 3, job["side"], job["side"]), dtype=torch.uint8)

@@ -20,7 +20,7 @@ class EfficientADConfig(Config):
     network: Literal["embedded", "s", "m"] = Field(
         "embedded",
         description="The teacher: the pretrained network that comes with kizu, which needs no GPU, or the paper's "
-        "small or medium one, which needs a `teacher`. Default: embedded; s where a `teacher` is given.",
+        "small or medium one, which needs a `teacher`. With a `teacher` alone it is s.",
     )
     teacher: str | None = Field(
         None,
