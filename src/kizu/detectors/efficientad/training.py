@@ -189,7 +189,8 @@ class Pace:
         elif self.taken == 1 + MEASURED_STEPS and self.device.type == "cpu":
             each = (time.perf_counter() - self.started) / MEASURED_STEPS
             if (total := each * self.left) > WORTH_TELLING:
+                duration = f"{total / 60:.0f} minutes" if total < 2 * 3600 else f"{total / 3600:.1f} hours"
                 log.warning(
-                    "There is no GPU that torch can use: %s steps of %.1f s take about %.1f hours. %s",
-                    *(f"{self.left:,}", each, total / 3600, self.advice),
+                    "There is no GPU that torch can use: %s steps of %.1f s take about %s. %s",
+                    *(f"{self.left:,}", each, duration, self.advice),
                 )
