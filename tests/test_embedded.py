@@ -141,12 +141,22 @@ def test_the_network_decides_what_is_the_default():
             build(EfficientADConfig, wrong)
 
 
-@pytest.mark.slow
-def test_features_that_do_not_fit_into_memory_are_computed_anew(subject, monkeypatch):
-    monkeypatch.setattr(Features, "bytes_of", staticmethod(lambda count, size: 10**15))
-    kept, anew = subject.fitted, subject.new().fit(subject.good)
-    assert anew.predict(GOOD[0]).score == pytest.approx(kept.predict(GOOD[0]).score, abs=0.05)
-    assert anew.facts["loss"]["hard"] == pytest.approx(kept.facts["loss"]["hard"], rel=0.02)
+def test_features_that_do_not_fit_into_memory_lie_in_files_and_are_the_same(subject):
+    config = subject.new().config
+    maps = [torch.rand(3, *store.shape) for store in Features(0, config, 0).stores]
+    assert [layer.shape[1:] for layer in maps] == [(24, 32, 32), (48, 16, 16), (120, 8, 8)]
+    kept, in_files = (Features(3, config, memory) for memory in (10**8, 10**4))
+    for features in (kept, in_files):
+        features.append(maps)
+    assert [store.in_memory for store in (*kept.stores, *in_files.stores)] == [True] * 3 + [False] * 3
+    for one, other, layer in zip(kept.take([2, 0]), in_files.take([2, 0]), maps, strict=True):
+        assert torch.equal(one, other) and torch.equal(one, layer[[2, 0]].half().float())
+
+
+def test_good_parts_that_are_new_are_no_stranger_than_those_that_set_the_threshold(subject):
+    """What is usual is not learned from the few photographs that set the threshold: these would look too usual."""
+    scores = np.array([subject.fitted.predict(part(seed)).score for seed in range(300, 320)])
+    assert np.median(scores) < 1.5 * max(subject.fitted.calibration_scores)
 
 
 @pytest.mark.slow

@@ -10,9 +10,9 @@ from torch import nn
 import kizu
 from kizu.config import SimpleNetConfig
 from kizu.data.dataset import find
-from kizu.detectors.simplenet.detector import FeatureStore
 from kizu.detectors.simplenet.networks import Discriminator, hinge_loss, noise
 from kizu.features import backbone
+from kizu.features.feature_store import FeatureStore
 from kizu.features.patch_features import as_rows
 from kizu.features.safe_load import read_plain, write_plain
 from test_detectors import GOOD, SETTINGS, part
@@ -147,16 +147,16 @@ def test_training_that_was_interrupted_goes_on_to_the_same_result(settings, tmp_
 
 def test_features_that_do_not_fit_lie_in_a_file_and_are_the_same():
     features = torch.randn(6, 5, 3, 4, generator=torch.Generator().manual_seed(0))
-    stores = [FeatureStore(6, 12, 5, memory) for memory in (10**6, 100)]
+    stores = [FeatureStore(6, (12, 5), memory) for memory in (10**6, 100)]
     for store in stores:
-        store.append(features[:4])
-        store.append(features[4:])
+        for some in features.split([4, 2]):
+            store.append(some.flatten(2).transpose(1, 2))
     assert [store.in_memory for store in stores] == [True, False]
-    images, patches = torch.tensor([5, 0]), torch.tensor([[3, 1], [11, 0]])
+    images, patches = [5, 0], torch.tensor([[3, 1], [11, 0]])
     expected = torch.stack([as_rows(features[i : i + 1])[p] for i, p in ((5, 3), (5, 1), (0, 11), (0, 0))])
     for store in stores:
-        torch.testing.assert_close(store.take(images, patches), expected, atol=2e-3, rtol=1e-3)
-        assert store.take(images).shape == (24, 5)
+        torch.testing.assert_close(store.take(images, patches).flatten(0, 1), expected, atol=2e-3, rtol=1e-3)
+        assert len(store) == 6 and store.shape == (12, 5) and store.take(images).shape == (2, 12, 5)
 
 
 def test_the_published_layout_gives_the_published_arithmetic(tmp_path):

@@ -91,8 +91,10 @@ class _Alignment(_Saved):
     down: _Pair
 
     @model_validator(mode="after")
-    def _is_a_picture(self) -> Self:
+    def _can_be_used(self) -> Self:
         reference_in(self.reference)
+        if min(self.degrees[1], self.right[1], self.down[1]) < 0:
+            raise ValueError("poses are looked for no less than 0 either way")
         return self
 
 

@@ -113,8 +113,7 @@ class EfficientAD(Detector):
 
     def _features(self, graph: EmbeddedGraph, context: FitContext, train: Sequence[int]) -> Features | None:
         """Measure each channel's mean and deviation; keep the features where each step would compute the same ones."""
-        fits = Features.bytes_of(len(train), self.config.size) <= context.memory_bytes // 3
-        kept = Features() if fits and self.augmentation is None else None
+        kept = Features(len(train), self.config, context.memory_bytes // 3) if self.augmentation is None else None
         statistics = [ChannelStatistics() for _ in LAYERS]
         for pixels in self._pick(context.photos, train, 4, "Features", context.progress):
             maps = graph.backbone(pixels)
@@ -149,7 +148,7 @@ class EfficientAD(Detector):
     ) -> list[Tensor]:
         """Standardised features of the photos at these positions of `train`: kept ones, or in each turn new ones."""
         if kept is not None:
-            return graph.standardise(kept.take(positions))
+            return graph.standardise([layer.to(self.device) for layer in kept.take(positions)])
         with torch.no_grad():
             return graph.features(self._varied(photos, train, positions, turn))
 

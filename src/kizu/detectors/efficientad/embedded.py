@@ -21,15 +21,16 @@ from torch.nn import functional as F
 from kizu.config import EfficientADConfig
 from kizu.data import streams
 from kizu.detectors.efficientad.graph import hard_loss
-from kizu.detectors.efficientad.training import Course, along_a_cosine, arithmetic
+from kizu.detectors.efficientad.training import Course, along_a_cosine
 from kizu.features.anomaly_map import MapUpsampling
 from kizu.features.backbone import Backbone
+from kizu.features.feature_store import FeatureStore
 
 __all__ = ["BACKBONE", "LAYERS", "EmbeddedGraph", "Features", "embedded_course", "others_in_a_step"]
 
 BACKBONE = "efficientnet_lite2"
-LAYERS = ("blocks.1", "blocks.2", "blocks.4")  # of reductions 4, 8 and 16
-CHANNELS = (24, 48, 120)
+LAYERS = ("blocks.1", "blocks.2", "blocks.4")  # that are tapped, with their channels and reductions
+CHANNELS, STEPS = (24, 48, 120), (4, 8, 16)
 WIDTH, DEPTH = 96, 3  # of the student
 HIDDEN, CODE = 64, 64  # channels of the autoencoder, and numbers that it has for the whole photograph
 HARD_SHARE = 0.98  # of the errors, that the hard loss leaves out
@@ -46,7 +47,7 @@ class EmbeddedGraph(nn.Module):
     def __init__(self, config: EfficientADConfig, network: Backbone) -> None:
         super().__init__()
         _, fine, coarse = CHANNELS
-        self.grid, self.coarse_grid = ((-(-config.size[0] // step), -(-config.size[1] // step)) for step in (8, 16))
+        self.grid, self.coarse_grid = ((-(-config.size[0] // step), -(-config.size[1] // step)) for step in STEPS[1:])
         self.backbone = network
         self.units = nn.ModuleList(Standardised(channels) for channels in CHANNELS)
         self.student = Student()
@@ -254,31 +255,24 @@ class Moments:
 
 
 class Features:
-    """The network's features of photographs, computed once, in half precision."""
+    """The network's features of photographs, computed once."""
 
-    def __init__(self) -> None:
-        self._photos: list[list[Tensor]] = []
+    def __init__(self, count: int, config: EfficientADConfig, memory_bytes: int) -> None:
+        """Of `count` photographs; what exceeds `memory_bytes` lies in files, as in `FeatureStore`."""
+        height, width = config.size
+        shapes = [
+            (channels, -(-height // step), -(-width // step)) for channels, step in zip(CHANNELS, STEPS, strict=True)
+        ]
+        self.stores = [FeatureStore(count, shape, memory_bytes // len(shapes)) for shape in shapes]
 
     def append(self, maps: Sequence[Tensor]) -> None:
         """Add those of a batch (B, C, h, w), at each reduction."""
-        self._photos += [[layer[number].half() for layer in maps] for number in range(len(maps[0]))]
+        for store, layer in zip(self.stores, maps, strict=True):
+            store.append(layer)
 
     def take(self, positions: Sequence[int]) -> list[Tensor]:
         """Of the photographs at these positions, in single precision."""
-        chosen = [self._photos[position] for position in positions]
-        return [torch.stack(layer).float() for layer in zip(*chosen, strict=True)]
-
-    @staticmethod
-    def bytes_of(count: int, size: tuple[int, int]) -> int:
-        """The memory that those of so many photographs take."""
-        return (
-            2
-            * count
-            * sum(
-                channels * -(-size[0] // step) * -(-size[1] // step)
-                for channels, step in zip(CHANNELS, (4, 8, 16), strict=True)
-            )
-        )
+        return [store.take(positions) for store in self.stores]
 
 
 def embedded_course(
@@ -286,35 +280,30 @@ def embedded_course(
     config: EfficientADConfig,
     count: int,
     features: Callable[[Sequence[int], int], Sequence[Tensor]],
-    others: Tensor | None,
+    shallow: Tensor | None,
 ) -> Course:
     """The training of student and autoencoder.
 
     `features(positions, turn)` gives standardised ones of the `count` photographs to learn from, varied in each turn;
-    `others` are shallow ones of other pictures, standardised.
+    `shallow` are those of other pictures, standardised too.
     """
-    precision = arithmetic(config.precision, graph.levels.device)
     graph.train()
     graph.backbone.eval()
-    each = others_in_a_step(config)
 
-    def losses(start: int) -> Iterator[Tensor]:
-        order = streams.shuffled(count, config.seed, start * config.batch_size)
-        unrelated = None if others is None else streams.shuffled(len(others), config.seed, start * each)
-        for step in itertools.count(start):
-            good = features([next(order) for _ in range(config.batch_size)], step + 1)
-            bad = (
-                None if unrelated is None or others is None else others[[next(unrelated) for _ in range(each)]].float()
-            )
-            with precision:
-                terms = graph.losses(good, bad)
-            yield terms
+    def others(start: int) -> Iterator[Tensor | None]:
+        if shallow is None:
+            return itertools.repeat(None)
+        each = others_in_a_step(config)
+        order = streams.shuffled(len(shallow), config.seed, start * each)
+        return (shallow[list(itertools.islice(order, each))].float() for _ in itertools.count())
 
     return Course(
         {"student": graph.student, "autoencoder": graph.autoencoder},
-        losses,
+        count,
+        features,
+        others,
+        graph.losses,
         lambda step: LEARNING_RATE * along_a_cosine(step, config.steps),
-        {},
     )
 
 

@@ -5,7 +5,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -40,12 +40,15 @@ MEASURED_STEPS = 3  # after the first
 
 @dataclass(frozen=True)
 class Course:
-    """What is trained, and how."""
+    """What is trained, and on what."""
 
     modules: Mapping[str, nn.Module]
-    losses: Callable[[int], Iterator[Tensor]]  # from a step on: the terms of each step's loss, in order of LOSSES
+    count: int  # photographs of good parts to learn from
+    good: Callable[[Sequence[int], int], Any]  # those at some positions, as `losses` takes them, varied in each turn
+    others: Callable[[int], Iterator[Tensor | None]]  # what is no part, a batch a step, from a step on
+    losses: Callable[[Any, Tensor | None], Tensor]  # the terms of the loss, in order of LOSSES
     rate: Callable[[int], float]  # the learning rate of a step
-    about: Mapping[str, Any]  # what must be the same when a training goes on
+    about: Mapping[str, Any] = field(default_factory=dict)  # what must be the same when a training goes on
 
 
 def train(course: Course, config: EfficientADConfig, context: FitContext, device: torch.device) -> dict[str, Any]:
@@ -58,10 +61,16 @@ def train(course: Course, config: EfficientADConfig, context: FitContext, device
     curve: list[list[float]] = extra.get("curve", [])
     sums = torch.tensor(extra.get("sums", [0.0] * len(LOSSES)), dtype=torch.float64, device=device)
     every = max(1, config.steps // 100)
+    order, others = streams.shuffled(course.count, config.seed, start * config.batch_size), course.others(start)
+    precision = arithmetic(config.precision, device)
     pace = Pace(config.steps - start, device, ADVICE)
-    for step, losses in zip(range(start, config.steps), course.losses(start)):  # noqa: B905 (one has no end)
+    for step in range(start, config.steps):
         for group in optimiser.param_groups:
             group["lr"] = course.rate(step)
+        good = course.good([next(order) for _ in range(config.batch_size)], step + 1)
+        other = next(others)
+        with precision:
+            losses = course.losses(good, other)
         optimiser.zero_grad(set_to_none=True)
         losses.sum().backward()
         optimiser.step()
@@ -86,23 +95,21 @@ def paper_course(
     `pixels(positions, turn)` gives photographs (B, 3, H, W) of the `count` ones to learn from, varied in each turn.
     """
     device = graph.mean.device
-    precision = arithmetic(config.precision, device)
     graph.train()
     graph.teacher.eval()
 
-    def losses(start: int) -> Iterator[Tensor]:
-        penalty = penalty_pictures(config, start, config.batch_size)
-        order = streams.shuffled(count, config.seed, start * config.batch_size)
-        for step in itertools.count(start):
-            images = pixels([next(order) for _ in range(config.batch_size)], step + 1)
-            others = None if penalty is None else greyed(torch.from_numpy(next(penalty)).to(device), GREY_PENALTY)
-            with precision:
-                terms = graph.losses(images, others)
-            yield terms
+    def others(start: int) -> Iterator[Tensor | None]:
+        pictures = penalty_pictures(config, start, config.batch_size)
+        if pictures is None:
+            return itertools.repeat(None)
+        return (greyed(torch.from_numpy(some).to(device), GREY_PENALTY) for some in pictures)
 
     return Course(
         {"student": graph.student, "autoencoder": graph.autoencoder},
-        losses,
+        count,
+        pixels,
+        others,
+        graph.losses,
         lambda step: LEARNING_RATE * (0.1 if step >= int(FALL * config.steps) else 1),
         {"teacher": fingerprint(graph.teacher)},
     )

@@ -2,12 +2,10 @@
 
 import math
 import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -22,14 +20,14 @@ from kizu.detectors.simplenet.networks import SimpleNetGraph, first_layer
 from kizu.detectors.simplenet.training import DIVISION, ORDER, Training, generator
 from kizu.errors import ModelError, OptionError
 from kizu.features import backbone
+from kizu.features.feature_store import FeatureStore
 from kizu.features.patch_features import as_rows
 
-__all__ = ["FeatureStore", "SimpleNet"]
+__all__ = ["SimpleNet"]
 
 DEVIATION_IMAGES = 16  # that the features' deviation is measured on
 MAX_CALIBRATION_SHARE = 1 / 4  # of the good images
 SELECTION_SHARE, MAX_SELECTION = 1 / 10, 64  # so many of them, and no more images, select a round
-HALF = torch.finfo(torch.float16)
 
 
 class SimpleNet(Detector):
@@ -82,10 +80,11 @@ class SimpleNet(Detector):
         graph.upsample.inspect(context.inspected)
         if self.config.train_backbone or self.augmentation is not None:
             return None
-        store = FeatureStore(len(train), features[0, 0].numel(), features.shape[1], context.memory_bytes // 3)
+        shape = features[0, 0].numel(), features.shape[1]
+        store = FeatureStore(len(train), shape, context.memory_bytes // 3)
         with torch.inference_mode():
             for _, pixels in self.stream(context.photos, "Features", context.progress, only=train):
-                store.append(graph.embed(pixels))
+                store.append(graph.embed(pixels).flatten(2).transpose(1, 2))
         return store
 
     def _steps(
@@ -95,7 +94,8 @@ class SimpleNet(Detector):
         random = generator(self.config.seed, ORDER, number)
         for positions in torch.randperm(len(train), generator=random).split(self.config.batch_size):
             if store is not None:
-                rows = store.take(positions, self._sampled(len(positions), store.patches, random)).to(self.device)
+                patches = self._sampled(len(positions), store.shape[0], random)
+                rows = store.take(positions.tolist(), patches).flatten(0, 1).to(self.device)
             else:
                 pixels = self.pixels(photos, [train[position] for position in positions.tolist()], turn=number + 1)
                 with torch.set_grad_enabled(self.config.train_backbone):
@@ -160,46 +160,6 @@ class SimpleNet(Detector):
                 loaded.restore_thresholds(model.thresholds)
         self.__dict__.update(loaded.__dict__)
         return self
-
-
-class FeatureStore:
-    """Features (images, patches, dimension), computed once, in half precision.
-
-    What exceeds `memory_bytes` lies in a temporary file that goes with the store.
-    """
-
-    def __init__(self, images: int, patches: int, dimension: int, memory_bytes: int) -> None:
-        shape = (images, patches, dimension)
-        self.in_memory = 2 * images * patches * dimension <= memory_bytes
-        if self.in_memory:
-            self._array = np.empty(shape, np.float16)
-        else:
-            with tempfile.TemporaryFile(prefix="kizu") as file:  # stays as long as it is mapped
-                self._array = np.memmap(file, np.float16, "w+", shape=shape)
-        self._count = 0
-
-    def __len__(self) -> int:
-        return self._count
-
-    @property
-    def patches(self) -> int:
-        """Of each image."""
-        return int(self._array.shape[1])
-
-    def append(self, features: Tensor) -> None:
-        """Add images' features (B, D, h, w)."""
-        rows = features.flatten(2).transpose(1, 2).clamp(HALF.min, HALF.max)
-        self._array[self._count : self._count + len(rows)] = rows.half().numpy(force=True)
-        self._count += len(rows)
-
-    def take(self, images: Tensor, patches: Tensor | None = None) -> Tensor:
-        """(B,) images and (B, k) of their patches, or all → (B · k, D), single precision."""
-        if patches is None:
-            rows = self._array[images.numpy(force=True)]
-        else:
-            chosen = zip(images.tolist(), patches.numpy(force=True), strict=True)
-            rows = np.stack([self._array[image][indices] for image, indices in chosen])
-        return torch.from_numpy(rows).flatten(0, 1).float()
 
 
 def _split(count: int, has_held_out: bool, config: SimpleNetConfig) -> Split:
