@@ -6,6 +6,7 @@ python benchmarks/false_alarms.py --method simplenet --fits 8         200 splits
 python benchmarks/false_alarms.py DATA… --seconds 40                  a while for each; the same command goes on
 python benchmarks/false_alarms.py --learn 12 --copies 5               five photographs of each part, as `fit` takes them
 python benchmarks/false_alarms.py --learn 40 --quarters               four photographs of each part, in splits by part
+python benchmarks/false_alarms.py --zones                             three zones inspected, each on its own, and one ig
 python benchmarks/false_alarms.py --quick                             a rendered category, a few splits
 
 All good images of a category, training and test, are one pool. A split learns from some of them and judges the rest,
@@ -42,6 +43,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+import kizu
 from accuracy import present
 from kizu.calibration.drift import DriftTest
 from kizu.calibration.threshold import calibrate
@@ -57,6 +59,14 @@ from kizu.features import backbone
 
 RESULTS = Path(__file__).parent / "results"
 RATES = (0.1, 0.05, 0.02)
+ZONES = kizu.read_zones(
+    [
+        "left=0%,0% 33%,0% 33%,100% 0%,100%",
+        "middle=33%,0% 67%,0% 67%,100% 33%,100%",
+        "right=67%,0% 100%,0% 100%,100% 67%,100%",
+    ],
+    ["foot=0%,85% 100%,85% 100%,100% 0%,100%"],
+)
 Scores = npt.NDArray[np.float64]
 
 
@@ -93,6 +103,9 @@ def main() -> None:
     parser.add_argument("--learn", type=int, default=100, metavar="N", help="good images that each split learns from")
     parser.add_argument("--copies", type=int, default=1, help="of each photograph that is learned from")
     parser.add_argument("--quarters", action="store_true", help="cut each photograph into four of one part")
+    parser.add_argument(
+        "--zones", action="store_true", help="of the frame: left, middle and right; the foot is ignored"
+    )
     parser.add_argument("--size", type=int, default=160, help="of the photographs as the network sees them")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="of each category; the next call goes on")
     parser.add_argument("--quick", action="store_true")
@@ -106,7 +119,7 @@ def main() -> None:
     backbone.create = lambda *arguments: Remembering(create(*arguments))  # type: ignore[assignment, arg-type]
     start = time.perf_counter()
     name = f"false_alarms_{options.method}" + (f"_copies_{options.copies}" if options.copies > 1 else "")
-    name += "_quarters" if options.quarters else ""
+    name += ("_quarters" if options.quarters else "") + ("_zones" if options.zones else "")
     kept = RESULTS / f".{name}_{options.size}.jsonl"  # every score of every training, to go on from
     resumable = not (options.quick or settings)
     before = kept.read_text().splitlines() if kept.exists() and resumable else []
@@ -147,7 +160,7 @@ def fits(
     kind: str,
 ) -> Iterator[dict[str, Any]]:
     """What each training says: the scores behind its level, of its own images, of the other good ones, of defects."""
-    config = build(CONFIGS[options.method], settings)
+    config = build(CONFIGS[options.method], settings | ({"zones": ZONES} if options.zones else {}))
     samples = data.select(category)
     parts = 4 if options.quarters else 1  # photographs of each part
     good, bad = (
@@ -204,7 +217,8 @@ def judged(detector: Detector, photos: npt.NDArray[np.uint8], each: int = 1) -> 
     scores: list[float] = []
     peaks: list[float] = []
     for start in range(0, len(photos), 16):
-        some, maps = detector(photos[start : start + 16])
+        seen = [detector.preprocessing(photo.transpose(1, 2, 0)) for photo in photos[start : start + 16]]
+        some, maps = detector(np.ascontiguousarray(np.stack(seen).transpose(0, 3, 1, 2)))
         scores += some.tolist()
         peaks += maps.max((1, 2, 3)).tolist()
     by_part = (np.reshape(values, (-1, each)).max(1).tolist() for values in (scores, peaks))

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 import tracemalloc
 from dataclasses import replace
 
@@ -10,7 +11,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 import kizu
-from kizu.data.alignment import Alignment, Pose, Range, laid_back, moved, turned
+from kizu.data.geometry.alignment import Alignment, Pose, Range, laid_back, moved, turned
 from kizu.data.preprocessing import Preprocessing
 from kizu.detectors import DETECTORS, detector_class
 from kizu.errors import ModelError
@@ -265,11 +266,17 @@ def test_a_model_without_the_reference_that_its_settings_speak_of_is_refused(fit
         kizu.load(folder)
 
 
+@pytest.fixture(scope="module")
+def saved_and_exported(fitted, tmp_path_factory):
+    return fitted.save(tmp_path_factory.mktemp("saved")), export(fitted, tmp_path_factory.mktemp("exported")).folder
+
+
 @pytest.mark.parametrize(
     "text", ["", "no base64", "AAAA", Alignment(np.zeros((99, 99, 3), np.uint8)).to_json()["reference"]]
 )
-def test_a_damaged_reference_is_refused(text, fitted, tmp_path):
-    for folder in (fitted.save(tmp_path / "model"), export(fitted, tmp_path / "exported").folder):
+def test_a_damaged_reference_is_refused(text, saved_and_exported, tmp_path):
+    for model in saved_and_exported:
+        folder = shutil.copytree(model, tmp_path / model.name)
         about = model_json.read(folder)
         about["alignment"]["reference"] = text
         (folder / "model.json").unlink()

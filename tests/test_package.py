@@ -34,7 +34,8 @@ def judge(detector: kizu.Detector, image: str | Path) -> tuple[float, bool, npt.
 
 def learn(folder: str) -> kizu.Inspector:
     methods: list[kizu.Detector] = [kizu.PatchCore(size=128), kizu.SimpleNet(), kizu.EfficientAD(), kizu.PUAD()]
-    fitted: kizu.PatchCore = kizu.PatchCore(coreset=0.1).fit(folder, skip_bad=True)
+    zones: tuple[kizu.Zone, ...] = kizu.read_zones(["all"], ["label=label.png"])
+    fitted: kizu.PatchCore = kizu.PatchCore(coreset=0.1, zones=zones).fit(folder, skip_bad=True)
     choice: kizu.Choice = kizu.choose(folder, minutes=2)
     kizu.PatchCore(choice.config).fit(folder)
     print(choice.sentence, [trial.found for trial in choice.trials])

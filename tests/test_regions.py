@@ -5,7 +5,8 @@ import pytest
 from PIL import Image, ImageDraw
 from scipy import ndimage
 
-from kizu.inference.regions import contour, find_regions
+from kizu.data.geometry.outlines import contour
+from kizu.inference.regions import find_regions
 
 
 def test_regions_say_where_how_large_and_how_unusual():

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from kizu.inference.processor import share
 
 if TYPE_CHECKING:
+    from kizu.config.zones import Zone
     from kizu.detectors.base import Detector
     from kizu.detectors.efficientad.detector import EfficientAD
     from kizu.detectors.patchcore.detector import PatchCore
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from kizu.inference.inspector import Inspector
     from kizu.inference.model_folder import load
     from kizu.inference.prediction import Photo, Prediction
+    from kizu.inference.zones import read_zones
 
 __all__ = [
     "PUAD",
@@ -29,7 +31,7 @@ __all__ = [
     "MissingExtra",
 ]
 __all__ += ["ModelError", "OptionError", "OutputError", "PatchCore", "Photo", "Prediction", "SimpleNet", "__version__"]
-__all__ += ["choose", "load"]
+__all__ += ["Zone", "choose", "load", "read_zones"]
 
 __version__ = "0.2.0"
 
@@ -44,6 +46,7 @@ for _switch, _value in _QUIET.items():
 share()
 
 _HOMES = {
+    "kizu.config.zones": ("Zone",),
     "kizu.detectors.base": ("Detector",),
     "kizu.detectors.efficientad.detector": ("EfficientAD",),
     "kizu.detectors.patchcore.detector": ("PatchCore",),
@@ -54,6 +57,7 @@ _HOMES = {
     "kizu.inference.inspector": ("Inspector",),
     "kizu.inference.model_folder": ("load",),
     "kizu.inference.prediction": ("Photo", "Prediction"),
+    "kizu.inference.zones": ("read_zones",),
 }
 
 

@@ -222,6 +222,22 @@ def check_rectangle(subject: Subject) -> None:
         _ensure_peak(detector.predict(photograph(7, spot=True)).anomaly_map, MARGIN + 2)
 
 
+def check_zones(subject: Subject) -> None:
+    """What is ignored changes nothing, to the last bit, and what is inspected is still found."""
+    import kizu
+
+    corner = {"name": "corner", "rings": [[(0, 0), (0.4, 0), (0.4, 0.3), (0, 0.3)]], "ignored": True}
+    detector = subject.new(zones=[corner]).fit(subject.good)
+    photo, defective = photograph(98), photograph(99, spot=True)
+    painted = photo.copy()
+    painted[: int(0.3 * SIDE) - 4, : int(0.4 * SIDE) - 4] = np.random.default_rng(0).integers(0, 255, 3)
+    _ensure(detector.predict(painted) == detector.predict(photo), "What lies in an ignored zone should change nothing")
+    _ensure_peak(detector.predict(defective).anomaly_map, MARGIN)
+    with tempfile.TemporaryDirectory() as folder:
+        again = kizu.load(detector.save(Path(folder, "model")))
+        _ensure(again.predict(painted) == detector.predict(photo), "A loaded model should ignore the same zones")
+
+
 def check_export(subject: Subject) -> None:
     """The exported graph says what torch says. A method that has no exported form raises in `check_exportable`."""
     if any(importlib.util.find_spec(module) is None for module in ("onnx", "onnxscript")):
@@ -249,6 +265,7 @@ CHECKS: tuple[Callable[[Subject], None], ...] = (
     check_reproducible,
     check_few_images,
     check_rectangle,
+    check_zones,
     check_export,
 )
 

@@ -32,7 +32,8 @@ def describe_model(folder: Path) -> dict[str, Any]:
             if math.isfinite(threshold.value)
             else "none: nothing is stopped",
             "promise": threshold.statement,
-            "facts": [f"{key}: {_plain(value)}" for key, value in about["facts"].items()],
+            **_zones(about),
+            "facts": [f"{key}: {_plain(value)}" for key, value in about["facts"].items() if key != "zones"],
             "settings": _settings(about["method"], config),
             "versions": ", ".join(f"{key} {value}" for key, value in about["versions"].items()),
             "size on disk": f"{sum(f.stat().st_size for f in folder.iterdir()) / 1e6:.1f} MB",
@@ -47,8 +48,26 @@ def _settings(method: str, config: dict[str, Any]) -> list[str]:
         defaults = config_class(method)().model_dump(mode="json")
     except KizuError:
         defaults = Config().model_dump(mode="json")
-    chosen = [f"{key}: {_plain(value)}" for key, value in config.items() if defaults.get(key, ...) != value]
+    chosen = [
+        f"{key}: {_plain(value)}" for key, value in config.items() if defaults.get(key, ...) != value and key != "zones"
+    ]
     return [*chosen, f"{'all have' if not chosen else 'the others have'} their defaults (model.json lists each)"]
+
+
+def _zones(about: dict[str, Any]) -> dict[str, Any]:
+    """The zones of a model that has some: their names, and the thresholds of several."""
+    zones = about["config"].get("zones")
+    if not zones:
+        return {}
+    units = about["facts"]["zones"]
+    limits = [
+        f": stopped above {typical + about['threshold']['value'] * unit:.4g}"
+        for typical, unit in zip(units.get("typical", []), units.get("unit", []), strict=True)
+        if about["threshold"]["value"] is not None
+    ]
+    inspected = [zone["name"] for zone in zones if not zone["ignored"]]
+    named = [name + limit for name, limit in zip(inspected, limits or [""] * len(inspected), strict=True)]
+    return {"zones": [*named, *(f"{zone['name']}: ignored" for zone in zones if zone["ignored"])]}
 
 
 def _plain(value: Any) -> str:

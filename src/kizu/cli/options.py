@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from kizu.data.dataset import Dataset
 
 __all__ = ["config_file_option", "config_option", "data_options", "find_data", "json_option", "quiet_option"]
-__all__ += ["run_options", "settings_text"]
+__all__ += ["run_options", "settings_text", "zone_options"]
 
 quiet_option = click.option("-q", "--quiet", is_flag=True, help="Print nothing but results and errors.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
@@ -120,6 +120,21 @@ def config_option(field: str, about: Any, *flags: str) -> click.Option:
     )
 
 
+def zone_options(command: click.Command) -> None:
+    """Give a command the options that name zones of the frame."""
+    what = "[NAME=]WHAT"
+    command.params += [
+        click.Option(
+            ["--inspect"],
+            metavar=what,
+            multiple=True,
+            help="Inspect only this zone, with a threshold of its own. WHAT is a mask (PNG), annotations (COCO, Label "
+            'Studio, VIA, CVAT), corners in pixels as in "40,40 200,40 200,120", or all. Repeatable.',
+        ),
+        click.Option(["--ignore"], metavar=what, multiple=True, help="Ignore this part of the frame. Repeatable."),
+    ]
+
+
 def config_file_option() -> click.Option:
     """--config FILE: options from a file, under their long names; what the command line says wins."""
     return click.Option(
@@ -155,6 +170,8 @@ def _for(option: click.Option, value: Any) -> Any:
     """A value of a file as the option takes it from the command line."""
     if option.multiple:
         return value if isinstance(value, list) else [value]
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return json.dumps(value)
     if isinstance(value, list):
         return ("x" if option.name == "size" else ",").join(map(str, value))
     return json.dumps(value) if isinstance(value, dict) else value
@@ -213,7 +230,8 @@ def settings_text(config: Any) -> str:
     lines = []
     for name, value in config.model_dump(mode="json").items():
         lines.append(f"# {flagged(type(config).model_fields[name].description or '')}")
-        plain = json.dumps(value) if isinstance(value, dict) else value  # as the option takes it
+        as_json = isinstance(value, dict) or (name == "zones" and value)
+        plain = json.dumps(value) if as_json else value  # as the option takes it
         written = f"{name} =" if value is None else f"{name} = {json.dumps(plain, ensure_ascii=False)}"
         lines.append(written if name in config.model_fields_set else f"# {written}")
     return "\n".join(lines)

@@ -185,7 +185,8 @@ def print_verdicts(rows: "Sequence[FileVerdict]", options: dict[str, Any]) -> No
         if row.error:
             click.echo(f"{coloured('error')}  {row.image}: {flagged(row.error)}")
         elif not options["quiet"] or row.verdict == "stop":
-            click.echo(f"{coloured(row.verdict)}  {row.score:10.4f}  p {row.p_value:<7.3g} {row.image}")
+            zone = f"  zone {row.zone}" if row.zone and row.verdict == "stop" else ""
+            click.echo(f"{coloured(row.verdict)}  {row.score:10.4f}  p {row.p_value:<7.3g} {row.image}{zone}")
             if row.verdict == "stop" and row.parts:
                 click.echo(f"{'':19}{_explanation(row.parts)}")
             elif row.verdict == "stop" and not row.regions:

@@ -18,6 +18,7 @@ from kizu.cli.options import (
     quiet_option,
     run_options,
     settings_text,
+    zone_options,
 )
 from kizu.cli.wording import flagged
 from kizu.detectors import DETECTORS, config_class, methods
@@ -99,7 +100,8 @@ def _train_command(method: str) -> click.Command:
     def command(data: str | None, **options: Any) -> None:
         from kizu.config import build
 
-        config = build(kind, {key: options[key] for key in kind.model_fields if options[key] is not None})
+        given = {key: options[key] for key in kind.model_fields if options[key] is not None}
+        config = build(kind, given | _zones(data, options))
         if options["print_config"]:
             click.echo(settings_text(config))
         elif data is None:
@@ -110,7 +112,8 @@ def _train_command(method: str) -> click.Command:
     command.headings = {
         "Data": ("categories", "layout", "good", "bad", "defects_config", "skip_bad", "keep_copies", "group_by"),
         "Method": [name for name in kind.model_fields if name not in Config.model_fields],
-        "Every method": [name for name in Config.model_fields if name not in Augmented.model_fields],
+        "Every method": [name for name in Config.model_fields if name not in {*Augmented.model_fields, "zones"}],
+        "Zones": ("inspect", "ignore", "zones"),
         "Augmentation": list(Augmented.model_fields),
     }
     command.help = f"""{about_method}: learn from DATA's good images and evaluate on its test images.
@@ -124,8 +127,27 @@ def _train_command(method: str) -> click.Command:
         if isinstance(param, click.Option) and param.name in ("auto", "minutes", "milliseconds"):
             param.hidden = not issubclass(kind, BackboneConfig)
     command.params += [config_option(field, about) for field, about in kind.model_fields.items()]
+    zone_options(command)
     command.params.append(config_file_option())
     return command
+
+
+def _zones(data: str | None, options: dict[str, Any]) -> dict[str, Any]:
+    """The setting that --zones, --inspect and --ignore give, if any of them is there."""
+    if not (options["inspect"] or options["ignore"] or options["zones"]):
+        return {}
+    from kizu.inference.zones import read_zones
+
+    def photograph() -> tuple[int, int]:
+        if data is None:
+            raise OptionError("corners in pixels are of DATA's photographs: name it, or write them in percent")
+        height, width = next(s for s in find_data(data, options).samples if s.split == "train").read()[1]
+        return width, height
+
+    text = str(options["zones"] or "")
+    if text.lstrip().startswith("["):
+        return {"zones": text}
+    return {"zones": read_zones(options["inspect"], options["ignore"], file=text, photograph=photograph)}
 
 
 def _learn(method: str, config: "Config", data: str, options: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ from kizu.config.efficientad import EfficientADConfig
 from kizu.config.patchcore import PatchCoreConfig
 from kizu.config.puad import PUADConfig
 from kizu.config.simplenet import SimpleNetConfig
+from kizu.config.zones import Zone
 
 __all__ = [
     "CONFIGS",
@@ -18,6 +19,7 @@ __all__ = [
     "PUADConfig",
     "PatchCoreConfig",
     "SimpleNetConfig",
+    "Zone",
     "build",
 ]
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
+from kizu.config.zones import Zones
 from kizu.errors import OptionError, did_you_mean
 
 __all__ = ["Augmented", "BackboneConfig", "Config", "Names", "Numbers", "OtherConfig", "Size", "build"]
@@ -68,6 +69,10 @@ class Config(Augmented):
     align: bool = Field(
         False,
         description="Find how the part lies in each photograph, and turn and shift it to one common pose first.",
+    )
+    zones: Zones = Field(
+        (),
+        description="Zones as a run's zones.json holds them: parts of the frame that are inspected or ignored.",
     )
     smoothing: float = Field(4.0, ge=0, le=64, description="Gaussian smoothing of the anomaly map: σ in input pixels.")
     false_alarms: float = Field(

@@ -5,7 +5,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from typing import Generic, Protocol, Self, TypeVar
@@ -14,7 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from kizu.data import image
-from kizu.data.alignment import Alignment, Pose, laid_back, moved, turned, within
+from kizu.data.geometry.alignment import Alignment, Pose, laid_back, moved, turned, within
+from kizu.data.geometry.zones import Outlined, ZoneMap
 from kizu.errors import BadImage
 
 __all__ = ["Batch", "Preprocessing", "Readable", "Stack", "batches", "digests"]
@@ -39,12 +40,13 @@ class Preprocessing:
 
     Without `resize` the whole photograph is scaled to `size`, whatever its shape. With it, the shorter side is
     scaled to `resize` and the centre of `size` is cut out, as the papers do. With `alignment` the photograph is turned
-    and shifted to one pose before.
+    and shifted to one pose before. With `zones`, what lies in none is blank.
     """
 
     size: tuple[int, int]
     resize: int | None = None
     alignment: Alignment | None = None
+    zones: ZoneMap | None = None
 
     @property
     def enough(self) -> tuple[int, int]:
@@ -63,7 +65,8 @@ class Preprocessing:
         scaled = self._scaled(rgb.shape[:2])
         pixels = image.resize(rgb, scaled) if pose is None else turned(rgb, pose, scaled)
         top, left = self._corner(scaled)
-        return pixels[top : top + self.size[0], left : left + self.size[1]], pose
+        seen = pixels[top : top + self.size[0], left : left + self.size[1]]
+        return seen if self.zones is None else self.zones.blanked(seen), pose
 
     def restore(self, anomaly_map: image.Float, shape: tuple[int, int], pose: Pose | None = None) -> image.Float:
         """Lay a map of `size` back over a photograph of `shape`. What the network did not see gets its minimum."""
@@ -96,6 +99,11 @@ class Preprocessing:
             top, left = self._corner(scaled)
             counts += within(pose, shape, scaled)[top : top + self.size[0], left : left + self.size[1]]
         return np.asarray(counts >= NEARLY_ALL * len(poses))
+
+    def outlined(self, zones: Sequence[Outlined], frame: tuple[int, int]) -> Self:
+        """The same for photographs in which zones are outlined, `frame` (height, width) being the shape of one."""
+        scaled = self._scaled(frame)
+        return replace(self, zones=ZoneMap.of(zones, frame, scaled, *self._corner(scaled), self.size))
 
     def _scaled(self, shape: tuple[int, ...]) -> tuple[int, int]:
         """The size of the whole photograph, of which the network sees the middle."""

@@ -28,13 +28,14 @@ from kizu.data.image import Float
 from kizu.data.preprocessing import Preprocessing, Readable, Stack, batches
 from kizu.data.progress import Progress, silent
 from kizu.detectors.augmentation import Augmentation
-from kizu.detectors.fitting import AfterRound, FitContext, FitResult, OnePose, ignore_round, timed
+from kizu.detectors.fitting import AfterRound, FitContext, FitResult, OnePose, ignore_round, outlined, timed
 from kizu.detectors.ram import budget
 from kizu.errors import BadImage, DataError, ModelError, OptionError
+from kizu.features.anomaly_map import learn_units
 from kizu.features.backbone import weights_hash
 from kizu.inference import model_folder, model_json
 from kizu.inference.inspector import BATCH, Inspector
-from kizu.inference.prediction import Photo, name_of, path_of, readable
+from kizu.inference.prediction import name_of, path_of, readable
 
 __all__ = ["UNFITTED", "Detector", "gpu_device", "items_of", "refuse_not_finite"]
 
@@ -105,7 +106,7 @@ class Detector(Inspector):
         self.remarks, self.seconds, progress = [], {}, progress or silent
         good, memory_bytes = items_of(good), self._memory_bytes(memory)
         with ExitStack() as open_files:
-            one_pose = self._one_pose(good, progress) if self.config.align else None
+            one_pose = self._look(good, progress)
             with timed("decode", self.seconds):
                 photos, items = self.read(good, memory_bytes // 8, skip_bad, progress)
                 open_files.enter_context(photos)
@@ -127,6 +128,7 @@ class Detector(Inspector):
                 held_out=others,
                 groups=groups[0] if self.grouped else None,
                 one_pose=one_pose,
+                outlined=self.preprocessing.zones,
                 memory_bytes=memory_bytes,
                 progress=progress,
                 checkpoint=None if checkpoint is None else Path(checkpoint),
@@ -135,13 +137,16 @@ class Detector(Inspector):
             )
             return self._learn_from(context, items, groups, copies)
 
-    def _one_pose(self, good: Sequence[Readable], progress: Progress) -> OnePose | None:
-        """The pose that good photographs are turned to, before any is read for learning."""
-        with timed("alignment", self.seconds):
-            one_pose = OnePose.learned(good, replace(self.preprocessing, alignment=None), progress)
+    def _look(self, good: Sequence[Readable], progress: Progress) -> OnePose | None:
+        """Set the pose that photographs are turned to, if they are, and the zones, before any is read for learning."""
+        plain, one_pose = replace(self.preprocessing, alignment=None, zones=None), None
+        if self.config.align:
+            with timed("alignment", self.seconds):
+                one_pose = OnePose.learned(good, plain, progress)
         if one_pose is not None:
             self.preprocessing = one_pose.preprocessing
             self.remarks.append(one_pose.remark)
+        self.preprocessing = outlined(self.preprocessing, self.config.zones, good)
         return one_pose
 
     def _memory_bytes(self, memory: str | int | None) -> int:
@@ -155,8 +160,7 @@ class Detector(Inspector):
         """Learn, remember from what, and set the thresholds; `groups` of the photos, and of those held out."""
         self.check_promise(len({*groups[0]}), len({*groups[1]}))
         result = self.learn(context)
-        if context.one_pose is not None:
-            result.facts = {**result.facts, "alignment": context.one_pose.facts}
+        result.facts = {**result.facts, **context.facts(result.graph)}
         if self.grouped:
             result = result.of_groups(groups[1] if len(context.held_out) else groups[0])
         self.training = {"images": 0, "names": [], "digests": [], "suspects": [], "copies": copies}
@@ -272,7 +276,7 @@ class Detector(Inspector):
         self.training["names"] += names
         self.training["digests"] += photos.digests
         self.training["suspects"] += [{**asdict(outlier), "number": before + outlier.number} for outlier in outliers]
-        self.good_items += [item if _is_file(item) else None for item in items]
+        self.good_items += [None if path_of(item) is None else item for item in items]
         if self.keeps_thumbnails:
             for start in range(0, len(photos), BATCH):
                 pictures = photos.batch(start, start + BATCH).transpose(0, 2, 3, 1)
@@ -405,6 +409,7 @@ class Detector(Inspector):
         scores: list[float] = []
         peaks: list[float] = []
         medians: list[float] = []
+        learn_units(graph, (pixels for _, pixels in self.stream(photos, "Zones", progress, only=only)))
         for _, pixels in self.stream(photos, "Threshold", progress, only=only):
             batch_scores, maps = graph(pixels)
             scores += batch_scores.tolist()
@@ -480,11 +485,6 @@ def items_of(good: str | os.PathLike[str] | Iterable[Any]) -> list[Readable]:
             raise DataError(f"{good} holds {len(data.categories)} categories; fit one: {', '.join(data.categories)}")
         return list(data.select(split="train"))
     return [readable(item) for item in good]
-
-
-def _is_file(item: Readable) -> bool:
-    """Whether an image can be read again without being kept in memory."""
-    return isinstance(item, dataset.Sample) or (isinstance(item, Photo) and isinstance(item.source, str | os.PathLike))
 
 
 def refuse_not_finite(tensors: Mapping[str, Tensor], name: str) -> None:

@@ -13,13 +13,15 @@ from torch import nn
 
 from kizu.calibration.groups import highest
 from kizu.calibration.threshold import percent
-from kizu.data.alignment import Alignment
+from kizu.data.geometry.alignment import Alignment
+from kizu.data.geometry.zones import Outlined, ZoneMap
 from kizu.data.preprocessing import Preprocessing, Readable, Stack
 from kizu.data.progress import Progress, silent
 from kizu.detectors.ram import release
 from kizu.errors import BadImage
+from kizu.features.anomaly_map import units_of
 
-__all__ = ["AfterRound", "FitContext", "FitResult", "OnePose", "Split", "ignore_round", "timed"]
+__all__ = ["AfterRound", "FitContext", "FitResult", "OnePose", "Split", "ignore_round", "outlined", "timed"]
 
 ALIGNED = 32  # photographs that the reference pose is learned from
 ALIKE = 0.5  # likeness below which photographs do not show one part
@@ -97,6 +99,24 @@ class OnePose:
         return " ".join(sentences)
 
 
+def outlined(preprocessing: Preprocessing, zones: Sequence[Outlined], items: Sequence[Readable]) -> Preprocessing:
+    """The same for a config's zones, which were outlined on photographs like the first that can be read.
+
+    Raises `OptionError` where nothing is inspected, or a zone has no pixel.
+    """
+    if not zones:
+        return replace(preprocessing, zones=None)
+    for item in items:
+        try:
+            with_zones = preprocessing.outlined(zones, item.read(preprocessing.enough)[1])
+        except BadImage:  # it is reported when all are read
+            continue
+        assert with_zones.zones is not None
+        with_zones.zones.check()
+        return with_zones
+    return preprocessing
+
+
 @dataclass(frozen=True)
 class FitContext:
     """The photographs of one fit, and the conditions that hold while it lasts."""
@@ -110,11 +130,23 @@ class FitContext:
     seconds: dict[str, float] = field(default_factory=dict)  # spent so far, by stage
     groups: Sequence[int] | None = None  # a number for each photo, equal for those that belong together
     one_pose: OnePose | None = None  # that photographs were turned to
+    outlined: ZoneMap | None = None
 
     @property
-    def inspected(self) -> npt.NDArray[np.bool_] | None:
-        """(H, W): the pixels that count, where not all of them do."""
+    def zones(self) -> npt.NDArray[np.int64] | None:
+        """(H, W): the number of the zone that each pixel is in, negative where it is in none; None: all is one."""
+        return None if self.outlined is None else self.outlined.numbers
+
+    @property
+    def seen(self) -> npt.NDArray[np.bool_] | None:
+        """(H, W): the pixels that lie in the photographs of nearly all poses, where not all of them do."""
         return None if self.one_pose is None else self.one_pose.inspected
+
+    def facts(self, graph: nn.Module) -> dict[str, Any]:
+        """What is worth knowing of pose and zones, once the graph has learned."""
+        pose = {} if self.one_pose is None else {"alignment": self.one_pose.facts}
+        zones = {} if self.outlined is None else {"zones": {"frame": self.outlined.frame, **units_of(graph)}}
+        return {**pose, **zones}
 
     def timed(self, stage: str) -> AbstractContextManager[None]:
         """Add the time spent inside to `seconds[stage]`; leave no freed memory behind."""

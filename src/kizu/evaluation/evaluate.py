@@ -9,13 +9,16 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from kizu.calibration.threshold import percent
 from kizu.data import files, image
 from kizu.data.dataset import Sample
+from kizu.data.geometry.alignment import turned
 from kizu.data.inspection import about_doubts
 from kizu.data.masks import Region, Saturations, read_doubted, read_regions
 from kizu.data.progress import Progress, silent
 from kizu.errors import BadImage, DataError
 from kizu.evaluation import loco_metrics, metrics
+from kizu.inference.zones import zones_picture
 
 if TYPE_CHECKING:
     from kizu.inference.inspector import Inspector
@@ -95,6 +98,7 @@ class CategoryResult:
     oracle: dict[str, float | None] = field(default_factory=dict)  # metrics of the round best on the test images
     outliers: list[Outlier] = field(default_factory=list)  # training images for a second look
     choice: dict[str, Any] = field(default_factory=dict)  # how the settings were chosen, `Choice.to_json`
+    zones: dict[str, str] = field(default_factory=dict)  # where they are: a picture, and what holds in them
 
     def count(self, defective: bool, stopped: bool | None = None) -> int:
         """Test images of a kind that could be read, all or those (not) stopped."""
@@ -173,6 +177,7 @@ def evaluate(
         calibration_scores=detector.calibration_scores,
         heat_map_range=detector.heat_map_range,
         pixel_threshold=detector.pixel_threshold,
+        zones=_zones(detector, samples),
         pictures=_pictures(predictions, root, seed=detector.config.seed),
         seconds={**detector.seconds, "evaluation": elapsed, "per image": elapsed / max(1, len(scores))},
         notes=[*detector.remarks, *notes],
@@ -312,6 +317,28 @@ def _picture(sample: Sample, prediction: "Prediction", root: Path, why: str) -> 
             )
             pairs.append(PatchPair(evidence.region, query, match, evidence.nearest.image, evidence.nearest.distance))
     return Picture(sample.name(root), why, shown, heat, overlay, pairs)
+
+
+def _zones(detector: "Inspector", samples: Sequence[Sample]) -> dict[str, str]:
+    """A photograph with the zones on it, as it lies or in the pose that all are turned to, and a sentence of each."""
+    zones = detector.preprocessing.zones
+    if zones is None:
+        return {}
+    limits = [f"{limit:.4g} in {name}" for name, limit in detector.zone_thresholds.items()]
+    sentences = [f"A part is stopped where its score is above {', '.join(limits)}."] if limits else []
+    ignored = (zones.numbers < 0).mean()
+    if ignored:
+        sentences.append(f"{percent(float(ignored))} of the frame is ignored: the model is shown nothing of it.")
+    for item in [*filter(None, detector.good_items), *samples]:
+        try:
+            photo = image.small(item.read()[0], 2 * PICTURE_SIDE)
+        except BadImage:
+            continue
+        alignment = detector.preprocessing.alignment
+        upright = photo if alignment is None else turned(photo, alignment.pose(photo), photo.shape[:2])
+        picture = zones_picture(upright, detector.config.zones)
+        return {"picture": image.data_uri(picture), "sentence": " ".join(sentences)}
+    return {"picture": "", "sentence": " ".join(sentences)}
 
 
 def _outliers(detector: "Inspector") -> list[Outlier]:

@@ -260,6 +260,8 @@ def _finish(
     }
     write_tables(run.folder, about, results, spelled)
     _tensorboard(run.folder / "tensorboard", results)
+    if zones := about["config"]["zones"]:
+        files.write_text(run.folder / "zones.json", files.json_text(zones) + "\n")
     files.write_text(run.folder / "run.json", files.json_text(about) + "\n")
     run.finish()
 
@@ -281,7 +283,7 @@ def write_tables(
         data=about["data"],
         backbone=method.pretrained_name(build(method.config_class, config)),
         size=", ".join(dict.fromkeys(_sizes(build(method.config_class, other)) for other in configs)),
-        settings={key: str(value) for key, value in config.items()},
+        settings={key: str(value) for key, value in config.items()} | _zone_names(config),
         machine=about["machine"]["summary"],
         versions=about["versions"],
         command=about["command"],
@@ -291,6 +293,12 @@ def write_tables(
         spelled=spelled,
     )
     report.write(folder / "report.html", summary, results)
+
+
+def _zone_names(config: Mapping[str, Any]) -> dict[str, str]:
+    """Of zones, which have many numbers, the names."""
+    zones = [f"{zone['name']} (ignored)" if zone["ignored"] else zone["name"] for zone in config.get("zones", ())]
+    return {"zones": ", ".join(zones)} if zones else {}
 
 
 def _sizes(config: Config) -> str:

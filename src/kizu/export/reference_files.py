@@ -124,6 +124,8 @@ def write_reference(
         raise ModelError("There is nothing to write: call fit first.")
     if detector.preprocessing.alignment is not None:
         raise ModelError("The published systems do not align photographs: train without `align=True`.")
+    if detector.preprocessing.zones is not None:
+        raise ModelError("The published systems know no zones: train without `zones`.")
     folder = Path(folder)
     if isinstance(detector, PatchCore):
         return _write_patchcore(detector, folder)
@@ -237,7 +239,8 @@ def _patchcore_graph(config: PatchCoreConfig, path: Path) -> PatchCoreGraph:
         )
     numbers = torch.arange(len(entries))
     grid = features.shape[2], features.shape[3]
-    graph.set_banks([Bank.of(entries, torch.full_like(numbers, UNKNOWN_IMAGE), numbers)], [grid])
+    graph.set_grids([grid], entries.device, lambda upsample: upsample.inspect(None, None))
+    graph.set_banks([Bank.of(entries, torch.full_like(numbers, UNKNOWN_IMAGE), numbers)])
     return graph
 
 

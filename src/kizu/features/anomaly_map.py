@@ -1,25 +1,39 @@
 """From a grid of patch scores to an anomaly map over the whole input."""
 
+from collections.abc import Iterable, Mapping
+
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["MapUpsampling"]
+__all__ = ["MapUpsampling", "learn_units", "units_of"]
+
+BUFFERS = ("inspected", "outlined", "pixels", "zones", "typical", "unit", "floor")
+HIGH = 0.95  # quantile of good images' highest scores in a zone
+LEAST = 1e-3  # of what is typical: a unit is no smaller
 
 
 class MapUpsampling(nn.Module):
     """Bilinear upsampling, then Gaussian smoothing with a mirrored border.
 
     Both are linear along each axis, so together they are one matrix a side: map = R · grid · Cᵀ. The grid covers the
-    map evenly, or its first point lies on pixel `first` and the others follow every `stride` pixels. What is
-    not inspected gets the lowest score of the grid from `only_inspected`.
+    map evenly, or its first point lies on pixel `first` and the others follow every `stride` pixels.
+
+    Before, `zoned` leaves out what is not inspected, and puts the scores of each of several zones into units of its
+    own: 0 is typical of good parts there, and 1 is what few good parts reach there.
     """
 
     rows: Tensor
     columns: Tensor
-    inspected: Tensor | None  # (h, w) bool; None: all of the grid
+    inspected: Tensor | None  # (h, w) bool: which places count; None: all
+    outlined: Tensor | None  # (h, w) bool: which lie in zones; None: all
+    pixels: Tensor | None  # (H, W) bool: the same for the map
+    zones: Tensor | None  # (h, w) the number of the zone that each place is in; None: all is one
+    typical: Tensor | None  # (h, w) the score that is 0 there,
+    unit: Tensor | None  # (h, w) and how far above it the score is that is 1
+    floor: Tensor | None  # () what is typical of all that counts: what does not count has no more
 
     def __init__(
         self,
@@ -32,24 +46,111 @@ class MapUpsampling(nn.Module):
         super().__init__()
         self.register_buffer("rows", _matrix(grid[0], size[0], sigma, first, stride))  # (H, h)
         self.register_buffer("columns", _matrix(grid[1], size[1], sigma, first, stride))  # (W, w)
-        self.register_buffer("inspected", None)
+        self.count = grid[0] * grid[1]  # places that lie in zones
+        for name in BUFFERS:
+            self.register_buffer(name, None)
 
-    def inspect(self, pixels: npt.NDArray[np.bool_] | None) -> None:
-        """Inspect only places of the grid of which half or more lie on these pixels (H, W); None changes nothing."""
-        if pixels is not None:
-            grid = self.rows.shape[1], self.columns.shape[1]
-            shares = F.adaptive_avg_pool2d(torch.from_numpy(pixels)[None, None].float(), grid)[0, 0]
-            self.register_buffer("inspected", (shares >= 0.5).to(self.rows.device))
+    def inspect(self, zones: npt.NDArray[np.int64] | None, seen: npt.NDArray[np.bool_] | None) -> None:
+        """Take the zones of the pixels (H, W), negative in none, and which pixels all photographs show; None: all.
 
-    def only_inspected(self, grid: Tensor) -> Tensor:
-        """Scores (…, h, w); where nothing is inspected, the lowest score of the image."""
-        if self.inspected is None:
-            return grid
-        return torch.where(self.inspected, grid, grid.amin((-2, -1), keepdim=True))
+        A place of the grid counts where half or more of its pixels do, and is in the zone that has most of them. A zone
+        that has no place so has the one that it fills most.
+        """
+        grid = self.rows.shape[1], self.columns.shape[1]
+        if zones is not None:
+            count = int(zones.max()) + 1
+            layers = torch.from_numpy(zones)[None] == torch.arange(count)[:, None, None]
+            shares = F.adaptive_avg_pool2d(layers.float(), grid)  # (zones, h, w)
+            numbers, outlined = shares.argmax(0), shares.sum(0) >= 0.5
+            for number in range(count):
+                if not (outlined & (numbers == number)).any():
+                    place = divmod(int(shares[number].argmax()), grid[1])
+                    numbers[place], outlined[place] = number, True
+            self._keep(outlined=outlined, inspected=outlined, pixels=torch.from_numpy(zones >= 0))
+            if count > 1:
+                self._keep(zones=numbers)
+        if seen is not None:
+            inspected = F.adaptive_avg_pool2d(torch.from_numpy(seen)[None].float(), grid)[0] >= 0.5
+            self._keep(inspected=inspected if self.outlined is None else inspected & self.outlined.cpu())
+
+    def _keep(self, **buffers: Tensor) -> None:
+        for name, tensor in buffers.items():
+            self.register_buffer(name, tensor.to(self.rows.device, copy=True))
+        if self.outlined is not None:
+            self.count = int(self.outlined.sum())
+
+    def learn_units(self, grids: Tensor) -> None:
+        """Learn from scores (N, h, w) of good images what is typical, and put each of several zones into its own units.
+
+        What is typical is the median of a zone's places; what few good parts reach is a high quantile of its peaks.
+        """
+        if self.inspected is None or not len(grids):
+            return
+        self._keep(floor=grids[:, self.inspected].median())
+        if self.zones is None:
+            return
+        typical, unit = torch.zeros_like(grids[0]), torch.ones_like(grids[0])
+        for number in self.zones.unique().tolist():
+            places = self.inspected & (self.zones == number)
+            scores = grids[:, places]
+            middle, high = scores.median(), scores.amax(1).quantile(HIGH)
+            typical[places] = middle
+            unit[places] = (high - middle).clamp(min=float(middle.abs().clamp(min=1.0)) * LEAST)
+        self._keep(typical=typical, unit=unit, floor=grids.new_zeros(()))
+
+    def restore(self, tensors: Mapping[str, Tensor | None], prefix: str = "") -> None:
+        """Take what is inspected from a saved model's tensors."""
+        for name in BUFFERS:
+            self.register_buffer(name, tensors.get(f"{prefix}upsample.{name}"))
+        self._keep()
+
+    def inherit(self, other: "MapUpsampling") -> None:
+        """Inspect what another one does."""
+        self.restore({f"upsample.{name}": getattr(other, name) for name in BUFFERS})
+
+    def zoned(self, grid: Tensor) -> Tensor:
+        """Scores (…, h, w) in units of their zones; where nothing is inspected, the lowest score of the image."""
+        if self.typical is not None and self.unit is not None:
+            grid = (grid - self.typical) / self.unit
+        return grid if self.inspected is None else torch.where(self.inspected, grid, self._lowest(grid))
 
     def forward(self, grid: Tensor) -> Tensor:
-        """(B, h, w) → (B, 1, H, W)."""
-        return (self.rows @ grid @ self.columns.T)[:, None]
+        """(B, h, w) → (B, 1, H, W); what lies in no zone gets the lowest value of the image."""
+        maps = (self.rows @ grid @ self.columns.T)[:, None]
+        return maps if self.pixels is None else torch.where(self.pixels, maps, self._lowest(maps))
+
+    def _lowest(self, values: Tensor) -> Tensor:
+        """(…, 1, 1): of an image, and no more than is typical."""
+        lowest = values.amin((-2, -1), keepdim=True)
+        return lowest if self.floor is None else torch.minimum(lowest, self.floor)
+
+
+def learn_units(graph: nn.Module, good: Iterable[Tensor]) -> None:
+    """Teach what makes a graph's maps what is typical, by good images (B, 3, H, W), where it must know and does not."""
+    upsample = _first(graph)
+    if upsample is None or upsample.inspected is None or upsample.floor is not None:
+        return
+    grid = upsample.inspected.shape
+    grids = [F.adaptive_max_pool2d(graph(pixels)[1][:, 0], grid) for pixels in good]
+    upsample.learn_units(torch.cat([upsample.rows.new_empty(0, *grid), *grids]))
+
+
+def _first(graph: nn.Module) -> MapUpsampling | None:
+    return next((module for module in graph.modules() if isinstance(module, MapUpsampling)), None)
+
+
+def units_of(graph: nn.Module) -> dict[str, list[float]]:
+    """Of a graph with several zones, for each zone the score that is typical there and the unit of what lies above."""
+    upsample = _first(graph)
+    if upsample is None or upsample.zones is None or upsample.typical is None or upsample.unit is None:
+        return {}
+    assert upsample.inspected is not None
+    values: dict[str, list[float]] = {"typical": [], "unit": []}
+    for number in upsample.zones.unique().tolist():
+        place = (upsample.inspected & (upsample.zones == number)).nonzero()[0]
+        for name, table in (("typical", upsample.typical), ("unit", upsample.unit)):
+            values[name].append(float(table[place[0], place[1]]))
+    return values
 
 
 def _matrix(length: int, size: int, sigma: float, first: float | None, stride: float | None) -> Tensor:

@@ -34,7 +34,7 @@ class FileVerdict(Verdict):
 
     def to_json(self) -> dict[str, Any]:
         """The row that the command `predict` prints as JSON."""
-        names = ("score", "p_value", "verdict", "threshold", "seconds", "error", "regions", "nearest", "parts")
+        names = ("score", "p_value", "verdict", "threshold", "zone", "seconds", "error", "regions", "nearest", "parts")
         values = self.model_dump() | {"threshold": from_finite(self.threshold)}
         return {"path": self.image, **{name: values[name] for name in names}}
 
@@ -122,7 +122,8 @@ def profile(model: "Inspector", paths: Sequence[Path], max_images: int = 20) -> 
 
 
 def write_csv(path: Path, verdicts: Sequence[FileVerdict]) -> None:
-    """image, score, p_value, verdict, threshold, seconds, error; written whole or not at all."""
+    """image, score, p_value, verdict, threshold, seconds, error, and zone if there are any; whole or not at all."""
+    zoned = any(verdict.zone for verdict in verdicts)
     rows = [
         [
             verdict.image,
@@ -132,10 +133,12 @@ def write_csv(path: Path, verdicts: Sequence[FileVerdict]) -> None:
             f"{from_finite(verdict.threshold):.9g}",
             f"{verdict.seconds:.4f}",
             verdict.error,
+            *([verdict.zone] if zoned else []),
         ]
         for verdict in verdicts
     ]
-    files.write_csv(path, ["image", "score", "p_value", "verdict", "threshold", "seconds", "error"], rows)
+    names = ["image", "score", "p_value", "verdict", "threshold", "seconds", "error", *(["zone"] if zoned else [])]
+    files.write_csv(path, names, rows)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kizu.calibration.threshold import Threshold, by_hand, calibrate, from_finite, pixel_threshold_at
-from kizu.data.alignment import Alignment
+from kizu.data.geometry.alignment import Alignment
 from kizu.data.image import Float, Source, read, resize
 from kizu.data.preprocessing import Batch, Preprocessing, Readable, batches, digests
 from kizu.data.sample import Sample
@@ -55,6 +55,15 @@ class Inspector(ABC):
         learned = self.training.get("images", 0)
         state = f"of {learned} photographs, stops above {self.threshold.value:.4g}" if learned else "not fitted"
         return f"<{type(self).__name__} {state}, {width}×{height}>"
+
+    @property
+    def zone_thresholds(self) -> dict[str, float]:
+        """For each of several zones, the score of a place in it above which it stops a part, in the method's units."""
+        units = self.facts.get("zones", {})
+        if self.preprocessing.zones is None or "unit" not in units:
+            return {}
+        rows = zip(self.preprocessing.zones.names, units["typical"], units["unit"], strict=True)
+        return {name: typical + self.threshold.value * unit for name, typical, unit in rows}
 
     @property
     def threshold(self) -> Threshold:
@@ -216,6 +225,9 @@ class Inspector(ABC):
         """Take thresholds, alignment, facts and training from a model.json."""
         if alignment := about.get("alignment"):
             self.preprocessing = replace(self.preprocessing, alignment=Alignment.from_json(alignment))
+        if zones := about["facts"].get("zones"):
+            height, width = zones["frame"]
+            self.preprocessing = self.preprocessing.outlined(self.config.zones, (height, width))
         self.threshold = Threshold.from_json(about["threshold"])
         self.calibration_scores, self.map_peaks = about["calibration_scores"], about["map"]["peaks"]
         self.pixel_threshold, self.heat_map_range = from_finite(about["map"]["level"]), tuple(about["map"]["scale"])

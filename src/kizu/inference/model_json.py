@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from kizu.calibration.threshold import calibrate, from_finite
 from kizu.data import files
-from kizu.data.alignment import reference_in
+from kizu.data.geometry.alignment import reference_in
 from kizu.errors import ModelError
 
 __all__ = ["FILE", "FORMAT", "check", "checking", "read", "write"]

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from kizu.calibration.threshold import p_value
 from kizu.data import image
-from kizu.data.alignment import Pose
+from kizu.data.geometry.alignment import Pose
 from kizu.data.image import Float, Source
 from kizu.data.preprocessing import Readable
 from kizu.data.sample import Sample
@@ -148,7 +148,20 @@ class Prediction:
         threshold = self.detector.pixel_threshold
         if not self.input_map.max() > threshold:
             return []
-        return find_regions(self.anomaly_map, threshold, self.detector.map_peaks)
+        found = find_regions(self.anomaly_map, threshold, self.detector.map_peaks)
+        preprocessing = self.detector.preprocessing
+        if preprocessing.zones is None:
+            return found
+        places = [preprocessing.locate(region.place, self.shape, self.pose) for region in found]
+        names = [preprocessing.zones.name_at(*place) for place in places]
+        return [replace(region, zone=name) for region, name in zip(found, names, strict=True)]
+
+    @property
+    def zone(self) -> str:
+        """The name of the zone where the photograph is most anomalous; empty where nobody named any."""
+        zones = self.detector.preprocessing.zones
+        y, x = divmod(int(self.input_map.argmax()), self.input_map.shape[1])
+        return "" if zones is None else zones.name_at(x, y)
 
     def why(self) -> list[Evidence]:
         """For the most anomalous places, the good patches from training that look most like them.

@@ -23,6 +23,7 @@ class Verdict(BaseModel):
     score: float | None = Field(None, description="how anomalous")
     p_value: float | None = Field(None, description="at most this share of good parts scores as high")
     threshold: float | None = Field(None, description="a part is stopped above it; null: the model stops nothing")
+    zone: str = Field("", description="name of the zone that is the most anomalous; empty where nobody named any")
     regions: list[MarkedRegion] = Field([], description="what is marked, the most anomalous first")
     parts: dict[str, Any] = Field({}, description="what the score is made of, where a method says more")
     error: str = Field("", description="why there is no verdict")
@@ -39,6 +40,7 @@ class Verdict(BaseModel):
             score=outcome.score,
             p_value=outcome.p_value,
             threshold=threshold,
+            zone=outcome.zone,
             regions=outcome.regions,
             parts=outcome.parts,
             **values,

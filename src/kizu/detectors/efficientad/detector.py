@@ -84,7 +84,7 @@ class EfficientAD(Detector):
         network, origin = teacher.load(config.teacher, "m" if config.network == "m" else "s")
         log.info("%d steps; teacher %s; penalty: %s", config.steps, origin["file"], penalty_source(config))
         graph = EfficientADGraph(config, network).to(self.device)
-        graph.upsample.inspect(context.inspected)
+        graph.upsample.inspect(context.zones, context.seen)
         with context.timed("teacher"):
             self._measure(graph, context.photos, split.train, context.progress)
         with context.timed("training"):
@@ -97,7 +97,7 @@ class EfficientAD(Detector):
         config: EfficientADConfig = self.config
         log.info("%d steps; network %s; penalty: %s", config.steps, BACKBONE, penalty_source(config))
         graph = EmbeddedGraph(config, backbone.create(BACKBONE, LAYERS)).to(self.device)
-        graph.upsample.inspect(context.inspected)
+        graph.upsample.inspect(context.zones, context.seen)
         with context.timed("features"), torch.inference_mode():
             kept = self._features(graph, context, split.train)
             others = self._shallow_features_of_others(graph, context.progress)
@@ -217,7 +217,7 @@ class EfficientAD(Detector):
             keys = [key for key in tensors if key.startswith("teacher.")]
             state = {key.removeprefix("teacher."): tensors[key] for key in keys}
             graph = EfficientADGraph(config, teacher.assemble(state, "the model's teacher"))
-        graph.upsample.inspected = tensors.get("upsample.inspected")
+        graph.upsample.restore(tensors)
         return graph
 
 

@@ -136,7 +136,7 @@ class EmbeddedGraph(nn.Module):
         low, high = self.levels.view(3, 2, 1, 1, 1).unbind(1)
         fine, coarse, whole = (0.1 * (torch.stack(self._errors(differences)) - low) / (high - low)).unbind(0)
         grids = ((fine + coarse) / 2 + whole) / 2
-        anomaly_maps: Tensor = self.upsample(self.upsample.only_inspected(grids))
+        anomaly_maps: Tensor = self.upsample(self.upsample.zoned(grids))
         return anomaly_maps.flatten(1).amax(1), anomaly_maps
 
     def _mean(self, features: Sequence[Tensor], kind: str) -> Tensor:

@@ -84,7 +84,7 @@ class EfficientADGraph(nn.Module):
         low, high = self.levels.view(2, 2, 1, 1, 1).unbind(1)
         errors = self._squared_errors(teacher_out, student_out, autoencoder_out)
         grids = 0.1 * (torch.stack(errors) - low) / (high - low)  # (2, B, h, w)
-        anomaly_maps: Tensor = self.upsample(self.upsample.only_inspected(grids.mean(0)))
+        anomaly_maps: Tensor = self.upsample(self.upsample.zoned(grids.mean(0)))
         return anomaly_maps.flatten(1).amax(1), anomaly_maps
 
     def errors(self, images: Tensor) -> tuple[Tensor, Tensor]:

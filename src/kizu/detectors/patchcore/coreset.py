@@ -302,14 +302,18 @@ class StreamingCoreset:
         memory_bytes: int,
         sampler: str,
         seed: int,
+        places: Tensor | None,
         device: torch.device,
     ) -> None:
         """For images with layers of `shapes`, of whose rows a share is to be chosen, in at most `memory_bytes`.
 
+        The rows are those of these `places` of the first layer's grid; None: all.
+
         Raises `OptionError` where the sampler is to keep everything and that does not fit.
         """
-        patches, dimension = shapes[0][1] * shapes[0][2], sum(channels for channels, *_ in shapes)
-        self.total, self.share, self.shapes = num_images * patches, share, shapes
+        patches = shapes[0][1] * shapes[0][2] if places is None else len(places)
+        dimension = sum(channels for channels, *_ in shapes)
+        self.total, self.share, self.shapes, self.places = num_images * patches, share, shapes, places
         self.sampler, self.seed = sampler, seed
         self.holds_all = FeatureTable.bytes(num_images, shapes) <= memory_bytes
         fits = memory_bytes // (4 * dimension)
@@ -318,7 +322,7 @@ class StreamingCoreset:
             raise OptionError(f'`sampler="identity"`: {everything} do not fit in `memory`; choose `sampler="k_center"`')
         self.most = max(1, fits // 3)  # entries of a bank that leave room to choose them
         self.rows = (
-            FeatureTable(num_images, shapes, device)
+            FeatureTable(num_images, shapes, device, places)
             if self.holds_all
             else FeatureTable(max(fits, 2), [(dimension, 1, 1)], device)
         )
@@ -335,7 +339,7 @@ class StreamingCoreset:
             self.patch_ids[self._filled : self._filled + len(patch_ids)] = patch_ids
             self._filled += len(patch_ids)
             return
-        table = FeatureTable(len(layers[0]), self.shapes, layers[0].device)
+        table = FeatureTable(len(layers[0]), self.shapes, layers[0].device, self.places)
         table.write(0, layers)
         rows = table.span(0, len(table))
         while len(rows):

@@ -28,7 +28,7 @@ from kizu.detectors.ram import budget, tidy
 from kizu.errors import DataError, ModelError
 from kizu.features import backbone
 from kizu.features.backbone import weights_hash
-from kizu.features.patch_features import as_rows
+from kizu.features.places import Places
 from kizu.inference.evidence import BankOutputs, nearest_patch
 from kizu.inference.prediction import NearestPatch
 
@@ -84,7 +84,6 @@ class PatchCore(Detector):
             coresets = self._embed(graph, context)
         with context.timed("coreset"), tidy():
             radii = _fill_banks(graph, coresets, context)
-            graph.upsample.inspect(context.inspected)
         facts: dict[str, Any] = {
             "bank": [len(bank.entries) for bank in graph.banks],
             "dimension": [bank.entries.shape[1] for bank in graph.banks],
@@ -107,14 +106,14 @@ class PatchCore(Detector):
         for image_ids, pixels in self.stream(photos, "Features", context.progress, copies=copies):
             layers_by_bank = graph.pooled_layers(pixels)
             if not coresets:
-                grid = layers_by_bank[0][0].shape[2:]
+                grids = [(layers[0].shape[2], layers[0].shape[3]) for layers in layers_by_bank]
+                graph.set_grids(grids, pixels.device, lambda upsample: upsample.inspect(context.zones, context.seen))
                 if not any(graph.config.patchsizes):
-                    self.remarks += graph.taps[0][1].remarks((grid[0], grid[1]))
+                    self.remarks += graph.taps[0][1].remarks(grids[0])
                 images = len(photos) * (1 + copies)
-                coresets = _streaming_coresets(graph.config, layers_by_bank, images, context.memory_bytes)
-            for coreset, layers in zip(coresets, layers_by_bank, strict=True):
-                patches = layers[0].shape[2] * layers[0].shape[3]
-                coreset.add(layers, _patch_ids(image_ids, patches, of_copies=seen >= len(photos)))
+                coresets = _streaming_coresets(graph, layers_by_bank, images, context.memory_bytes)
+            for coreset, layers, places in zip(coresets, layers_by_bank, graph.places, strict=True):
+                coreset.add(layers, _patch_ids(image_ids, places, of_copies=seen >= len(photos)))
             seen += len(image_ids)
         return coresets
 
@@ -123,16 +122,18 @@ class PatchCore(Detector):
     ) -> tuple[Tensor, Tensor]:
         """Scores (L,) and patch scores of training images, each as if it were new; the banks learn their scales."""
         kept = all(coreset.holds_all for coreset in coresets)
-        patches = [height * width for height, width in graph.grids]
 
         def features(numbers: Sequence[int]) -> list[Tensor]:
             if kept:  # originals come first
                 first, last = numbers[0], numbers[-1] + 1
+                patches = [coreset.rows.patches for coreset in coresets]
                 return [coreset.rows.span(first * p, last * p) for coreset, p in zip(coresets, patches, strict=True)]
-            return [as_rows(layer) for layer in graph.embed(self.pixels(context.photos, numbers))]
+            return graph.rows(graph.embed(self.pixels(context.photos, numbers)))
 
         leave_one_out = LeaveOneOut(graph, image_ids, features, context.groups)
-        return leave_one_out.scores(lambda done, total: context.progress("Threshold", done, total))
+        scores, grids = leave_one_out.scores(lambda done, total: context.progress("Threshold", done, total))
+        graph.upsample.learn_units(grids[scores.isfinite()])
+        return (scores, grids) if graph.upsample.zones is None else leave_one_out.scores_again()
 
     def _score_held_out(self, graph: PatchCoreGraph, context: FitContext) -> tuple[Tensor, Tensor]:
         """Scores (M,) and patch scores of the images held out."""
@@ -218,18 +219,16 @@ class PatchCore(Detector):
         with torch.inference_mode(), photos:
             seen = 0
             for image_ids, pixels in self.stream(photos, "Features", progress, copies=self._copies()):
-                layers = [as_rows(layer) for layer in graph.embed(pixels)]
                 banks = []
-                for bank, rows in zip(graph.banks, layers, strict=True):
-                    count = len(rows) // len(image_ids)
-                    patch_ids = _patch_ids(image_ids + before, count, of_copies=seen >= len(photos))
-                    banks.append(bank.exchanged(rows, *_images_and_places(patch_ids, count)))
+                for bank, rows, places in zip(graph.banks, graph.rows(graph.embed(pixels)), graph.places, strict=True):
+                    patch_ids = _patch_ids(image_ids + before, places, of_copies=seen >= len(photos))
+                    banks.append(bank.exchanged(rows, *_images_and_places(patch_ids, places)))
                 seen += len(image_ids)
-                graph.set_banks(banks, graph.grids)
+                graph.set_banks(banks)
 
             def features(numbers: Sequence[int]) -> list[Tensor]:
                 pixels = self.pixels(photos, [number - before for number in numbers])
-                return [as_rows(layer) for layer in graph.embed(pixels)]
+                return graph.rows(graph.embed(pixels))
 
             grouped = self.grouped
             groups = self._grouped(None, items, range(len(items)), [photos])
@@ -272,6 +271,8 @@ class PatchCore(Detector):
         first = parts[0]
         if any(part.preprocessing.alignment != first.preprocessing.alignment for part in parts):
             raise ModelError("Models that align photographs cannot be merged: each turns them to a pose of its own.")
+        if any(graph.upsample.zones is not None for graph in graphs):
+            raise ModelError("Models of several zones cannot be merged: each has units of its own for their scores.")
         settings = {part.config.model_copy(update={"seed": 0}) for part in parts}
         if len(settings) > 1 or len({weights_hash(graph) for graph in graphs}) > 1:
             raise ModelError("Only models with the same settings and the same backbone can be merged.")
@@ -279,7 +280,9 @@ class PatchCore(Detector):
         graph = PatchCoreGraph(first.config, graphs[0].backbone)
         starts = [sum(part.training["images"] for part in parts[:number]) for number in range(len(parts))]
         banks = [Bank.joined(shards, starts) for shards in zip(*(graph.banks for graph in graphs), strict=True)]
-        graph.set_banks(banks, graphs[0].grids)
+        inspected = graphs[0].upsample
+        graph.set_grids(graphs[0].grids, banks[0].entries.device, lambda upsample: upsample.inherit(inspected))
+        graph.set_banks(banks)
         merged.training = {
             "images": sum(part.training["images"] for part in parts),
             "hash": hashlib.blake2b("".join(p.training["hash"] for p in parts).encode(), digest_size=16).hexdigest(),
@@ -335,42 +338,43 @@ def _each_photograph_once(parts: Sequence[PatchCore]) -> tuple[list[float], list
     return scores, peaks, repeated
 
 
-def _patch_ids(image_ids: Tensor, patches: int, *, of_copies: bool) -> Tensor:
-    """(B,) → (B · patches,): a number for each patch, of its image and place.
+def _patch_ids(image_ids: Tensor, places: Places, *, of_copies: bool) -> Tensor:
+    """(B,) → (B · P,): a number for each patch, of its image and place.
 
-    In a varied copy, a patch lies somewhere else than in its image: all of its patches have the place `patches`.
+    In a varied copy, a patch lies somewhere else than in its image: all of its patches have a place past the last.
     """
-    places = torch.arange(patches, device=image_ids.device)
-    return (image_ids[:, None] * (patches + 1) + (torch.full_like(places, patches) if of_copies else places)).flatten()
+    numbers, past = places.numbers().to(image_ids.device), places.grid[0] * places.grid[1]
+    return (image_ids[:, None] * (past + 1) + (torch.full_like(numbers, past) if of_copies else numbers)).flatten()
 
 
-def _images_and_places(patch_ids: Tensor, patches: int) -> tuple[Tensor, Tensor]:
-    return patch_ids // (patches + 1), patch_ids % (patches + 1)
+def _images_and_places(patch_ids: Tensor, places: Places) -> tuple[Tensor, Tensor]:
+    past = places.grid[0] * places.grid[1]
+    return patch_ids // (past + 1), patch_ids % (past + 1)
 
 
 def _streaming_coresets(
-    config: PatchCoreConfig, layers_by_bank: Sequence[Sequence[Tensor]], images: int, memory_bytes: int
+    graph: PatchCoreGraph, layers_by_bank: Sequence[Sequence[Tensor]], images: int, memory_bytes: int
 ) -> list[StreamingCoreset]:
     """One for each bank's layers: a third of the memory, shared by the size of their features."""
+    config = graph.config
     shapes = [[(layer.shape[1], layer.shape[2], layer.shape[3]) for layer in layers] for layers in layers_by_bank]
+    device = layers_by_bank[0][0].device
     sizes = [FeatureTable.bytes(1, layers) for layers in shapes]
     shares = [int(memory_bytes / 3 * size / sum(sizes)) for size in sizes]
     return [
-        StreamingCoreset(images, layers, config.coreset, share, config.sampler, config.seed, tensors[0].device)
-        for layers, share, tensors in zip(shapes, shares, layers_by_bank, strict=True)
+        StreamingCoreset(images, layers, config.coreset, share, config.sampler, config.seed, places.chosen, device)
+        for layers, share, places in zip(shapes, shares, graph.places, strict=True)
     ]
 
 
 def _fill_banks(graph: PatchCoreGraph, coresets: Sequence[StreamingCoreset], context: FitContext) -> list[float]:
     """Give the graph its memory banks, chosen from the features; the cover radius of each."""
-    banks, grids, radii = [], [], []
-    for coreset in coresets:
-        _, height, width = coreset.shapes[0]
+    banks, radii = [], []
+    for coreset, places in zip(coresets, graph.places, strict=True):
         entries, patch_ids, radius = coreset.choose(lambda done, total: context.progress("Memory bank", done, total))
-        banks.append(Bank.of(entries, *_images_and_places(patch_ids, height * width)))
-        grids.append((height, width))
+        banks.append(Bank.of(entries, *_images_and_places(patch_ids, places)))
         radii.append(radius)
-    graph.set_banks(banks, grids)
+    graph.set_banks(banks)
     return radii
 
 
@@ -380,16 +384,16 @@ def _restore(config: PatchCoreConfig, tensors: dict[str, Tensor], prefix: str) -
     names = [f"{prefix}banks.{number}" for number in range(len(graph.taps))]
     buffers = ("entries", "images", "places", "sums", "counts", "centres", "sizes")
     banks = [Bank(*(tensors[f"{name}.{buffer}"] for buffer in buffers)) for name in names]
-    graph.set_banks(banks, [(height, width) for height, width in tensors[f"{prefix}grid_sizes"].tolist()])
-    graph.upsample.inspected = tensors.get(f"{prefix}upsample.inspected")
+    grids = [(height, width) for height, width in tensors[f"{prefix}grid_sizes"].tolist()]
+    graph.set_grids(grids, banks[0].entries.device, lambda upsample: upsample.restore(tensors, prefix))
+    graph.set_banks(banks)
     return graph
 
 
 def _recalls(graph: PatchCoreGraph, images: Tensor) -> list[float]:
     """Of each bank's approximate search, for the first training images (B, 3, H, W)."""
     image_ids = torch.arange(len(images), device=images.device)
-    layers = [as_rows(layer) for layer in graph.embed(images)]
-    pairs = zip(graph.banks, layers, strict=True)
+    pairs = zip(graph.banks, graph.rows(graph.embed(images)), strict=True)
     return [bank.recall(rows, image_ids.repeat_interleave(len(rows) // len(images))) for bank, rows in pairs]
 
 

@@ -20,10 +20,19 @@ class FeatureTable:
     weighted sum of four places: keeping these instead of the patches takes a quarter of the memory, or less.
     """
 
-    def __init__(self, num_images: int, shapes: Sequence[Shape], device: torch.device | None = None) -> None:
-        """Room for images whose layers are of `shapes`, none of which has more places than the first."""
-        self.shapes = list(shapes)
-        self.patches = shapes[0][1] * shapes[0][2]  # of an image
+    def __init__(
+        self,
+        num_images: int,
+        shapes: Sequence[Shape],
+        device: torch.device | None = None,
+        places: Tensor | None = None,
+    ) -> None:
+        """Room for images whose layers are of `shapes`, none of which has more places than the first.
+
+        Only patches at `places` of the first layer's grid, row · columns + column, are rows of the table; None: all.
+        """
+        self.shapes, self.places = list(shapes), places
+        self.patches = shapes[0][1] * shapes[0][2] if places is None else len(places)  # of an image
         self.layers = [
             torch.empty(num_images * height * width, channels, device=device) for channels, height, width in shapes
         ]
@@ -42,7 +51,8 @@ class FeatureTable:
         return 4 * num_images * sum(channels * height * width for channels, height, width in shapes)
 
     def __len__(self) -> int:
-        return len(self.layers[0])
+        height, width = self.shapes[0][1:]
+        return len(self.layers[0]) // (height * width) * self.patches
 
     @property
     def dimension(self) -> int:
@@ -62,9 +72,12 @@ class FeatureTable:
 
     def take(self, indices: Tensor, out: Tensor | None = None) -> Tensor:
         """The patches of these indices (n,): (n, D), written to `out` if there is one."""
-        if len(self.layers) == 1:
+        if len(self.layers) == 1 and self.places is None:
             return torch.index_select(self.layers[0], 0, indices, out=out)
         image_ids, place = indices // self.patches, indices % self.patches
+        if self.places is not None:
+            place = self.places[place]
+            indices = image_ids * (self.shapes[0][1] * self.shapes[0][2]) + place
         parts = []
         for layer, (_, height, width), taps in zip(self.layers, self.shapes, self.taps, strict=True):
             if taps is None:
@@ -77,7 +90,7 @@ class FeatureTable:
 
     def span(self, start: int, stop: int) -> Tensor:
         """The patches from start to stop: (stop − start, D)."""
-        if len(self.layers) == 1:
+        if len(self.layers) == 1 and self.places is None:
             return self.layers[0][start:stop]
         return self.take(torch.arange(start, min(stop, len(self)), device=self.device))
 

@@ -14,7 +14,8 @@ from kizu.detectors.patchcore.memory_bank import Bank, Neighbours
 from kizu.detectors.patchcore.nearest import QuantisedIndex
 from kizu.features.anomaly_map import MapUpsampling
 from kizu.features.backbone import Backbone
-from kizu.features.patch_features import PatchFeatures, as_rows
+from kizu.features.patch_features import PatchFeatures
+from kizu.features.places import Places
 from kizu.features.several_sizes import SeveralSizes
 from kizu.inference.evidence import BankOutputs
 
@@ -25,6 +26,7 @@ class PatchCoreGraph(nn.Module):
     """uint8 images (B, 3, H, W) → scores (B,), anomaly maps (B, 1, H, W)."""
 
     banks: Sequence[Bank]  # one for each tap; an nn.ModuleList, so that they are saved with the graph
+    places: Sequence[Places]  # for each bank, those of its grid that lie in zones
 
     def __init__(self, config: PatchCoreConfig, network: Backbone | SeveralSizes) -> None:
         super().__init__()
@@ -33,17 +35,26 @@ class PatchCoreGraph(nn.Module):
         self.taps = _taps(config, len(network.layers))
         self.banks = cast("Sequence[Bank]", nn.ModuleList())
 
-    def set_banks(self, banks: Sequence[Bank], grids: Sequence[tuple[int, int]]) -> None:
-        """Set the memory banks, and the grid of patches (h, w) of each; the map is made from the first."""
-        self.banks, self.grids = cast("Sequence[Bank]", nn.ModuleList(banks)), list(grids)
+    def set_grids(
+        self, grids: Sequence[tuple[int, int]], device: torch.device, inspect: Callable[[MapUpsampling], None]
+    ) -> None:
+        """Set the grid of patches (h, w) of each bank; the map is made from the first, which `inspect` sets zones for.
+
+        Only patches of places that lie in zones are kept and compared.
+        """
+        self.grids = list(grids)
+        self.register_buffer("grid_sizes", torch.tensor(grids))  # so that a saved model knows them
+        self.upsample = MapUpsampling(grids[0], self.config.size, self.config.smoothing).to(device)
+        inspect(self.upsample)
+        places = (Places(grid, self.upsample.outlined) for grid in grids)
+        self.places = cast("Sequence[Places]", nn.ModuleList(places))
+
+    def set_banks(self, banks: Sequence[Bank]) -> None:
+        """Set the memory banks, whose grids are known."""
+        self.banks = cast("Sequence[Bank]", nn.ModuleList(banks))
         if self.config.search == "ivfpq":
             for bank in banks:
                 bank.quantise = partial(QuantisedIndex, on_gpu=self.config.faiss_on_gpu)
-        self.register_buffer("grid_sizes", torch.tensor(grids))  # so that a saved model knows them
-        before = getattr(self, "upsample", None)
-        self.upsample = MapUpsampling(grids[0], self.config.size, self.config.smoothing).to(banks[0].entries.device)
-        if before is not None:
-            self.upsample.inspected = before.inspected
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         return self._with_maps(self.score_images(images))
@@ -55,14 +66,14 @@ class PatchCoreGraph(nn.Module):
         """
         embeddings = self.embed(images)
         neighbours = self.search(embeddings)
-        scores, maps = self._with_maps(self.score_from_neighbours(neighbours, [layer.shape for layer in embeddings]))
+        scores, maps = self._with_maps(self.score_from_neighbours(neighbours, images.shape[0]))
         extras = {}
         for number, (bank, nearest, layer) in enumerate(zip(self.banks, neighbours, embeddings, strict=True)):
-            names, grid = BankOutputs.of(number), (layer.shape[0], *layer.shape[2:])
+            names, places = BankOutputs.of(number), self.places[number]
             entries = nearest.entries[:, 0]
             typical = bank.typical_distance(per_entry=self.config.local_scale)[entries]
-            extras[names.entries] = entries.view(grid)
-            extras[names.distances] = (nearest.distances[:, 0] / typical).view(grid)
+            extras[names.entries] = places.laid_out(entries, layer.shape[0])
+            extras[names.distances] = places.laid_out(nearest.distances[:, 0] / typical, layer.shape[0])
         return scores, maps, extras
 
     def forward_with_global_features(self, images: Tensor, kind: str) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -93,7 +104,11 @@ class PatchCoreGraph(nn.Module):
 
     def search(self, embeddings: Sequence[Tensor]) -> list[Neighbours]:
         """For each bank, the entries nearest to patch features (B, D, h, w)."""
-        return [self.neighbours(bank, as_rows(layer)) for bank, layer in zip(self.banks, embeddings, strict=True)]
+        return [self.neighbours(bank, rows) for bank, rows in zip(self.banks, self.rows(embeddings), strict=True)]
+
+    def rows(self, embeddings: Sequence[Tensor]) -> list[Tensor]:
+        """For each bank, the patch features (B · P, D) of the places that lie in zones."""
+        return [places.pick(layer) for places, layer in zip(self.places, embeddings, strict=True)]
 
     def neighbours(self, bank: Bank, queries: Tensor, query_image_ids: Tensor | None = None) -> Neighbours:
         """The entries of a bank nearest to queries (N, D), leaving out those of the queries' own images (N,)."""
@@ -106,7 +121,7 @@ class PatchCoreGraph(nn.Module):
 
     def score_embeddings(self, embeddings: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Patch features for each bank → scores (B,) and patch scores (B, h, w)."""
-        return self.score_from_neighbours(self.search(embeddings), [layer.shape for layer in embeddings])
+        return self.score_from_neighbours(self.search(embeddings), embeddings[0].shape[0])
 
     def loo_scores(
         self,
@@ -119,37 +134,33 @@ class PatchCoreGraph(nn.Module):
         `loo_neighbours` are its neighbours among other images' entries, which Eq. 7 looks around. What the neighbours
         to `exclude` added to the typical distances, its own and those of the images that it belongs to, is taken out.
         """
-        shapes = [(1, 0, *grid) for grid in self.grids]
-        return self.score_from_neighbours(neighbours, shapes, exclude=exclude, loo_neighbours=loo_neighbours)
+        return self.score_from_neighbours(neighbours, 1, exclude=exclude, loo_neighbours=loo_neighbours)
 
     def score_from_neighbours(
         self,
         neighbours: Sequence[Neighbours],
-        shapes: Sequence[Sequence[int]],
+        images: int,
         exclude: Sequence[Neighbours] | None = None,
         loo_neighbours: Sequence[Neighbours] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Scores and patch scores of images from their neighbours in each bank, for embeddings of `shapes`.
+        """Scores and patch scores of so many images from their neighbours in each bank.
 
         The score is the mean of the most anomalous patches (`top`): of one patch, it is s* of Eq. 6.
         """
         grids = []
-        for number, (bank, nearest, (count, _, height, width)) in enumerate(
-            zip(self.banks, neighbours, shapes, strict=True)
-        ):
+        for number, (bank, nearest, places) in enumerate(zip(self.banks, neighbours, self.places, strict=True)):
             patch_scores = self.patch_scores(bank, nearest, None if exclude is None else exclude[number])
-            grids.append(patch_scores.view(count, 1, height, width))
+            grids.append(places.laid_out(patch_scores, images)[:, None])
         grid = grids[0]
         if len(grids) > 1:
             align = partial(F.interpolate, size=self.grids[0], mode="bilinear", align_corners=False)
             grid = torch.stack([grid, *map(align, grids[1:])]).mean(0)
-        grid = self.upsample.only_inspected(grid)
+        grid = self.upsample.zoned(grid)
         flat = grid.flatten(1)
-        most = max(1, round(self.config.top * flat.shape[1]))
+        most = max(1, round(self.config.top * len(self.places[0])))
         scores = flat.topk(most, dim=1).values.mean(1)
         if self.config.reweight > 1:
-            positions = torch.arange(flat.shape[0], device=flat.device)  # len() would fix their number in an export
-            worst = flat.argmax(1) + positions * flat.shape[1]
+            worst = self.places[0].rows_of(flat.argmax(1))
             scores = scores * self.score_weights((neighbours if loo_neighbours is None else loo_neighbours)[0], worst)
         return scores, grid[:, 0]
 

@@ -9,7 +9,7 @@ stand-ins of its own.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor
@@ -41,32 +41,42 @@ class LeaveOneOut:
         self.groups = None if groups is None else torch.tensor(groups, device=graph.banks[0].entries.device)
         self.stand_ins = [_StandIns(bank) for bank in graph.banks]
         self.kept: list[tuple[Tensor, Tensor]] = []  # distances and entries (M, P, n) of all images, for each bank
+        self.loo_neighbours: list[list[Neighbours]] = []  # of each image, in each bank, among other images' entries
 
     def scores(self, progress: Callable[[int, int], None]) -> tuple[Tensor, Tensor]:
         """Scores (M,) and patch scores (M, h, w); the banks learn their typical distances on the way."""
+        total = 2 * len(self.image_ids)
+        with self._grouped():
+            for start in range(0, len(self.image_ids), BATCH):
+                self.loo_neighbours += self._among_others(start)
+                progress(len(self.loo_neighbours), total)
+            return self._scores(lambda done: progress(len(self.loo_neighbours) + done, total))
+
+    def scores_again(self) -> tuple[Tensor, Tensor]:
+        """The same once more, for a graph that makes other scores of the same distances now."""
+        with self._grouped():
+            return self._scores(lambda done: None)
+
+    @contextmanager
+    def _grouped(self) -> Iterator[None]:
         with ExitStack() as banks:
             for bank in self.graph.banks:
                 banks.enter_context(bank.of_groups(self.groups))
-            return self._scores(progress)
+            yield
 
     def _group(self, image_id: int) -> int:
         return image_id if self.groups is None else int(self.groups[image_id])
 
-    def _scores(self, progress: Callable[[int, int], None]) -> tuple[Tensor, Tensor]:
-        total = 2 * len(self.image_ids)
-        loo_neighbours = []
-        for start in range(0, len(self.image_ids), BATCH):
-            loo_neighbours += self._among_others(start)
-            progress(len(loo_neighbours), total)
+    def _scores(self, progress: Callable[[int], None]) -> tuple[Tensor, Tensor]:
         like = self.graph.banks[0].entries
-        scores = like.new_empty(len(loo_neighbours))
-        grids = like.new_empty(len(loo_neighbours), *self.graph.grids[0])
+        scores = like.new_empty(len(self.loo_neighbours))
+        grids = like.new_empty(len(self.loo_neighbours), *self.graph.grids[0])
         for start in range(0, len(self.image_ids), BATCH):
-            batch = loo_neighbours[start : start + BATCH]
+            batch = self.loo_neighbours[start : start + BATCH]
             for number, (neighbours, others) in enumerate(self._with_stand_ins(start, batch), start):
                 score, grid = self.graph.loo_scores(neighbours, others, self._of_group(number, others))
                 scores[number : number + 1], grids[number : number + 1] = score, grid
-            progress(len(loo_neighbours) + start + len(batch), total)
+            progress(start + len(batch))
         return scores, grids
 
     def _among_others(self, start: int) -> list[list[Neighbours]]:

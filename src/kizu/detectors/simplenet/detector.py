@@ -77,7 +77,7 @@ class SimpleNet(Detector):
         if self.config.auto_noise:
             graph.unit.fill_(as_rows(features).std(0, correction=0).mean().clamp(min=1e-6))
         graph.complete(features.shape[1], (features.shape[2], features.shape[3]))
-        graph.upsample.inspect(context.inspected)
+        graph.upsample.inspect(context.zones, context.seen)
         if self.config.train_backbone or self.augmentation is not None:
             return None
         shape = features[0, 0].numel(), features.shape[1]
@@ -119,7 +119,7 @@ class SimpleNet(Detector):
         network, weight = first_layer(config)
         dimension = tensors[f"{network.removeprefix('pre_')}.{weight}"].shape[1]
         graph.complete(dimension, (tensors["upsample.rows"].shape[1], tensors["upsample.columns"].shape[1]))
-        graph.upsample.inspected = tensors.get("upsample.inspected")
+        graph.upsample.restore(tensors)
         return graph
 
     def save_to_path(self, folder: str | os.PathLike[str]) -> Path:

@@ -110,8 +110,8 @@ class SimpleNetGraph(nn.Module):
         """
         count, _, height, width = features.shape
         grid = -self.discriminator(self.adapt(as_rows(features))).view(count, height, width)
-        grid = self.upsample.only_inspected(grid)
-        most = max(1, round(self.config.top * height * width))
+        grid = self.upsample.zoned(grid)
+        most = max(1, round(self.config.top * self.upsample.count))
         scores = grid.flatten(1).topk(most, dim=1).values.mean(1)
         return scores, self.upsample(grid)
 

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from kizu.calibration.copies import first_of_each_part
 from kizu.calibration.groups import highest, named, recognised
 from kizu.calibration.threshold import calibrate, p_value
-from kizu.data.alignment import Alignment
+from kizu.data.geometry.alignment import Alignment
 from kizu.data.image import RGB, Float
 from kizu.data.preprocessing import Preprocessing, Readable, batches
 from kizu.data.progress import Progress, silent

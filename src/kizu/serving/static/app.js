@@ -203,7 +203,7 @@ async function follow(threshold) {
   $("set").hidden = !about.settable || !(moved || about.tuned);
   scale.draw();
   const stop = result.score > threshold;
-  $("verdict").textContent = stop ? "Stop" : "Pass";
+  $("verdict").textContent = stop ? `Stop${result.zone ? `: ${result.zone}` : ""}` : "Pass";
   $("finding").dataset.verdict = stop ? "stop" : "pass";
   $("because").textContent =
     (about.threshold === null && !moved
@@ -248,7 +248,7 @@ function listRegions(regions, result) {
     row.title = `The map reaches ${digits(region.peak)} here, as in ${inGood(region.p_value)}`;
     row.append(
       span("number", number + 1),
-      span("what", `${region.box[2]} × ${region.box[3]} pixels`),
+      span("what", `${region.zone ? `${region.zone}: ` : ""}${region.box[2]} × ${region.box[3]} pixels`),
       span("quiet", inGood(region.p_value)),
     );
     const point = (on) => () => viewer.set({ region: on ? region : null });

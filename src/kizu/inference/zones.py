@@ -1,0 +1,106 @@
+"""Zones that a user names: from masks, files of annotations and corners; and a picture of where they are."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageDraw, ImageFont
+
+from kizu.config import Zone, build
+from kizu.config.base import OtherConfig
+from kizu.data import files
+from kizu.data.geometry.zones import Ring, drawn_in
+from kizu.errors import DataError, OptionError
+
+__all__ = ["read_zones", "zones_picture"]
+
+MAX_BYTES = 20_000_000
+COLOURS = ((31, 119, 255), (255, 127, 14), (44, 180, 74), (227, 60, 200), (23, 190, 207), (188, 170, 34))
+IGNORED = (235, 40, 60)
+
+RGB = npt.NDArray[np.uint8]  # (H, W, 3)
+
+
+def read_zones(
+    inspect: Sequence[str] = (),
+    ignore: Sequence[str] = (),
+    *,
+    file: str = "",
+    photograph: Callable[[], tuple[int, int]] | tuple[int, int] | None = None,
+) -> tuple[Zone, ...]:
+    """Zones for the setting `zones`, from what outlines them.
+
+    Each of `inspect` and `ignore` is "NAME=WHAT" or "WHAT", which is a mask (an image, not zero inside), a file of
+    annotations drawn on one photograph (COCO, Label Studio, VIA, CVAT), corners in pixels ("40,40 200,40 200,120") or
+    in percent ("10%,10% 50%,10% 50%,90%"), or "all". Without a name, annotations have their labels. `file` holds zones
+    as kizu writes them. `photograph` is the width and height that corners in pixels are of, where the file does not
+    say it. Raises `OptionError` and `DataError` for what cannot be understood.
+    """
+    outlined: dict[tuple[str, bool], list[Ring]] = {}
+    size = photograph if callable(photograph) else lambda: _known(photograph)
+    for ignored, sources in ((False, inspect), (True, ignore)):
+        for number, source in enumerate(sources, 1):
+            name, what = _split(source)
+            for label, rings in drawn_in(what, size):
+                usual = label or _usual_name(what, number, ignored=ignored)
+                outlined.setdefault((name or usual, ignored), []).extend(rings)
+    zones = [{"name": name, "rings": rings, "ignored": ignored} for (name, ignored), rings in outlined.items()]
+    return build(OtherConfig, {"zones": [*(_saved(file) if file else []), *zones]}).zones
+
+
+def _split(source: str) -> tuple[str, str]:
+    name, equals, what = source.partition("=")
+    return (name.strip(), what.strip()) if equals and not Path(source).exists() else ("", source.strip())
+
+
+def _usual_name(what: str, number: int, *, ignored: bool) -> str:
+    """Of a zone to which nobody gave a name."""
+    if what == "all":
+        return "elsewhere"
+    if Path(what).suffix and Path(what).exists():
+        return Path(what).stem
+    return f"ignored {number}" if ignored else f"zone {number}"
+
+
+def _known(size: tuple[int, int] | None) -> tuple[int, int]:
+    if size is None:
+        raise OptionError(
+            "corners in pixels are of a photograph: say how wide and high it is, or write them in percent"
+        )
+    return size
+
+
+def _saved(file: str) -> list[object]:
+    """The zones in a file that kizu wrote: a list, or a run.json."""
+    try:
+        files.check_regular(Path(file), MAX_BYTES)
+        value = json.loads(Path(file).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"{file} cannot be read: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{file} is not JSON ({error})") from None
+    value = value.get("config", value).get("zones") if isinstance(value, dict) else value
+    if not isinstance(value, list):
+        raise DataError(f"{file} holds no zones: it is a list of objects with name, rings and ignored")
+    return value
+
+
+def zones_picture(photo: RGB, zones: Sequence[Zone]) -> RGB:
+    """A photograph (H, W, 3) with each zone outlined and named, and what is ignored in red."""
+    height, width = photo.shape[:2]
+    picture = Image.fromarray(photo).convert("RGB")
+    drawing = ImageDraw.Draw(picture, "RGBA")
+    line, font = max(2, min(height, width) // 160), ImageFont.load_default(max(12, min(height, width) / 24))
+    colours = iter(COLOURS * len(zones))
+    for zone in zones:
+        colour = IGNORED if zone.ignored else next(colours)
+        for ring in zone.rings:
+            corners = [(x * width, y * height) for x, y in ring]
+            drawing.polygon(corners, fill=(*colour, 70 if zone.ignored else 0), outline=(*colour, 255), width=line)
+        x, y = (min(corner[axis] for corner in zone.rings[0]) for axis in (0, 1))
+        place = (min(max(x, 0), 0.95) * width + 2 * line, min(max(y, 0), 0.95) * height + 2 * line)
+        text = f"{zone.name} (ignored)" if zone.ignored else zone.name
+        drawing.text(place, text, (*colour, 255), font, stroke_width=2, stroke_fill=(0, 0, 0, 255))
+    return np.asarray(picture)
