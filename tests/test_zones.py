@@ -18,6 +18,7 @@ from kizu.errors import DataError, ModelError, OptionError
 from kizu.export import export
 from kizu.inference.batch import FileVerdict
 from kizu.inference.exported import load as load_exported
+from kizu.inference.verdict import Verdict
 from kizu.inference.zones import read_zones, zones_picture
 from processes import kizu as command
 
@@ -342,3 +343,12 @@ def test_a_table_has_a_column_of_zones_only_where_there_are_some(halves, tmp_pat
         write_csv(tmp_path / "a.csv", verdicts)
         heads.append((tmp_path / "a.csv").read_text().splitlines()[0])
     assert heads[0] == heads[1] + ",zone"
+
+
+def test_what_an_earlier_version_wrote_is_read(halves):
+    row = {**halves.predict(panel(77, left=140)).to_dict(), "time": "2026-01-01", "number": 1}
+    assert Verdict.from_row(row).zone == "calm"
+    del row["zone"]
+    for region in row["regions"]:
+        del region["zone"]
+    assert (Verdict.from_row(row).zone, Verdict.from_row(row).verdict) == ("", "stop")

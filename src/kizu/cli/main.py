@@ -9,8 +9,10 @@ import logging
 import click
 
 from kizu import __version__
-from kizu.cli import deploy, doctor, export, models, predict, train
+from kizu.cli import deploy, doctor, export, models, predict
 from kizu.cli.faults import exit_with
+from kizu.cli.learn import train
+from kizu.cli.learn.zones import zones
 from kizu.cli.options import config_file_option
 from kizu.cli.quality.check import check
 from kizu.cli.quality.compare import compare
@@ -23,7 +25,7 @@ from kizu.detectors.ram import allow_tuning
 __all__ = ["cli", "main"]
 
 GROUPS = {
-    "Learn": (train.train, train.distill, models.update, models.merge, predict.evaluate, train.demo),
+    "Learn": (train.train, zones, train.distill, models.update, models.merge, predict.evaluate, train.demo),
     "Judge": (predict.predict, check, drift, tune),
     "On the line": (export.export, export.verify, deploy.serve, deploy.watch),
     "Look": (report, compare, predict.data, models.info, doctor.doctor),

@@ -328,7 +328,7 @@ def _zones(detector: "Inspector", samples: Sequence[Sample]) -> dict[str, str]:
     sentences = [f"A part is stopped where its score is above {', '.join(limits)}."] if limits else []
     ignored = (zones.numbers < 0).mean()
     if ignored:
-        sentences.append(f"{percent(float(ignored))} of the frame is ignored: the model is shown nothing of it.")
+        sentences.append(f"{percent(float(ignored))} of the frame is not inspected: the model is shown nothing of it.")
     for item in [*filter(None, detector.good_items), *samples]:
         try:
             photo = image.small(item.read()[0], 2 * PICTURE_SIDE)

@@ -1,5 +1,6 @@
 """The verdict on one photograph as plain values: the one shape for commands, server, watcher and what they keep."""
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import BaseModel, Field
@@ -27,6 +28,11 @@ class Verdict(BaseModel):
     regions: list[MarkedRegion] = Field([], description="what is marked, the most anomalous first")
     parts: dict[str, Any] = Field({}, description="what the score is made of, where a method says more")
     error: str = Field("", description="why there is no verdict")
+
+    @classmethod
+    def from_row(cls, row: Mapping[str, Any]) -> Self:
+        """The verdict in a row that holds more, or less: an earlier version wrote fewer fields."""
+        return cls(**{name: row[name] for name in cls.model_fields if name in row})
 
     @classmethod
     def of(cls, image: str, outcome: "Prediction | BadImage", model: "Inspector", **values: Any) -> Self:

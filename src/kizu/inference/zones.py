@@ -10,8 +10,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from kizu.config import Zone, build
 from kizu.config.base import OtherConfig
-from kizu.data import files
-from kizu.data.geometry.zones import Ring, drawn_in
+from kizu.data import files, image
+from kizu.data.geometry.zones import Ring, covered, drawn_in
 from kizu.errors import DataError, OptionError
 
 __all__ = ["read_zones", "zones_picture"]
@@ -90,17 +90,19 @@ def _saved(file: str) -> list[object]:
 def zones_picture(photo: RGB, zones: Sequence[Zone]) -> RGB:
     """A photograph (H, W, 3) with each zone outlined and named, and what is ignored in red."""
     height, width = photo.shape[:2]
-    picture = Image.fromarray(photo).convert("RGB")
-    drawing = ImageDraw.Draw(picture, "RGBA")
-    line, font = max(2, min(height, width) // 160), ImageFont.load_default(max(12, min(height, width) / 24))
+    picture = photo.copy()
     colours = iter(COLOURS * len(zones))
+    labels = []
     for zone in zones:
         colour = IGNORED if zone.ignored else next(colours)
-        for ring in zone.rings:
-            corners = [(x * width, y * height) for x, y in ring]
-            drawing.polygon(corners, fill=(*colour, 70 if zone.ignored else 0), outline=(*colour, 255), width=line)
-        x, y = (min(corner[axis] for corner in zone.rings[0]) for axis in (0, 1))
-        place = (min(max(x, 0), 0.95) * width + 2 * line, min(max(y, 0), 0.95) * height + 2 * line)
-        text = f"{zone.name} (ignored)" if zone.ignored else zone.name
-        drawing.text(place, text, (*colour, 255), font, stroke_width=2, stroke_fill=(0, 0, 0, 255))
-    return np.asarray(picture)
+        inside = covered(zone.rings, (height, width))
+        if zone.ignored:
+            picture[inside] = 0.7 * picture[inside] + 0.3 * np.array(colour)
+        picture[image.outline(inside, max(2, min(height, width) // 160))] = colour
+        labels.append((f"{zone.name} (ignored)" if zone.ignored else zone.name, colour, np.argwhere(inside)))
+    drawn = Image.fromarray(picture)
+    font = ImageFont.load_default(max(12, min(height, width) / 24))
+    for text, colour, places in labels:
+        y, x = places.min(0) + min(height, width) // 60 if len(places) else (0, 0)
+        ImageDraw.Draw(drawn).text((float(x), float(y)), text, colour, font, stroke_width=2, stroke_fill=(0, 0, 0))
+    return np.asarray(drawn)

@@ -69,7 +69,7 @@ def _ledger(path: Path, photos: Sequence[Path]) -> Iterator[Judged]:
     for row, _ in rows(path):
         try:
             when = datetime.fromisoformat(row["time"]).astimezone()
-            verdict = Verdict(**{name: row[name] for name in Verdict.model_fields})
+            verdict = Verdict.from_row(row)
         except (KeyError, TypeError, ValueError):
             raise DataError(f"{path}: line {row['number']} is no verdict of kizu watch") from None
         folders = photos or [path.parent]

@@ -17,7 +17,7 @@ from kizu.data.layouts.annotations import SUFFIXES, read_annotations
 from kizu.data.masks import Polygon, Shape, read_mask
 from kizu.errors import DataError, OptionError
 
-__all__ = ["Outlined", "Ring", "ZoneMap", "drawn_in"]
+__all__ = ["Outlined", "Ring", "ZoneMap", "covered", "drawn_in"]
 
 IN_NONE = -1
 BLANK = np.array([124, 116, 104], np.uint8)  # the mean colour of the pictures that networks learned from: nothing
@@ -61,10 +61,10 @@ class ZoneMap:
         inspected = [zone for zone in zones if not zone.ignored]
         numbers = np.full(scaled, IN_NONE if inspected else 0, np.int64)
         for number, zone in enumerate(inspected):
-            numbers[_covered(zone.rings, scaled)] = number
+            numbers[covered(zone.rings, scaled)] = number
         for zone in zones:
             if zone.ignored:
-                numbers[_covered(zone.rings, scaled)] = IN_NONE
+                numbers[covered(zone.rings, scaled)] = IN_NONE
         names = [zone.name for zone in inspected] or [REST]
         return cls(frame, names, numbers[top : top + size[0], left : left + size[1]])
 
@@ -96,15 +96,17 @@ class ZoneMap:
         return self.names[number] if number >= 0 else ""
 
 
-def _covered(rings: Sequence[Ring], size: tuple[int, int]) -> npt.NDArray[np.bool_]:
+def covered(rings: Sequence[Ring], size: Size) -> npt.NDArray[np.bool_]:
     """(height, width): the pixels of which half or more lie in clockwise rings and not in holes."""
     height, width = size
-    large = FINER * width, FINER * height
-    layers = np.zeros((large[1], large[0]), np.int16)
-    for ring in rings:
-        canvas = Image.new("L", large)
-        ImageDraw.Draw(canvas).polygon([(x * large[0] - 0.5, y * large[1] - 0.5) for x, y in ring], fill=1)
-        layers += np.asarray(canvas, np.int16) * (1 if _area(ring) > 0 else -1)
+    layers = np.zeros((FINER * height, FINER * width), np.int16)
+    inner, outer = ([ring for ring in rings if (_area(ring) > 0) is kind] for kind in (False, True))
+    for together in [[ring] for ring in rings] if inner else [outer]:
+        canvas = Image.new("L", (FINER * width, FINER * height))
+        for ring in together:
+            corners = [(FINER * width * x - 0.5, FINER * height * y - 0.5) for x, y in ring]
+            ImageDraw.Draw(canvas).polygon(corners, fill=1)
+        layers += np.asarray(canvas, np.int16) * (1 if _area(together[0]) > 0 else -1)
     inside = (layers > 0).reshape(height, FINER, width, FINER)
     return np.asarray(inside.mean((1, 3)) >= 0.5)
 

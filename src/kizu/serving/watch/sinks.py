@@ -177,7 +177,7 @@ class HistorySink:
         return bool(row["verdict"] != "error")
 
     def deliver(self, row: Row) -> None:
-        verdict = Verdict(**{name: row[name] for name in Verdict.model_fields})
+        verdict = Verdict.from_row(row)
         when = datetime.fromisoformat(row["time"]).timestamp()
         content = self._frames.read(row) if self._frames else photograph_of(row, self._folders, MAX_KEPT)
         try:
