@@ -73,6 +73,11 @@ def fitted():
     return kizu.PatchCore(size=96, coreset=0.2, align=True).fit(iter(GOOD))
 
 
+@pytest.fixture(scope="module")
+def saved_and_exported(fitted, tmp_path_factory):
+    return fitted.save(tmp_path_factory.mktemp("saved")), export(fitted, tmp_path_factory.mktemp("exported")).folder
+
+
 @pytest.mark.parametrize("size", [(120, 150), (150, 120), (100, 260), (400, 400)])
 def test_a_pose_is_found_wherever_the_part_lies(alignment, size):
     for number, (degrees, shift) in enumerate(poses(12, seed=5, most=0.15)):
@@ -217,8 +222,8 @@ def test_each_method_aligns_alike_saved_pickled_and_loaded(method, tmp_path):
         assert other.predict(photo) == first and other.predict(photo).pose == first.pose
 
 
-def test_an_exported_model_aligns_alike(fitted, tmp_path):
-    exported = export(fitted, tmp_path / "exported")
+def test_an_exported_model_aligns_alike(fitted, saved_and_exported):
+    exported = kizu.load(saved_and_exported[1])
     for number, pose in enumerate(poses(4, seed=10)):
         photo = bracket(*pose, seed=90 + number, spots=[(0.1, 0.18)][: number % 2])
         first, second = fitted.predict(photo), exported.predict(photo)
@@ -264,11 +269,6 @@ def test_a_model_without_the_reference_that_its_settings_speak_of_is_refused(fit
     model_json.write(folder, about)
     with pytest.raises(ModelError, match="reference"):
         kizu.load(folder)
-
-
-@pytest.fixture(scope="module")
-def saved_and_exported(fitted, tmp_path_factory):
-    return fitted.save(tmp_path_factory.mktemp("saved")), export(fitted, tmp_path_factory.mktemp("exported")).folder
 
 
 @pytest.mark.parametrize(

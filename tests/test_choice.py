@@ -220,6 +220,7 @@ def test_poses_are_told_by_good_parts_that_are_turned(monkeypatch):
         assert choice.config.rotate_degrees == degrees and words in choice.reasons[1]
 
 
+@pytest.mark.slow
 def test_one_pose_is_kept_where_good_parts_are_much_more_alike_in_it(monkeypatch):
     """Unless it finds clearly less; then copies are considered as without it."""
     lying = [bracket(seed=number) for number in range(24)]
@@ -258,6 +259,7 @@ def test_too_few_photographs_and_a_method_without_a_pretrained_network(tmp_path)
         kizu.choose(GOOD, EfficientADConfig())
 
 
+@pytest.mark.slow
 def test_the_report_names_the_size_that_was_chosen(tmp_path):
     """And bounds of a choice that is not made are refused."""
     tall = [np.concatenate([part(number)] * 2) for number in range(14)]

@@ -43,6 +43,8 @@ def workshop(tmp_path):
 
 
 LONG = {
+    "command-line.md",
+    "simplenet.md",
     "missed-defects.md",
     "verdicts.md",
     "metrics.md",

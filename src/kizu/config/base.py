@@ -70,6 +70,12 @@ class Config(Augmented):
         False,
         description="Find how the part lies in each photograph, and turn and shift it to one common pose first.",
     )
+    bits: int | None = Field(
+        None,
+        ge=8,
+        le=16,
+        description="Bits that a camera uses of 16, as 12. Default: found from the photographs.",
+    )
     zones: Zones = Field(
         (),
         description="Zones as a run's zones.json holds them: parts of the frame that are inspected or ignored.",

@@ -20,12 +20,14 @@ from PIL import Image, ImageDraw, ImageFile, ImageFont, PngImagePlugin, Unidenti
 from kizu.data import files
 from kizu.errors import BadImage
 
-__all__ = ["MAX_PIXELS", "MIN_SIDE", "RGB", "SUFFIXES", "Float", "Source", "data_uri", "encode", "framed"]
+__all__ = ["MAX_PIXELS", "MIN_SIDE", "RGB", "SUFFIXES", "WHITE", "Float", "Source", "data_uri", "encode", "framed"]
 __all__ += [
     "from_data_uri",
     "give_back_large",
     "heat",
+    "highest",
     "is_marked",
+    "loses_bits",
     "name_of",
     "opened",
     "outline",
@@ -70,6 +72,8 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 MAX_PIXELS = 89_478_485  # Pillow's own limit against decompression bombs: about 9,459 × 9,459
+WHITE = 65535  # the largest value of 16 bits
+TOO_BRIGHT = 0.05  # share of the pixels above white: with fewer it is a glare, with more another camera setting
 MAX_FILE_BYTES = 2 * 10**9  # more than the largest image takes that is not compressed
 MAPPED_BLOCK = 2**26  # bytes; the C library takes so much from the system each time, and gives it back
 
@@ -80,18 +84,20 @@ warnings.simplefilter("error", Image.DecompressionBombWarning)
 _heard = threading.local()  # `lines`: what libtiff said of the image that this thread decodes
 
 
-def read(source: Source) -> RGB:
+def read(source: Source, white: int = WHITE) -> RGB:
     """Turn a file, encoded bytes, array, tensor (C, H, W) or PIL image into RGB uint8 of shape (H, W, 3).
 
     EXIF orientation is applied, alpha dropped, grey repeated over the channels, CMYK and palettes converted.
-    16-bit values are divided by 257 and floats in [0, 1] multiplied by 255, the same for every image.
+    Values of more than 8 bits are divided by what makes `white` 255, floats in [0, 1] multiplied by 255.
 
     Raises `BadImage` when it is broken, empty, smaller than 8 × 8 or larger than `MAX_PIXELS`.
     """
-    return read_at_least(source)[0]
+    return read_at_least(source, white=white)[0]
 
 
-def read_at_least(source: Source, size: tuple[int, int] | None = None) -> tuple[RGB, tuple[int, int]]:
+def read_at_least(
+    source: Source, size: tuple[int, int] | None = None, white: int = WHITE
+) -> tuple[RGB, tuple[int, int]]:
     """As `read`, and the photograph's own (height, width).
 
     A JPEG much larger than `size` is decoded at a half, a quarter or an eighth of its size, never below `size`.
@@ -99,7 +105,7 @@ def read_at_least(source: Source, size: tuple[int, int] | None = None) -> tuple[
     name = name_of(source)
     source = _known(source, name)
     if isinstance(source, np.ndarray):
-        rgb = _from_array(source, name)
+        rgb = _from_array(source, name, white)
         return rgb, (rgb.shape[0], rgb.shape[1])
     with _open(source, name) as image, _decoding(name):
         shape = image.height, image.width
@@ -107,7 +113,26 @@ def read_at_least(source: Source, size: tuple[int, int] | None = None) -> tuple[
             shape = shape[1], shape[0]
         if size is not None and isinstance(image, ImageFile.ImageFile):
             image.draft(None, (max(size), max(size)))  # square: EXIF may yet turn it
-        return np.ascontiguousarray(_to_rgb(image, name)), shape
+        return np.ascontiguousarray(_to_rgb(image, name, white)), shape
+
+
+def highest(source: Source) -> int | None:
+    """The largest value of an image whose values have more than 8 bits; None for any other, of which nothing is read.
+
+    Raises `BadImage` for one that is broken.
+    """
+    name = name_of(source)
+    source = _known(source, name)
+    if isinstance(source, np.ndarray):
+        return int(source.max()) if source.dtype.kind in "ui" and source.dtype.itemsize > 1 and source.size else None
+    with _open(source, name) as image, _decoding(name):
+        return int(np.asarray(image).max()) if image.mode.startswith("I") else None
+
+
+def loses_bits(source: Source) -> bool:
+    """Whether a file has colours of 16 bits a channel, of which decoders give the upper 8."""
+    with _open(source, name_of(source)) as image:
+        return image.mode in ("RGB", "RGBA") and any(";16" in str(tile[3]) for tile in getattr(image, "tile", ()))
 
 
 @contextmanager
@@ -389,7 +414,7 @@ def _too_large(name: str) -> BadImage:
     return BadImage(name, f"has more than {MAX_PIXELS / 1e6:.0f} megapixels: scale or cut it first", "too-large")
 
 
-def _to_rgb(image: Image.Image, name: str) -> RGB:
+def _to_rgb(image: Image.Image, name: str, white: int) -> RGB:
     if isinstance(image, ImageFile.ImageFile):
         if _is_reduced(image):
             raise BadImage(name, "holds only a small copy of a raw photograph: convert it first", "unsupported")
@@ -401,13 +426,13 @@ def _to_rgb(image: Image.Image, name: str) -> RGB:
     if min(image.size) < MIN_SIDE:
         raise BadImage(name, f"is only {image.width}×{image.height} pixels; at least {MIN_SIDE}×{MIN_SIDE} are needed")
     if image.mode == "F" or image.mode.startswith("I"):
-        return _from_array(np.asarray(image), name)
+        return _from_array(np.asarray(image), name, white)
     if image.mode in ("P", "PA", "LA", "La"):
         image = image.convert("RGBA")
     return np.asarray(image.convert("RGB"))
 
 
-def _from_array(array: npt.NDArray[Any], name: str) -> RGB:
+def _from_array(array: npt.NDArray[Any], name: str, white: int) -> RGB:
     if array.ndim == 2:
         array = array[:, :, None]
     if array.ndim != 3 or array.shape[2] not in (1, 3, 4):
@@ -427,7 +452,12 @@ def _from_array(array: npt.NDArray[Any], name: str) -> RGB:
     elif array.dtype.kind in "ui" and array.dtype.itemsize > 1:
         if array.min() < 0 or array.max() > 65535:
             raise BadImage(name, "holds integers outside 0…65535, the range of 16-bit images")
-        array = array // 257
+        if white < WHITE and float((array > white).mean()) > TOO_BRIGHT:
+            reason = (
+                f"has values up to {array.max():,}, and the model learned from photographs of up to {white:,}: set "
+            )
+            raise BadImage(name, f"{reason}the camera to as many bits as before, or train again")
+        array = np.minimum(array, white).astype(np.uint32) * 255 // white
     elif array.dtype != np.uint8:
         raise BadImage(name, f"is an array of {array.dtype}; expected uint8, uint16 or float")
     return np.ascontiguousarray(np.broadcast_to(array.astype(np.uint8), (*array.shape[:2], 3)))

@@ -14,6 +14,7 @@ from kizu.data.dataset import Dataset
 from kizu.data.image import MIN_SIDE, size_of
 from kizu.data.layouts.contents import NO_IMAGE_FOR_MASK, USUAL
 from kizu.data.masks import read_doubted
+from kizu.data.preprocessing import BitDepth
 from kizu.data.sample import CIFAR_SIDE, Sample
 from kizu.errors import BadImage
 
@@ -126,6 +127,8 @@ def _about_images(samples: list[Sample], headers: Headers) -> list[str]:
         )
     if not any(sample.split == "test" for sample in samples):
         sentences.append("there are no test images, so a detector can be trained but not evaluated.")
+    if remark := BitDepth.of(train).remark:
+        sentences.append(f"{remark[0].lower()}{remark[1:]}")
     usable = _usable(samples, headers)
     sizes = {(header.width, header.height) for header in usable}
     channels = Counter(header.channels for header in usable)

@@ -18,19 +18,27 @@ from kizu.data.geometry.alignment import Alignment, Pose, laid_back, moved, turn
 from kizu.data.geometry.zones import Outlined, ZoneMap
 from kizu.errors import BadImage
 
-__all__ = ["Batch", "Preprocessing", "Readable", "Stack", "batches", "digests"]
+__all__ = ["Batch", "BitDepth", "Preprocessing", "Readable", "Stack", "batches", "digests"]
 
 
 class Readable(Protocol):
     """Anything that can be read as a photograph: a sample of a data set, or a `Photo`."""
 
-    def read(self, at_least: tuple[int, int] | None = None) -> tuple[npt.NDArray[np.uint8], tuple[int, int]]:
-        """RGB (H, W, 3), at `at_least` possibly smaller than the photograph, and the photograph's (height, width)."""
+    def read(
+        self, at_least: tuple[int, int] | None = None, white: int = image.WHITE
+    ) -> tuple[npt.NDArray[np.uint8], tuple[int, int]]:
+        """RGB (H, W, 3), at `at_least` possibly smaller than the photograph, and the photograph's (height, width).
+
+        `white` is the value of more than 8 bits that becomes 255.
+        """
         ...
 
 
 Item = TypeVar("Item", bound=Readable)
 NEARLY_ALL = 0.95  # of the photographs
+USUAL_BITS = 8, 10, 12, 14, 16  # of cameras
+LOOKED_AT = 32  # photographs whose bits are looked at
+HARDLY_ANYTHING = 128  # the highest value of 255 that is below this shows that a camera uses fewer bits
 _Prepared = tuple[npt.NDArray[np.uint8], Pose | None, tuple[int, int]]  # input, pose, shape of the photograph
 
 
@@ -47,12 +55,19 @@ class Preprocessing:
     resize: int | None = None
     alignment: Alignment | None = None
     zones: ZoneMap | None = None
+    white: int = image.WHITE  # the value that becomes 255, of photographs of more than 8 bits
 
     @property
     def enough(self) -> tuple[int, int]:
         """The size (height, width) above which a photograph holds more than the network can see."""
         side = 0 if self.resize is None else self.resize
         return 2 * max(self.size[0], side), 2 * max(self.size[1], side)
+
+    def read(
+        self, item: Readable, at_least: tuple[int, int] | None = None
+    ) -> tuple[npt.NDArray[np.uint8], tuple[int, int]]:
+        """A photograph (H, W, 3), with its whole range of values, and its own (height, width)."""
+        return item.read(at_least) if self.white == image.WHITE else item.read(at_least, self.white)
 
     def __call__(self, rgb: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
         """(H, W, 3) uint8 → (height, width, 3) uint8."""
@@ -114,6 +129,52 @@ class Preprocessing:
 
     def _corner(self, shape: tuple[int, ...]) -> tuple[int, int]:
         return (shape[0] - self.size[0]) // 2, (shape[1] - self.size[1]) // 2
+
+
+@dataclass(frozen=True)
+class BitDepth:
+    """How many bits the values of photographs have that are stored with more than 8."""
+
+    bits: int | None  # None: they are stored with 8
+    highest: int  # value in the photographs that were looked at
+    lost: bool  # whether they are colours of 16 bits, of which the lower 8 are not read, and hardly anything is left
+
+    @classmethod
+    def of(cls, items: Sequence[Readable]) -> Self:
+        """From files or arrays among the items, spread evenly over all; those that cannot be read say nothing."""
+        values, colours = [0], [255]
+        places = np.linspace(0, len(items) - 1, min(LOOKED_AT, len(items))).round().astype(int)
+        for number in dict.fromkeys(places.tolist()):
+            source = getattr(items[number], "source", None)
+            try:
+                if source is not None:
+                    values.append(image.highest(source) or 0)
+                    if not isinstance(source, np.ndarray) and image.loses_bits(source):
+                        colours.append(int(image.read(source).max()))
+            except BadImage:
+                continue
+        bits = next((bits for bits in USUAL_BITS if max(values) < 2**bits), 16) if max(values) else None
+        return cls(bits, max(values), min(colours) < HARDLY_ANYTHING)
+
+    @property
+    def white(self) -> int:
+        return image.WHITE if self.bits is None else 2**self.bits - 1
+
+    @property
+    def remark(self) -> str:
+        """What a user should know of it; empty where all is as usual."""
+        if self.lost:
+            return (
+                "The photographs have colours of 16 bits, of which only the upper 8 can be read, and those are almost "
+                "black: the camera uses fewer bits. Save them with 8 bits a colour, or as grey with 16."
+            )
+        if self.bits in (None, 16):
+            return ""
+        return (
+            f"The photographs are stored in 16 bits and use {self.bits} (values up to {self.highest:,}): "
+            f"{self.white:,} is taken for white, and a photograph with clearly higher values is not judged. "
+            "`bits` sets another number."
+        )
 
 
 @dataclass
@@ -214,7 +275,7 @@ def batches(
     """
 
     def prepare(item: Item) -> _Prepared:
-        rgb, shape = item.read(preprocessing.enough)
+        rgb, shape = preprocessing.read(item, preprocessing.enough)
         return *preprocessing.posed(rgb), shape
 
     source = iter(items)

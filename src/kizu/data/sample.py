@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from kizu.data.image import read_at_least
+from kizu.data.image import WHITE, read_at_least
 from kizu.data.masks import Shape, read_mask
 from kizu.errors import BadImage, DataError
 
@@ -42,10 +42,17 @@ class Sample:
         path = self.path.relative_to(root) if self.path.is_relative_to(root) else self.path
         return path.as_posix() + ("" if self.index is None else f"#{self.index}")
 
-    def read(self, at_least: tuple[int, int] | None = None) -> tuple[npt.NDArray[np.uint8], tuple[int, int]]:
+    @property
+    def source(self) -> Path | None:
+        """The file of its own, if it has one."""
+        return self.path if self.index is None else None
+
+    def read(
+        self, at_least: tuple[int, int] | None = None, white: int = WHITE
+    ) -> tuple[npt.NDArray[np.uint8], tuple[int, int]]:
         """The image as RGB uint8 (H, W, 3), no smaller than `at_least`, and its own (H, W). Raises `BadImage`."""
         if self.index is None:
-            return read_at_least(self.path, at_least)
+            return read_at_least(self.path, at_least, white)
         try:
             with self.path.open("rb") as file:
                 file.seek(self.index * CIFAR_RECORD + 1)

@@ -37,9 +37,11 @@ class Picture:
     path: Path
     crop: tuple[int, ...] | None = None
 
-    def read(self, at_least: tuple[int, int] | None = None) -> tuple[npt.NDArray[np.uint8], tuple[int, int]]:
+    def read(
+        self, at_least: tuple[int, int] | None = None, white: int = image.WHITE
+    ) -> tuple[npt.NDArray[np.uint8], tuple[int, int]]:
         if self.crop is None:
-            return image.read_at_least(self.path, at_least)
+            return image.read_at_least(self.path, at_least, white)
         rng = np.random.default_rng(self.crop)
         rgb = image.read(self.path)
         share = 1.0 if rng.random() < UNCROPPED else np.exp(rng.uniform(np.log(MIN_CROP), 0))
@@ -55,7 +57,9 @@ class Texture:
 
     seed: int
 
-    def read(self, at_least: tuple[int, int] | None = None) -> tuple[npt.NDArray[np.uint8], tuple[int, int]]:
+    def read(
+        self, at_least: tuple[int, int] | None = None, white: int = image.WHITE
+    ) -> tuple[npt.NDArray[np.uint8], tuple[int, int]]:
         """RGB (320, 320, 3) and its (height, width)."""
         picture = _draw(self.seed % NUM_TEXTURES)
         return picture, (TEXTURE_SIDE, TEXTURE_SIDE)

@@ -6,7 +6,7 @@ import shutil
 import statistics
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -28,7 +28,7 @@ from kizu.data.image import Float
 from kizu.data.preprocessing import Preprocessing, Readable, Stack, batches
 from kizu.data.progress import Progress, silent
 from kizu.detectors.augmentation import Augmentation
-from kizu.detectors.fitting import AfterRound, FitContext, FitResult, OnePose, ignore_round, outlined, timed
+from kizu.detectors.fitting import AfterRound, FitContext, FitResult, View, ignore_round, timed
 from kizu.detectors.ram import budget
 from kizu.errors import BadImage, DataError, ModelError, OptionError
 from kizu.features.anomaly_map import learn_units
@@ -106,7 +106,7 @@ class Detector(Inspector):
         self.remarks, self.seconds, progress = [], {}, progress or silent
         good, memory_bytes = items_of(good), self._memory_bytes(memory)
         with ExitStack() as open_files:
-            one_pose = self._look(good, progress)
+            view = self._look(good, progress)
             with timed("decode", self.seconds):
                 photos, items = self.read(good, memory_bytes // 8, skip_bad, progress)
                 open_files.enter_context(photos)
@@ -127,8 +127,7 @@ class Detector(Inspector):
                 photos=photos,
                 held_out=others,
                 groups=groups[0] if self.grouped else None,
-                one_pose=one_pose,
-                outlined=self.preprocessing.zones,
+                view=view,
                 memory_bytes=memory_bytes,
                 progress=progress,
                 checkpoint=None if checkpoint is None else Path(checkpoint),
@@ -137,17 +136,13 @@ class Detector(Inspector):
             )
             return self._learn_from(context, items, groups, copies)
 
-    def _look(self, good: Sequence[Readable], progress: Progress) -> OnePose | None:
-        """Set the pose that photographs are turned to, if they are, and the zones, before any is read for learning."""
-        plain, one_pose = replace(self.preprocessing, alignment=None, zones=None), None
-        if self.config.align:
-            with timed("alignment", self.seconds):
-                one_pose = OnePose.learned(good, plain, progress)
-        if one_pose is not None:
-            self.preprocessing = one_pose.preprocessing
-            self.remarks.append(one_pose.remark)
-        self.preprocessing = outlined(self.preprocessing, self.config.zones, good)
-        return one_pose
+    def _look(self, good: Sequence[Readable], progress: Progress) -> View:
+        """Set how photographs are seen, before any is read for learning."""
+        with timed("alignment", self.seconds) if self.config.align else nullcontext():
+            view = View.learned(self.config, self.preprocessing, good, progress)
+        self.preprocessing = view.preprocessing
+        self.remarks += view.remarks
+        return view
 
     def _memory_bytes(self, memory: str | int | None) -> int:
         """What may be used of the machine's, and of the GPU's."""

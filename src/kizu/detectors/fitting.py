@@ -14,14 +14,15 @@ from torch import nn
 from kizu.calibration.groups import highest
 from kizu.calibration.threshold import percent
 from kizu.data.geometry.alignment import Alignment
-from kizu.data.geometry.zones import Outlined, ZoneMap
-from kizu.data.preprocessing import Preprocessing, Readable, Stack
+from kizu.data.geometry.zones import Outlined
+from kizu.data.image import WHITE
+from kizu.data.preprocessing import BitDepth, Preprocessing, Readable, Stack
 from kizu.data.progress import Progress, silent
 from kizu.detectors.ram import release
 from kizu.errors import BadImage
 from kizu.features.anomaly_map import units_of
 
-__all__ = ["AfterRound", "FitContext", "FitResult", "OnePose", "Split", "ignore_round", "outlined", "timed"]
+__all__ = ["AfterRound", "FitContext", "FitResult", "Split", "View", "ignore_round", "timed"]
 
 ALIGNED = 32  # photographs that the reference pose is learned from
 ALIKE = 0.5  # likeness below which photographs do not show one part
@@ -58,7 +59,7 @@ class OnePose:
         numbers = sorted({*np.linspace(0, len(items) - 1, min(ALIGNED, len(items))).round().astype(int).tolist()})
         for done, number in enumerate(numbers, 1):
             try:
-                photo, shape = items[number].read(preprocessing.enough)
+                photo, shape = preprocessing.read(items[number], preprocessing.enough)
             except BadImage:  # it is reported when all are read
                 continue
             photos.append(photo)
@@ -99,16 +100,48 @@ class OnePose:
         return " ".join(sentences)
 
 
-def outlined(preprocessing: Preprocessing, zones: Sequence[Outlined], items: Sequence[Readable]) -> Preprocessing:
-    """The same for a config's zones, which were outlined on photographs like the first that can be read.
+@dataclass(frozen=True)
+class View:
+    """How photographs are seen: their range of values, the pose that they are turned to, the zones outlined in them."""
 
-    Raises `OptionError` where nothing is inspected, or a zone has no pixel.
-    """
-    if not zones:
-        return replace(preprocessing, zones=None)
-    for item in items:
+    preprocessing: Preprocessing
+    bit_depth: BitDepth | None = None
+    one_pose: OnePose | None = None
+    remarks: list[str] = field(default_factory=list)
+
+    @classmethod
+    def learned(
+        cls, config: Any, preprocessing: Preprocessing, items: Sequence[Readable], progress: Progress
+    ) -> "View":
+        """From a config and good photographs. Raises `OptionError` where nothing is inspected, or a zone is empty."""
+        depth = BitDepth.of(items)
+        remarks = [depth.remark] if depth.remark and (depth.lost or config.bits is None) else []
+        if depth.bits is not None and config.bits is not None:
+            depth = replace(depth, bits=config.bits)
+        preprocessing = replace(preprocessing, white=depth.white, alignment=None, zones=None)
+        one_pose = OnePose.learned(items, preprocessing, progress) if config.align else None
+        if one_pose is not None:
+            preprocessing = one_pose.preprocessing
+            remarks.append(one_pose.remark)
+        return cls(_outlined(preprocessing, config.zones, items), depth, one_pose, remarks)
+
+    def facts(self, graph: nn.Module) -> dict[str, Any]:
+        """What is worth knowing of it, once a graph has learned."""
+        facts: dict[str, Any] = {}
+        if self.preprocessing.white != WHITE and self.bit_depth is not None:
+            facts["bits"] = self.bit_depth.bits
+        if self.one_pose is not None:
+            facts["alignment"] = self.one_pose.facts
+        if self.preprocessing.zones is not None:
+            facts["zones"] = {"frame": self.preprocessing.zones.frame, **units_of(graph)}
+        return facts
+
+
+def _outlined(preprocessing: Preprocessing, zones: Sequence[Outlined], items: Sequence[Readable]) -> Preprocessing:
+    """The same for a config's zones, which were outlined on photographs like the first that can be read."""
+    for item in items if zones else ():
         try:
-            with_zones = preprocessing.outlined(zones, item.read(preprocessing.enough)[1])
+            with_zones = preprocessing.outlined(zones, preprocessing.read(item, preprocessing.enough)[1])
         except BadImage:  # it is reported when all are read
             continue
         assert with_zones.zones is not None
@@ -129,24 +162,23 @@ class FitContext:
     after_round: AfterRound = ignore_round
     seconds: dict[str, float] = field(default_factory=dict)  # spent so far, by stage
     groups: Sequence[int] | None = None  # a number for each photo, equal for those that belong together
-    one_pose: OnePose | None = None  # that photographs were turned to
-    outlined: ZoneMap | None = None
+    view: View | None = None  # how photographs are seen
 
     @property
     def zones(self) -> npt.NDArray[np.int64] | None:
         """(H, W): the number of the zone that each pixel is in, negative where it is in none; None: all is one."""
-        return None if self.outlined is None else self.outlined.numbers
+        zones = None if self.view is None else self.view.preprocessing.zones
+        return None if zones is None else zones.numbers
 
     @property
     def seen(self) -> npt.NDArray[np.bool_] | None:
         """(H, W): the pixels that lie in the photographs of nearly all poses, where not all of them do."""
-        return None if self.one_pose is None else self.one_pose.inspected
+        one_pose = None if self.view is None else self.view.one_pose
+        return None if one_pose is None else one_pose.inspected
 
     def facts(self, graph: nn.Module) -> dict[str, Any]:
-        """What is worth knowing of pose and zones, once the graph has learned."""
-        pose = {} if self.one_pose is None else {"alignment": self.one_pose.facts}
-        zones = {} if self.outlined is None else {"zones": {"frame": self.outlined.frame, **units_of(graph)}}
-        return {**pose, **zones}
+        """What is worth knowing of how photographs are seen, once the graph has learned."""
+        return {} if self.view is None else self.view.facts(graph)
 
     def timed(self, stage: str) -> AbstractContextManager[None]:
         """Add the time spent inside to `seconds[stage]`; leave no freed memory behind."""

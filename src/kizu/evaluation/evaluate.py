@@ -303,8 +303,7 @@ def _pictures(predictions: "Sequence[tuple[Sample, Prediction]]", root: Path, se
 
 
 def _picture(sample: Sample, prediction: "Prediction", root: Path, why: str) -> Picture:
-    photo, _ = sample.read()
-    photo = image.small(photo, PICTURE_SIDE)
+    photo = image.small(prediction.photograph(), PICTURE_SIDE)
     anomaly_map = image.resize_map(prediction.anomaly_map, photo.shape[:2])
     low, high = prediction.detector.heat_map_range
     glow = image.overlay(photo, anomaly_map, low, high, prediction.detector.pixel_threshold)
@@ -331,7 +330,7 @@ def _zones(detector: "Inspector", samples: Sequence[Sample]) -> dict[str, str]:
         sentences.append(f"{percent(float(ignored))} of the frame is not inspected: the model is shown nothing of it.")
     for item in [*filter(None, detector.good_items), *samples]:
         try:
-            photo = image.small(item.read()[0], 2 * PICTURE_SIDE)
+            photo = image.small(detector.preprocessing.read(item)[0], 2 * PICTURE_SIDE)
         except BadImage:
             continue
         alignment = detector.preprocessing.alignment

@@ -12,6 +12,7 @@ from PIL import Image
 from scipy import ndimage
 
 from kizu.calibration.threshold import CONFIDENCE, interval, upper
+from kizu.data.image import WHITE
 from kizu.data.progress import Progress, silent
 from kizu.errors import BadImage
 
@@ -85,8 +86,8 @@ class _CorruptedPhoto:
     step: float
     seed: tuple[int, ...]
 
-    def read(self, at_least: tuple[int, int] | None = None) -> tuple[RGB, tuple[int, int]]:
-        rgb, shape = self.item.read(at_least)
+    def read(self, at_least: tuple[int, int] | None = None, white: int = WHITE) -> tuple[RGB, tuple[int, int]]:
+        rgb, shape = self.item.read(at_least, white)
         return self.change(rgb, self.step, np.random.default_rng(self.seed)), shape
 
 

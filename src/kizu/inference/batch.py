@@ -107,7 +107,7 @@ def profile(model: "Inspector", paths: Sequence[Path], max_images: int = 20) -> 
     with _timed_parts(graph, spent):
         for number, path in enumerate([paths[0], *paths[:max_images]]):
             start = time.perf_counter()
-            rgb, _ = Photo(path).read(model.preprocessing.enough)
+            rgb, _ = model.preprocessing.read(Photo(path), model.preprocessing.enough)
             pixels = model.preprocessing(rgb).transpose(2, 0, 1)[None]
             decoded = time.perf_counter()
             model(pixels.copy())

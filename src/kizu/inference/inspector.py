@@ -181,7 +181,11 @@ class Inspector(ABC):
             return resize(read(self.thumbnails[number]), self.preprocessing.size)
         item = self.good_items[number] if number < len(self.good_items) else None
         try:
-            return None if item is None else self.preprocessing(item.read(self.preprocessing.enough)[0])
+            return (
+                None
+                if item is None
+                else self.preprocessing(self.preprocessing.read(item, self.preprocessing.enough)[0])
+            )
         except BadImage:
             return None
 
@@ -198,7 +202,8 @@ class Inspector(ABC):
         Empty for methods that remember no patches. Raises `BadImage` when the photograph cannot be read any more.
         """
         height, width = self.preprocessing.size
-        seen, pose = self.preprocessing.posed(prediction.item.read(self.preprocessing.enough)[0], prediction.pose)
+        photo, _ = self.preprocessing.read(prediction.item, self.preprocessing.enough)
+        seen, pose = self.preprocessing.posed(photo, prediction.pose)
         evidence = []
         for region, place in places(prediction)[:max_regions]:
             x, y = self.preprocessing.locate(place, prediction.shape, pose)
@@ -228,6 +233,8 @@ class Inspector(ABC):
         if zones := about["facts"].get("zones"):
             height, width = zones["frame"]
             self.preprocessing = self.preprocessing.outlined(self.config.zones, (height, width))
+        if bits := about["facts"].get("bits"):
+            self.preprocessing = replace(self.preprocessing, white=2**bits - 1)
         self.threshold = Threshold.from_json(about["threshold"])
         self.calibration_scores, self.map_peaks = about["calibration_scores"], about["map"]["peaks"]
         self.pixel_threshold, self.heat_map_range = from_finite(about["map"]["level"]), tuple(about["map"]["scale"])

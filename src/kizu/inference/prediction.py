@@ -46,8 +46,8 @@ class Photo:
     def __hash__(self) -> int:
         return hash(self.name)
 
-    def read(self, at_least: tuple[int, int] | None = None) -> tuple[RGB, tuple[int, int]]:
-        return image.read_at_least(self.source, at_least)
+    def read(self, at_least: tuple[int, int] | None = None, white: int = image.WHITE) -> tuple[RGB, tuple[int, int]]:
+        return image.read_at_least(self.source, at_least, white)
 
     @property
     def name(self) -> str:
@@ -163,6 +163,10 @@ class Prediction:
         y, x = divmod(int(self.input_map.argmax()), self.input_map.shape[1])
         return "" if zones is None else zones.name_at(x, y)
 
+    def photograph(self) -> RGB:
+        """The photograph as the model reads it, (H, W, 3). Raises `BadImage` when it cannot be read any more."""
+        return self.detector.preprocessing.read(self.item)[0]
+
     def why(self) -> list[Evidence]:
         """For the most anomalous places, the good patches from training that look most like them.
 
@@ -173,7 +177,7 @@ class Prediction:
     def overlay(self) -> RGB:
         """The photograph, its map glowing over it, contours and numbered boxes where it is marked. (H, W, 3) uint8."""
         glow = image.overlay(
-            self.item.read()[0], self.anomaly_map, *self.detector.heat_map_range, self.detector.pixel_threshold
+            self.photograph(), self.anomaly_map, *self.detector.heat_map_range, self.detector.pixel_threshold
         )
         return image.framed(glow, [region.box for region in self.regions])
 

@@ -75,9 +75,11 @@ class Upload:
         height, width = image.size_of(self.content)
         return self.gate.hold(height * width)
 
-    def read(self, at_least: tuple[int, int] | None = None) -> tuple[npt.NDArray[np.uint8], tuple[int, int]]:
+    def read(
+        self, at_least: tuple[int, int] | None = None, white: int = image.WHITE
+    ) -> tuple[npt.NDArray[np.uint8], tuple[int, int]]:
         with self.at_work():
-            return image.read_at_least(self.content, at_least)
+            return image.read_at_least(self.content, at_least, white)
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ def to_response(upload: Upload, answer: Answer, options: ResponseOptions) -> Res
         result.map = _map(outcome, model, options.map, options.map_size)
     result.pairs = [_pair(evidence) for evidence in answer.evidence]
     if options.view:
-        result.view = _jpeg(_shrunk(upload, VIEW_SIDE))
+        result.view = _jpeg(_shrunk(upload, VIEW_SIDE, model.preprocessing.white))
     return result
 
 
@@ -91,9 +91,9 @@ def promise_at(model: Inspector, value: float) -> Promise:
     )
 
 
-def thumbnail(upload: Upload) -> bytes:
-    """A small JPEG of a photograph."""
-    return image.encode(_shrunk(upload, THUMBNAIL_SIDE), "JPEG", quality=80)
+def thumbnail(upload: Upload, white: int = image.WHITE) -> bytes:
+    """A small JPEG of a photograph; `white` is the value of more than 8 bits that becomes 255."""
+    return image.encode(_shrunk(upload, THUMBNAIL_SIDE, white), "JPEG", quality=80)
 
 
 def map_shape(photograph: tuple[int, int], longest: int) -> tuple[int, int]:
@@ -127,8 +127,8 @@ def _pair(evidence: Evidence) -> Pair:
     )
 
 
-def _shrunk(upload: Upload, side: int) -> npt.NDArray[np.uint8]:
-    rgb, (height, width) = upload.read((side, side))
+def _shrunk(upload: Upload, side: int, white: int) -> npt.NDArray[np.uint8]:
+    rgb, (height, width) = upload.read((side, side), white)
     factor = min(1.0, side / max(height, width))
     return image.resize(rgb, (max(1, round(height * factor)), max(1, round(width * factor))))
 

@@ -257,7 +257,8 @@ class Service:
             del outcome
         if keep and self.history is not None:
             verdict = Verdict(**{name: getattr(result, name) for name in Verdict.model_fields})
-            version, picture = answer.loaded.version, thumbnail(upload)
+            loaded = answer.loaded
+            version, picture = loaded.version, thumbnail(upload, loaded.model.preprocessing.white)
             try:
                 result.id = self.history.add(time.time(), hosted.name, version, verdict, upload.content, picture)
             except OutputError as error:

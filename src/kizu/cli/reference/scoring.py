@@ -145,7 +145,7 @@ def write_segmentations(judged: Judged, folder: Path, *, each_alone: bool = Fals
         shown = np.zeros((*anomaly_map.shape, 3), np.uint8)
         if mask is not None:
             shown[mask] = 255
-        seen = detector.preprocessing(sample.read(detector.preprocessing.enough)[0])
+        seen = detector.preprocessing(detector.preprocessing.read(sample, detector.preprocessing.enough)[0])
         strip = np.concatenate([seen, shown, image.heat(anomaly_map, low, high)], axis=1)
         image.write(folder / files.short_name("_".join(sample.path.parts[-4:])), strip)
 

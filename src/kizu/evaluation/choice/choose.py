@@ -119,7 +119,7 @@ def choose(
     progress = progress or silent
     limits = _Limits(milliseconds, None if minutes is None else time.monotonic() + 60 * minutes)
     given = {name: getattr(config, name) for name in config.model_fields_set if name in PatchCoreConfig.model_fields}
-    material = Material.of(items_of(good), config.seed, group_by, progress)
+    material = Material.of(items_of(good), config.seed, group_by, progress, config.bits)
     if isinstance(config, PatchCoreConfig) and "false_alarms" in config.model_fields_set:
         refuse(config.false_alarms, material.parts)
     course = _Course(build(PatchCoreConfig, given), material, limits, workers, progress)

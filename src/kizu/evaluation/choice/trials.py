@@ -18,8 +18,8 @@ from kizu.calibration.copies import first_of_each_part
 from kizu.calibration.groups import highest, named, recognised
 from kizu.calibration.threshold import calibrate, p_value
 from kizu.data.geometry.alignment import Alignment
-from kizu.data.image import RGB, Float
-from kizu.data.preprocessing import Preprocessing, Readable, batches
+from kizu.data.image import RGB, WHITE, Float
+from kizu.data.preprocessing import BitDepth, Preprocessing, Readable, batches
 from kizu.data.progress import Progress, silent
 from kizu.detectors.base import Detector
 from kizu.detectors.patchcore.detector import PatchCore
@@ -55,6 +55,7 @@ class Material:
     parts: int  # different ones that there are photographs of
     groups: list[int]  # a number for each photograph to learn from, equal for those that belong together,
     held_out_groups: list[int]  # and for each that is held out
+    white: int = WHITE  # of photographs of more than 8 bits
 
     @property
     def defects_of(self) -> list[list[Photo]]:
@@ -63,10 +64,16 @@ class Material:
 
     @classmethod
     def of(
-        cls, good: Sequence[Readable], seed: int, group_by: str | None = None, progress: Progress = silent
+        cls,
+        good: Sequence[Readable],
+        seed: int,
+        group_by: str | None = None,
+        progress: Progress = silent,
+        bits: int | None = None,
     ) -> "Material":
         """Divide good photographs evenly and make defects up. Raises `DataError` where they are too few."""
-        items, shapes, small = _each_part_once(good, progress)
+        white = BitDepth.of(good).white if bits is None else 2**bits - 1
+        items, shapes, small = _each_part_once(good, white, progress)
         groups = _groups(items, small, group_by)
         every = list(dict.fromkeys(groups))
         if len(every) < MIN_PARTS:
@@ -80,9 +87,9 @@ class Material:
         poses = Poses(small)
         defects, kinds = [], []
         for number, photo in enumerate(held_out):
-            pixels, _ = items[photo].read(ENOUGH)
+            pixels, _ = items[photo].read(ENOUGH, white)
             for turn in range(DEFECTS_EACH):
-                other, _ = items[rest[(number + turn * len(held_out)) % len(rest)]].read(ENOUGH)
+                other, _ = items[rest[(number + turn * len(held_out)) % len(rest)]].read(ENOUGH, white)
                 made = with_defect(pixels, other, poses, (seed, number, turn))
                 defects.append(Photo(made.pixels))
                 kinds.append(made.kind)
@@ -97,6 +104,7 @@ class Material:
             parts=len(every),
             groups=[groups[n] for n in learn],
             held_out_groups=[groups[n] for n in held_out],
+            white=white,
         )
 
 
@@ -187,9 +195,8 @@ def strange_when_turned(detector: Detector, material: Material) -> float:
     It is the AUROC of photographs that were not learned from, turned either way, against the same as they are; of their
     squares in the middle, because a quarter exchanges the sides.
     """
-    squares = [
-        _middle(item.read(ENOUGH)[0]) for item in _evenly(material.held_out, min(MAX_TURNED, len(material.held_out)))
-    ]
+    items = _evenly(material.held_out, min(MAX_TURNED, len(material.held_out)))
+    squares = [_middle(item.read(ENOUGH, material.white)[0]) for item in items]
     plain = _scores(detector, [Photo(square) for square in squares])
     turned = _scores(detector, [Photo(np.rot90(square, turn).copy()) for square in squares for turn in (1, 3)])
     metrics, _ = image_metrics([*plain, *turned], [False] * len(plain) + [True] * len(turned))
@@ -198,7 +205,8 @@ def strange_when_turned(detector: Detector, material: Material) -> float:
 
 def unlikeness_left(material: Material) -> float:
     """How much of what good photographs differ in is left when they lie in one pose: 0 nothing, 1 all of it."""
-    photos = [item.read(ENOUGH)[0] for item in _evenly(material.learn, min(MAX_ALIGNED, len(material.learn)))]
+    items = _evenly(material.learn, min(MAX_ALIGNED, len(material.learn)))
+    photos = [item.read(ENOUGH, material.white)[0] for item in items]
     as_they_lie = Alignment.of_mean(photos)
     before = np.median([as_they_lie.likeness(photo) for photo in photos])
     after = np.median([pose.likeness for pose in Alignment.learned(photos)[1]])
@@ -249,20 +257,20 @@ def _milliseconds(detector: PatchCore, items: Sequence[Readable], growth: float)
 
 
 def _aligning_seconds(detector: Detector, item: Readable) -> float:
-    photo, _ = item.read(detector.preprocessing.enough)
+    photo, _ = detector.preprocessing.read(item, detector.preprocessing.enough)
     start = time.perf_counter()
     detector.preprocessing(photo)
     return time.perf_counter() - start
 
 
 def _each_part_once(
-    good: Sequence[Readable], progress: Progress
+    good: Sequence[Readable], white: int, progress: Progress
 ) -> tuple[list[Readable], list[tuple[int, int]], list[npt.NDArray[np.uint8]]]:
     """Those that can be read, one of each part; their shapes, and small pictures (h, w, 3) of them."""
     items: list[Readable] = []
     shapes: list[tuple[int, int]] = []
     small: list[npt.NDArray[np.uint8]] = []
-    for batch in batches(good, Preprocessing(LOOK)):
+    for batch in batches(good, Preprocessing(LOOK, white=white)):
         items += batch.items
         shapes += batch.shapes
         small += list(batch.pixels)
