@@ -6,7 +6,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 DOCS_READY := .venv/.docs-ready
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(or $(WORKERS),3) --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(or $(WORKERS),3) --dist loadfile --no-loadscope-reorder
 MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs
 NOTEBOOKS := PATH="$(CURDIR)/$(BIN):$$PATH" PYTHONWARNINGS=ignore:IProgress $(BIN)/python -m nbconvert --to notebook --execute
 
@@ -28,7 +28,7 @@ test-newest: RESOLUTION := highest
 test-oldest test-newest: test-%: $(READY)
 	$(BIN)/uv venv --quiet --seed --allow-existing --python $(BIN)/python .venv-$*
 	$(BIN)/uv pip install --quiet --python .venv-$*/bin/python --upgrade --resolution $(RESOLUTION) --editable '.[train,dev]'
-	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest --numprocesses $(or $(WORKERS),3) --dist loadfile $(WARNINGS) $(TESTS)
+	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest --numprocesses $(or $(WORKERS),3) --dist loadfile --no-loadscope-reorder $(WARNINGS) $(TESTS)
 
 coverage: $(READY)
 	$(PYTEST) --cov --cov-report=term --cov-report=html:.coverage-html

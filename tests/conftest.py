@@ -12,6 +12,15 @@ from teachers import TEACHER, tiny
 DATA = Path(os.environ.get("KIZU_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 
+LONGEST = ("docs", "watch", "page", "export", "choice", "writing", "zones", "alignment", "embedded", "cli", "drawing")
+
+
+def pytest_collection_modifyitems(items):
+    """The files that take longest begin first, so that nobody waits for them at the end."""
+    names = [f"test_{name}.py" for name in LONGEST]
+    items.sort(key=lambda item: names.index(item.path.name) if item.path.name in names else len(names))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def a_teacher():
     """EfficientAD needs one wherever all methods are tested."""

@@ -90,8 +90,10 @@ class MapUpsampling(nn.Module):
         if self.zones is None:
             return
         typical, unit = torch.zeros_like(grids[0]), torch.ones_like(grids[0])
-        for number in self.zones.unique().tolist():
+        for number in range(int(self.zones.max()) + 1):
             places = self.inspected & (self.zones == number)
+            if not places.any():  # it lies where some poses show nothing
+                continue
             scores = grids[:, places]
             middle, high = scores.median(), scores.amax(1).quantile(HIGH)
             typical[places] = middle
@@ -144,12 +146,14 @@ def units_of(graph: nn.Module) -> dict[str, list[float]]:
     upsample = _first(graph)
     if upsample is None or upsample.zones is None or upsample.typical is None or upsample.unit is None:
         return {}
-    assert upsample.inspected is not None
     values: dict[str, list[float]] = {"typical": [], "unit": []}
-    for number in upsample.zones.unique().tolist():
-        place = (upsample.inspected & (upsample.zones == number)).nonzero()[0]
-        for name, table in (("typical", upsample.typical), ("unit", upsample.unit)):
-            values[name].append(float(table[place[0], place[1]]))
+    for number in range(int(upsample.zones.max()) + 1):
+        places = upsample.zones == number
+        if upsample.inspected is not None:
+            places &= upsample.inspected
+        known = bool(places.any())  # a zone smaller than a place may share it with another, which then has it
+        values["typical"].append(float(upsample.typical[places][0]) if known else 0.0)
+        values["unit"].append(float(upsample.unit[places][0]) if known else 1.0)
     return values
 
 

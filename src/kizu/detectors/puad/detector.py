@@ -103,6 +103,8 @@ class PUAD(Detector):
         super().__init__(config, **settings)
         if fitted_base is not None and fitted_base.preprocessing.alignment is not None:
             raise ModelError("A base that aligns photographs cannot be given: let PUAD train it, with `align=True`.")
+        if fitted_base is not None and fitted_base.preprocessing.zones is not None:
+            raise ModelError("A base with zones cannot be given: let PUAD train it, with the same `zones`.")
         self.fitted_base = fitted_base
 
     def learn(self, context: FitContext) -> FitResult:
