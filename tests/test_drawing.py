@@ -151,6 +151,7 @@ def test_the_server_has_the_same_page(sheet, tmp_path, page_file):
     with serving(small_model(tmp_path / "disc"), log=tmp_path / "log") as (_, url):
         page = sheet(url)
         page.get_by_text("Zones", exact=True).click()
+        page.wait_for_url("**/zones.html")
         page.set_input_files("#photograph", page_file.with_name("part.png"))
         page.wait_for_selector("main[data-state=open]")
         drag(page, (0.1, 0.1), (0.4, 0.5))

@@ -23,7 +23,7 @@ from kizu.errors import ModelError, OptionError
 from kizu.evaluation.evaluate import evaluate
 from kizu.export.reference_files import write_reference
 from kizu.features import backbone
-from kizu.testing import CHECKS, Subject
+from kizu.testing import CHECKS, Subject, check_few_images, check_rectangle
 from processes import kizu as run
 from test_detectors import GOOD, part
 
@@ -35,7 +35,13 @@ def subject():
     return Subject(EfficientAD, SMALL)
 
 
-@pytest.mark.parametrize("check", CHECKS)
+HEAVY = (check_few_images, check_rectangle)  # several trainings each
+
+
+@pytest.mark.parametrize(
+    "check",
+    [pytest.param(check, id=check.__name__, marks=pytest.mark.slow if check in HEAVY else ()) for check in CHECKS],
+)
 def test_it_does_what_every_method_promises(subject, check):
     check(subject)
 

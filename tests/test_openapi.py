@@ -19,7 +19,13 @@ for kind in ("image/png", "image/jpeg", "application/octet-stream"):
     schemathesis.openapi.media_type(kind, PICTURES)
 
 
-@pytest.mark.parametrize("mode", list(GenerationMode), ids=lambda mode: mode.value)
+@pytest.mark.parametrize(
+    "mode",
+    [
+        pytest.param(mode, id=mode.value, marks=pytest.mark.slow if mode is GenerationMode.POSITIVE else ())
+        for mode in GenerationMode
+    ],
+)
 def test_the_server_does_what_its_document_says(tmp_path, mode):
     folder = small_model(tmp_path / "disc")
     tried = {}

@@ -97,6 +97,7 @@ def test_a_model_whose_plugin_is_missing_says_so(installed, photos, tmp_path):
         kizu.load(tmp_path / "model")
 
 
+@pytest.mark.slow
 def test_a_backbone_from_outside(installed, photos, tmp_path):
     code = "import torch, kizu_mean_image as m; torch.save(m.shufflenet(False).state_dict(), 'weights.pth')"
     run(installed, "-c", code, folder=tmp_path)
