@@ -16,6 +16,7 @@ from kizu.data.geometry.zones import ZoneMap
 from kizu.detectors.loading import load
 from kizu.errors import DataError, ModelError, OptionError
 from kizu.export import export
+from kizu.features.anomaly_map import upsampling_of
 from kizu.inference.batch import FileVerdict
 from kizu.inference.exported import load as load_exported
 from kizu.inference.verdict import Verdict
@@ -132,6 +133,47 @@ def test_the_verdict_and_what_is_marked_say_in_which_zone(halves):
         assert prediction.is_anomalous and prediction.zone == name
         assert prediction.regions and prediction.regions[0].zone == name
         assert prediction.to_dict()["zone"] == name
+
+
+@pytest.mark.parametrize("method", ["PatchCore", "SimpleNet"])
+def test_a_zone_keeps_a_promise_of_its_own(method, tmp_path):
+    """Each zone alone, and the others together, stop as many good parts as they may, of those that set the level."""
+    settings = {"coreset": 0.2} if method == "PatchCore" else {"meta_epochs": 2, "dsc_hidden": 32}
+    held_out = [panel(seed) for seed in range(1000, 1060)]
+    often = LEFT.model_copy(update={"false_alarms": 0.2})
+    detector = getattr(kizu, method)(size=(96, 128), **settings, zones=[often, RIGHT])
+    detector.fit(GOOD, held_out=held_out, keep_copies=True)
+    limit = (1 + 1e-6) * detector.threshold.value  # which is the score of one of them
+    upsample = upsampling_of(detector.graph)
+    stopped = {}
+    for zones in ({0}, {1}, {0, 1}):
+        upsample.only = frozenset(zones)
+        stopped[*zones] = sum(detector.predict(photo).score > limit for photo in held_out)
+    upsample.only = None
+    assert stopped == {(0,): 11, (1,): 0, (0, 1): 11}  # of 61, less than a fifth, and less than 1 in 50
+    assert detector.threshold.rate == pytest.approx(0.22) and "At most 22 % of good" in detector.threshold.statement
+    assert detector.threshold.value == detector.facts["zones"]["level"]
+    loaded = load(detector.save(tmp_path / "model"))
+    assert loaded.threshold == detector.threshold
+    moved = loaded.with_threshold(9.0)
+    assert moved.threshold.value == 9 and moved.with_threshold(None).threshold.value == detector.threshold.value
+    if method == "PatchCore":
+        loaded.update([panel(seed) for seed in range(2000, 2006)])
+        assert loaded.threshold.value >= detector.threshold.value
+
+
+def test_what_cannot_keep_a_promise_of_its_own_is_refused():
+    rare = LEFT.model_copy(update={"false_alarms": 0.001})
+    with pytest.raises(OptionError, match="needs 999 good images"):
+        kizu.PatchCore(**SMALL, zones=[rare, RIGHT]).fit(GOOD)
+    with pytest.raises(OptionError, match="rates of false alarms of their own: there must be several"):
+        kizu.PUAD(size=96, zones=[LEFT.model_copy(update={"false_alarms": 0.2}), RIGHT]).fit(GOOD)
+    with pytest.raises(OptionError, match="is ignored: it stops no part"):
+        kizu.PatchCore(zones=[{"name": "a", "rings": LEFT.rings, "ignored": True, "false_alarms": 0.1}])
+    with pytest.raises(OptionError, match="no zone is called prnt"):
+        read_zones(["print=all"], false_alarms={"prnt": 0.01})
+    (zone,) = read_zones(["print=all"], false_alarms={"print": 0.01})
+    assert zone.false_alarms == 0.01
 
 
 def test_only_inspected_places_are_kept_and_compared():
@@ -311,7 +353,7 @@ def test_the_command_line_takes_zones_and_says_where(tmp_path):
     Image.fromarray(panel(78, right=140)).save(tmp_path / "right.png")
     small = ["--size", "96x128", "--coreset", "0.2", "--output", tmp_path / "results"]
     zones = ["--inspect", "calm=0,0 80,0 80,120 0,120", "--inspect", "noisy=50%,0% 100%,0% 100%,60% 50%,60%"]
-    zones += ["--ignore", "foot=80,72 160,72 160,120 80,120"]
+    zones += ["--zone-false-alarms", "noisy=0.1", "--ignore", "foot=80,72 160,72 160,120 80,120"]
     run = command("train", "patchcore", tmp_path / "panel", *zones, *small, "--name", "first")
     assert run.returncode == 0, run.stderr
     results = tmp_path / "results/project/group"
@@ -324,7 +366,7 @@ def test_the_command_line_takes_zones_and_says_where(tmp_path):
     told = command("predict", results / "first", tmp_path / "left.png", tmp_path / "right.png")
     assert "left.png  zone calm" in told.stdout and "right.png  zone noisy" in told.stdout
     about = command("info", results / "first").stdout
-    assert "calm: stopped above" in about and "foot: ignored" in about
+    assert "calm: stopped above" in about and "foot: ignored" in about and "1 in 10 good parts" in about
     for again in (["--zones", results / "first/zones.json"], ["--config", results / "first/run.json"]):
         run = command("train", "patchcore", tmp_path / "panel", *again, *small, "--name", "again", "--overwrite")
         assert run.returncode == 0, run.stderr

@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from kizu.calibration.threshold import Threshold
+from kizu.calibration.threshold import Threshold, one_in
 from kizu.config import Config
 from kizu.detectors import config_class
 from kizu.errors import KizuError, ModelError
@@ -65,8 +65,11 @@ def _zones(about: dict[str, Any]) -> dict[str, Any]:
         for typical, unit in zip(units.get("typical", []), units.get("unit", []), strict=True)
         if about["threshold"]["value"] is not None
     ]
-    inspected = [zone["name"] for zone in zones if not zone["ignored"]]
-    named = [name + limit for name, limit in zip(inspected, limits or [""] * len(inspected), strict=True)]
+    inspected = [zone for zone in zones if not zone["ignored"]]
+    named = [
+        zone["name"] + limit + (f", {one_in(rate)} good parts" if (rate := zone.get("false_alarms")) else "")
+        for zone, limit in zip(inspected, limits or [""] * len(inspected), strict=True)
+    ]
     return {"zones": [*named, *(f"{zone['name']}: ignored" for zone in zones if zone["ignored"])]}
 
 

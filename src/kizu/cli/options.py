@@ -131,6 +131,12 @@ def zone_options(command: click.Command) -> None:
             help="Inspect only this zone, with a threshold of its own. WHAT is a mask (PNG), annotations (COCO, Label "
             'Studio, VIA, CVAT), corners in pixels as in "40,40 200,40 200,120", or all. Repeatable.',
         ),
+        click.Option(
+            ["--zone-false-alarms"],
+            metavar="NAME=RATE",
+            multiple=True,
+            help="Share of good parts that this zone alone may stop, as print=0.005. Repeatable.",
+        ),
         click.Option(["--ignore"], metavar=what, multiple=True, help="Ignore this part of the frame. Repeatable."),
     ]
 

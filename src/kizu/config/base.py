@@ -86,6 +86,19 @@ class Config(Augmented):
     )
     seed: int = Field(0, ge=0, lt=2**32, description="Seed of everything random.")
 
+    @property
+    def own_rates(self) -> dict[int, float]:
+        """The rates of false alarms that zones have of their own, by their number among those that are inspected."""
+        inspected = [zone for zone in self.zones if not zone.ignored]
+        return {number: zone.false_alarms for number, zone in enumerate(inspected) if zone.false_alarms is not None}
+
+    @property
+    def all_false_alarms(self) -> float:
+        """The share of good parts that all zones together may stop: those with a rate of their own, and the others."""
+        own = self.own_rates
+        others = not own or len(own) < sum(not zone.ignored for zone in self.zones)
+        return min(sum(own.values()) + (self.false_alarms if others else 0.0), 0.999)
+
     @model_validator(mode="after")
     def _crop_fits(self) -> "Config":
         if self.resize is not None and self.resize < min(self.size):

@@ -20,7 +20,7 @@ class Zone(BaseModel):
 
     `rings` are polygons of corners (x, y), in shares of the photograph's width and height: those that run clockwise are
     in the zone, those that run the other way are holes in it. A zone is inspected, with a threshold of its own, or
-    `ignored`.
+    `ignored`. With `false_alarms` it has a promise of its own: the share of good parts that this zone alone may stop.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -28,9 +28,12 @@ class Zone(BaseModel):
     name: str = Field(min_length=1, max_length=60, pattern=r"^\S(.*\S)?$")
     rings: tuple[Ring, ...] = Field(min_length=1)
     ignored: bool = False
+    false_alarms: float | None = Field(None, gt=0, lt=1)
 
     @model_validator(mode="after")
     def _covers_something(self) -> "Zone":
+        if self.ignored and self.false_alarms is not None:
+            raise ValueError(f"zone {self.name} is ignored: it stops no part, and has no rate of false alarms")
         if any(abs(area(ring)) < 1e-9 for ring in self.rings):
             raise ValueError(f"zone {self.name} has an outline that covers nothing")
         return self

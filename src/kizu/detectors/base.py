@@ -8,6 +8,7 @@ from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -29,6 +30,7 @@ from kizu.data.preprocessing import Preprocessing, Readable, Stack, batches
 from kizu.data.progress import Progress, silent
 from kizu.detectors.augmentation import Augmentation
 from kizu.detectors.fitting import AfterRound, FitContext, FitResult, View, ignore_round, timed
+from kizu.detectors.own_rates import with_own_rates
 from kizu.detectors.ram import budget
 from kizu.errors import BadImage, DataError, ModelError, OptionError
 from kizu.features.anomaly_map import learn_units
@@ -155,9 +157,9 @@ class Detector(Inspector):
         """Learn, remember from what, and set the thresholds; `groups` of the photos, and of those held out."""
         self.check_promise(len({*groups[0]}), len({*groups[1]}))
         result = self.learn(context)
-        result.facts = {**result.facts, **context.facts(result.graph)}
-        if self.grouped:
-            result = result.of_groups(groups[1] if len(context.held_out) else groups[0])
+        numbers = (groups[1] if len(context.held_out) else groups[0]) if self.grouped else None
+        result = with_own_rates(result.of_groups(numbers), self.config, numbers)
+        result.facts = {**result.facts, **context.facts(result)}
         self.training = {"images": 0, "names": [], "digests": [], "suspects": [], "copies": copies}
         self.good_items, self.thumbnails = [], []
         self.remember(context.photos, items, result.loo_scores)
@@ -293,11 +295,11 @@ class Detector(Inspector):
 
     def adopt(self, result: FitResult) -> Self:
         """Take what was learned, and set the thresholds from it."""
-        rate = self.config.false_alarms
+        rate = self.config.all_false_alarms
         self.graph = result.graph.eval()
         self.facts = result.facts
         self.calibration_scores, self.map_peaks = result.scores, result.map_peaks
-        self.threshold = replace(calibrate(result.scores, rate), grouped=self.grouped)
+        self.threshold = replace(self.calibrated(rate), grouped=self.grouped)
         self.pixel_threshold = calibrate(result.map_peaks, rate).value
         top = self.pixel_threshold if math.isfinite(self.pixel_threshold) else result.map_median + 1
         self.heat_map_range = (result.map_median, 2 * top - result.map_median)  # the pixel threshold lies in the middle
@@ -412,7 +414,9 @@ class Detector(Inspector):
             medians += maps.flatten(1).median(1).values.tolist()
         median = statistics.median(medians) if medians else default_median
         indices = list(range(len(photos)) if only is None else only)
-        return FitResult(graph, scores, peaks, median, self.facts if facts is None else facts, scored_indices=indices)
+        again = partial(self.score_held_out, graph, photos, silent, only=only, default_median=default_median)
+        facts = self.facts if facts is None else facts
+        return FitResult(graph, scores, peaks, median, facts, scored_indices=indices, again=again)
 
     def stream(
         self, photos: Stack, stage: str, progress: Progress, *, only: Sequence[int] | None = None, copies: int = 0

@@ -176,9 +176,12 @@ class FitContext:
         one_pose = None if self.view is None else self.view.one_pose
         return None if one_pose is None else one_pose.inspected
 
-    def facts(self, graph: nn.Module) -> dict[str, Any]:
-        """What is worth knowing of how photographs are seen, once the graph has learned."""
-        return {} if self.view is None else self.view.facts(graph)
+    def facts(self, result: "FitResult") -> dict[str, Any]:
+        """What is worth knowing of how photographs are seen, once something was learned."""
+        facts = {} if self.view is None else self.view.facts(result.graph)
+        if result.level is not None:
+            facts["zones"]["level"] = result.level
+        return facts
 
     def timed(self, stage: str) -> AbstractContextManager[None]:
         """Add the time spent inside to `seconds[stage]`; leave no freed memory behind."""
@@ -196,12 +199,16 @@ class FitResult:
     facts: dict[str, Any] = field(default_factory=dict)  # worth knowing, e.g. the size of a memory bank
     loo_scores: dict[int, float] = field(default_factory=dict)  # leave one out: each training image as if it were new
     scored_indices: list[int] = field(default_factory=list)  # which held-out images, or else photos, were scored
+    again: Callable[[], "FitResult"] | None = None  # the same once more, for a graph that was changed meanwhile
+    level: float | None = None  # the threshold, where the scores alone do not give it
 
-    def of_groups(self, groups: Sequence[int]) -> "FitResult":
+    def of_groups(self, groups: Sequence[int] | None) -> "FitResult":
         """The same with one score and one peak for each group: the highest of its images. `groups` numbers each.
 
-        Where nothing says which images were scored, it was each, in order.
+        Where nothing says which images were scored, it was each, in order. None: each image is alone.
         """
+        if groups is None:
+            return self
         scored = [groups[index] for index in self.scored_indices or range(len(self.scores))]
         return replace(self, scores=highest(self.scores, scored), map_peaks=highest(self.map_peaks, scored))
 

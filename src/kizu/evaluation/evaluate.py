@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from kizu.calibration.threshold import percent
+from kizu.calibration.threshold import one_in, percent
 from kizu.data import files, image
 from kizu.data.dataset import Sample
 from kizu.data.geometry.alignment import turned
@@ -325,6 +325,9 @@ def _zones(detector: "Inspector", samples: Sequence[Sample]) -> dict[str, str]:
         return {}
     limits = [f"{limit:.4g} in {name}" for name, limit in detector.zone_thresholds.items()]
     sentences = [f"A part is stopped where its score is above {', '.join(limits)}."] if limits else []
+    own = [f"{one_in(zone.false_alarms)} in {zone.name}" for zone in detector.config.zones if zone.false_alarms]
+    if own:
+        sentences.append(f"Of good parts, {', '.join(own)} may be stopped.")
     ignored = (zones.numbers < 0).mean()
     if ignored:
         sentences.append(f"{percent(float(ignored))} of the frame is not inspected: the model is shown nothing of it.")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["MapUpsampling", "learn_units", "units_of"]
+__all__ = ["MapUpsampling", "learn_units", "units_of", "upsampling_of"]
 
 BUFFERS = ("inspected", "outlined", "pixels", "zones", "typical", "unit", "floor")
 HIGH = 0.95  # quantile of good images' highest scores in a zone
@@ -46,7 +46,8 @@ class MapUpsampling(nn.Module):
         super().__init__()
         self.register_buffer("rows", _matrix(grid[0], size[0], sigma, first, stride))  # (H, h)
         self.register_buffer("columns", _matrix(grid[1], size[1], sigma, first, stride))  # (W, w)
-        self.count = grid[0] * grid[1]  # places that lie in zones
+        self.counts = [grid[0] * grid[1]]  # places of each zone
+        self.only: frozenset[int] | None = None  # zones that count for now, of all
         for name in BUFFERS:
             self.register_buffer(name, None)
 
@@ -77,7 +78,8 @@ class MapUpsampling(nn.Module):
         for name, tensor in buffers.items():
             self.register_buffer(name, tensor.to(self.rows.device, copy=True))
         if self.outlined is not None:
-            self.count = int(self.outlined.sum())
+            numbers = self.outlined.long() - 1 if self.zones is None else torch.where(self.outlined, self.zones, -1)
+            self.counts = torch.bincount(numbers[numbers >= 0]).tolist()
 
     def learn_units(self, grids: Tensor) -> None:
         """Learn from scores (N, h, w) of good images what is typical, and put each of several zones into its own units.
@@ -114,7 +116,35 @@ class MapUpsampling(nn.Module):
         """Scores (…, h, w) in units of their zones; where nothing is inspected, the lowest score of the image."""
         if self.typical is not None and self.unit is not None:
             grid = (grid - self.typical) / self.unit
-        return grid if self.inspected is None else torch.where(self.inspected, grid, self._lowest(grid))
+        if self.inspected is None:
+            return grid
+        inspected = self.inspected
+        if self.only is not None and self.zones is not None:
+            inspected = inspected & torch.isin(self.zones, torch.tensor(sorted(self.only), device=grid.device))
+        return torch.where(inspected, grid, self._lowest(grid))
+
+    def scores(self, grid: Tensor, top: float) -> Tensor:
+        """(B,) from (B, …, h, w): the mean of the most anomalous places, a share `top` of all, one at least.
+
+        Of several zones it is the highest of their means.
+        """
+        flat = grid.flatten(1)
+        if self.zones is None:
+            return _mean_of_highest(flat, top, self.counts[0])
+        numbers = (
+            self.zones.flatten() if self.outlined is None else torch.where(self.outlined, self.zones, -1).flatten()
+        )
+        means = [
+            _mean_of_highest(torch.where(numbers == number, flat, -torch.inf), top, count)
+            for number, count in enumerate(self.counts)
+            if count
+        ]
+        return torch.stack(means).amax(0)
+
+    def stretch(self, number: int, factor: float) -> None:
+        """Multiply the unit of a zone's scores."""
+        assert self.zones is not None and self.unit is not None
+        self._keep(unit=torch.where(self.zones == number, factor * self.unit, self.unit))
 
     def forward(self, grid: Tensor) -> Tensor:
         """(B, h, w) → (B, 1, H, W); what lies in no zone gets the lowest value of the image."""
@@ -127,9 +157,13 @@ class MapUpsampling(nn.Module):
         return lowest if self.floor is None else torch.minimum(lowest, self.floor)
 
 
+def _mean_of_highest(flat: Tensor, top: float, count: int) -> Tensor:
+    return flat.topk(max(1, round(top * count)), dim=1).values.mean(1)
+
+
 def learn_units(graph: nn.Module, good: Iterable[Tensor]) -> None:
     """Teach what makes a graph's maps what is typical, by good images (B, 3, H, W), where it must know and does not."""
-    upsample = _first(graph)
+    upsample = upsampling_of(graph)
     if upsample is None or upsample.inspected is None or upsample.floor is not None:
         return
     grid = upsample.inspected.shape
@@ -137,13 +171,14 @@ def learn_units(graph: nn.Module, good: Iterable[Tensor]) -> None:
     upsample.learn_units(torch.cat([upsample.rows.new_empty(0, *grid), *grids]))
 
 
-def _first(graph: nn.Module) -> MapUpsampling | None:
+def upsampling_of(graph: nn.Module) -> MapUpsampling | None:
+    """What makes the maps of a graph; of an ensemble, its first member's."""
     return next((module for module in graph.modules() if isinstance(module, MapUpsampling)), None)
 
 
 def units_of(graph: nn.Module) -> dict[str, list[float]]:
     """Of a graph with several zones, for each zone the score that is typical there and the unit of what lies above."""
-    upsample = _first(graph)
+    upsample = upsampling_of(graph)
     if upsample is None or upsample.zones is None or upsample.typical is None or upsample.unit is None:
         return {}
     values: dict[str, list[float]] = {"typical": [], "unit": []}

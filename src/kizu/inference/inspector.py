@@ -88,11 +88,20 @@ class Inspector(ABC):
         changed.__dict__ |= self.__dict__  # with the graph as it is, which a copy of an exported model would open again
         if value is None:
             before = self.threshold
-            changed.threshold = replace(calibrate(self.calibration_scores, before.rate), grouped=before.grouped)
+            changed.threshold = replace(self.calibrated(before.rate), grouped=before.grouped)
             changed.pixel_threshold = calibrate(self.map_peaks, before.rate).value
         else:
             changed.set_threshold(by_hand(value, self.threshold, self.calibration_scores, set_by))
         return changed
+
+    def calibrated(self, rate: float) -> Threshold:
+        """The threshold that the good images give; with zones that have promises of their own, the one that keeps all.
+
+        That one lies no lower, so that it keeps the promise for all zones together too.
+        """
+        threshold = calibrate(self.calibration_scores, rate)
+        level = self.facts.get("zones", {}).get("level")
+        return threshold if level is None else replace(threshold, value=max(level, threshold.value))
 
     def set_threshold(self, threshold: Threshold) -> None:
         """Set the threshold, and the pixel threshold that goes with it."""

@@ -98,6 +98,13 @@ class _Alignment(_Saved):
         return self
 
 
+class _Zones(_Saved):
+    frame: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] = Field(strict=False)
+    typical: list[float] = []
+    unit: list[float] = []
+    level: float | None = None
+
+
 class _Tolerance(_Saved):
     score: float
     map: float
@@ -155,7 +162,12 @@ class _Model(_Saved):
             raise ValueError("a model that aligns photographs has a reference, and no other has one")
         threshold = self.threshold
         follows = calibrate(self.calibration_scores, threshold.rate)
-        if not threshold.tuned and (from_finite(threshold.value), threshold.count) != (follows.value, follows.count):
+        zones = _Zones.model_validate(self.facts["zones"]) if "zones" in self.facts else None
+        if not isinstance(self.facts.get("bits", 16), int) or not 8 <= self.facts.get("bits", 16) <= 16:
+            raise ValueError("photographs have 8 to 16 bits")
+        level = None if zones is None else zones.level  # of zones with promises of their own: no lower than follows
+        value = follows.value if level is None else max(follows.value, level)
+        if not threshold.tuned and (from_finite(threshold.value), threshold.count) != (value, follows.count):
             raise ValueError("the threshold does not follow from the scores that set it")
         return self
 

@@ -1,7 +1,7 @@
 """Zones that a user names: from masks, files of annotations and corners; and a picture of where they are."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +28,7 @@ def read_zones(
     ignore: Sequence[str] = (),
     *,
     file: str = "",
+    false_alarms: Mapping[str, float] | None = None,
     photograph: Callable[[], tuple[int, int]] | tuple[int, int] | None = None,
 ) -> tuple[Zone, ...]:
     """Zones for the setting `zones`, from what outlines them.
@@ -35,8 +36,9 @@ def read_zones(
     Each of `inspect` and `ignore` is "NAME=WHAT" or "WHAT", which is a mask (an image, not zero inside), a file of
     annotations drawn on one photograph (COCO, Label Studio, VIA, CVAT), corners in pixels ("40,40 200,40 200,120") or
     in percent ("10%,10% 50%,10% 50%,90%"), or "all". Without a name, annotations have their labels. `file` holds zones
-    as kizu writes them. `photograph` is the width and height that corners in pixels are of, where the file does not
-    say it. Raises `OptionError` and `DataError` for what cannot be understood.
+    as kizu writes them. `false_alarms` gives zones, by name, a promise of their own. `photograph` is the width and
+    height that corners in pixels are of, where the file does not say it. Raises `OptionError` and `DataError` for what
+    cannot be understood.
     """
     outlined: dict[tuple[str, bool], list[Ring]] = {}
     size = photograph if callable(photograph) else lambda: _known(photograph)
@@ -47,7 +49,14 @@ def read_zones(
                 usual = label or _usual_name(what, number, ignored=ignored)
                 outlined.setdefault((name or usual, ignored), []).extend(rings)
     zones = [{"name": name, "rings": rings, "ignored": ignored} for (name, ignored), rings in outlined.items()]
-    return build(OtherConfig, {"zones": [*(_saved(file) if file else []), *zones]}).zones
+    found = build(OtherConfig, {"zones": [*(_saved(file) if file else []), *zones]}).zones
+    rates = dict(false_alarms or {})
+    if unknown := [name for name in rates if name not in {zone.name for zone in found}]:
+        raise OptionError(
+            f"no zone is called {unknown[0]}: there are {', '.join(zone.name for zone in found) or 'none'}"
+        )
+    with_rates = [zone.model_dump() | {"false_alarms": rates.get(zone.name, zone.false_alarms)} for zone in found]
+    return build(OtherConfig, {"zones": with_rates}).zones
 
 
 def _split(source: str) -> tuple[str, str]:

@@ -113,7 +113,7 @@ def _train_command(method: str) -> click.Command:
         "Data": ("categories", "layout", "good", "bad", "defects_config", "skip_bad", "keep_copies", "group_by"),
         "Method": [name for name in kind.model_fields if name not in Config.model_fields],
         "Every method": [name for name in Config.model_fields if name not in {*Augmented.model_fields, "zones"}],
-        "Zones": ("inspect", "ignore", "zones"),
+        "Zones": ("inspect", "ignore", "zone_false_alarms", "zones"),
         "Augmentation": list(Augmented.model_fields),
     }
     command.help = f"""{about_method}: learn from DATA's good images and evaluate on its test images.
@@ -134,8 +134,15 @@ def _train_command(method: str) -> click.Command:
 
 def _zones(data: str | None, options: dict[str, Any]) -> dict[str, Any]:
     """The setting that --zones, --inspect and --ignore give, if any of them is there."""
-    if not (options["inspect"] or options["ignore"] or options["zones"]):
+    if not (options["inspect"] or options["ignore"] or options["zones"] or options["zone_false_alarms"]):
         return {}
+    rates = {}
+    for text in options["zone_false_alarms"]:
+        name, _, rate = text.rpartition("=")
+        try:
+            rates[name.strip()] = float(rate)
+        except ValueError:
+            raise OptionError(f"--zone-false-alarms {text}: write the zone's name and a rate, as print=0.005") from None
     from kizu.inference.zones import read_zones
 
     def photograph() -> tuple[int, int]:
@@ -147,7 +154,8 @@ def _zones(data: str | None, options: dict[str, Any]) -> dict[str, Any]:
     text = str(options["zones"] or "")
     if text.lstrip().startswith("["):
         return {"zones": text}
-    return {"zones": read_zones(options["inspect"], options["ignore"], file=text, photograph=photograph)}
+    zones = read_zones(options["inspect"], options["ignore"], file=text, false_alarms=rates, photograph=photograph)
+    return {"zones": zones}
 
 
 def _learn(method: str, config: "Config", data: str, options: dict[str, Any]) -> None:

@@ -4,8 +4,9 @@ import hashlib
 import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Self
 
 import numpy as np
@@ -47,6 +48,7 @@ class _Member:
     loo_scores: Tensor  # (L,) of training images, each as if it were new,
     image_ids: range  # and which these are
     facts: dict[str, Any]
+    again: Callable[[], tuple[Tensor, Tensor]]  # `scored` once more, for a graph that was changed meanwhile
 
 
 class PatchCore(Detector):
@@ -64,7 +66,12 @@ class PatchCore(Detector):
             scored_indices = range(len(context.held_out)) if len(context.held_out) else image_ids
             if len(members) == 1:
                 loo_scores, facts = first.loo_scores, first.facts
-                return _result(first.graph, graphs, scored, loo_scores, facts, scored_indices, image_ids)
+                result = _result(first.graph, graphs, scored, loo_scores, facts, scored_indices, image_ids)
+                if self.config.own_rates:
+                    result.again = lambda: _result(
+                        first.graph, graphs, [first.again()], loo_scores, facts, scored_indices, image_ids
+                    )
+                return result
             ensemble = EnsembleGraph(graphs).to(self.device)
             ensemble.learn_stats(scored)
             scaled = [
@@ -93,11 +100,18 @@ class PatchCore(Detector):
         with context.timed("calibration"), tidy():
             kept = all(coreset.holds_all for coreset in coresets)
             image_ids = self._scored_ids(len(context.photos), kept)
-            loo_scored = self._leave_one_out(graph, coresets, image_ids, context)
-            scored = self._score_held_out(graph, context) if len(context.held_out) else loo_scored
+            leave_one_out = self._leave_one_out(graph, coresets, image_ids, context)
+            loo_scored = leave_one_out.scores(lambda done, total: context.progress("Threshold", done, total))
+            graph.upsample.learn_units(loo_scored[1][loo_scored[0].isfinite()])
+            if graph.upsample.zones is not None:
+                loo_scored = leave_one_out.scores_again()
+            again = (
+                partial(self._score_held_out, graph, context) if len(context.held_out) else leave_one_out.scores_again
+            )
+            scored = again() if len(context.held_out) else loo_scored
             if config.search != "exact":
                 facts["recall"] = _recalls(graph, torch.from_numpy(context.photos.batch(0, 4)).to(self.device))
-        return _Member(graph, scored, loo_scored[0], image_ids, facts)
+        return _Member(graph, scored, loo_scored[0], image_ids, facts, again)
 
     def _embed(self, graph: PatchCoreGraph, context: FitContext) -> list[StreamingCoreset]:
         """For each bank, the patch features of all photos and of their varied copies, as many as memory allows."""
@@ -119,8 +133,8 @@ class PatchCore(Detector):
 
     def _leave_one_out(
         self, graph: PatchCoreGraph, coresets: Sequence[StreamingCoreset], image_ids: range, context: FitContext
-    ) -> tuple[Tensor, Tensor]:
-        """Scores (L,) and patch scores of training images, each as if it were new; the banks learn their scales."""
+    ) -> LeaveOneOut:
+        """What scores training images, each as if it were new; the banks learn their scales."""
         kept = all(coreset.holds_all for coreset in coresets)
 
         def features(numbers: Sequence[int]) -> list[Tensor]:
@@ -130,10 +144,7 @@ class PatchCore(Detector):
                 return [coreset.rows.span(first * p, last * p) for coreset, p in zip(coresets, patches, strict=True)]
             return graph.rows(graph.embed(self.pixels(context.photos, numbers)))
 
-        leave_one_out = LeaveOneOut(graph, image_ids, features, context.groups)
-        scores, grids = leave_one_out.scores(lambda done, total: context.progress("Threshold", done, total))
-        graph.upsample.learn_units(grids[scores.isfinite()])
-        return (scores, grids) if graph.upsample.zones is None else leave_one_out.scores_again()
+        return LeaveOneOut(graph, image_ids, features, context.groups)
 
     def _score_held_out(self, graph: PatchCoreGraph, context: FitContext) -> tuple[Tensor, Tensor]:
         """Scores (M,) and patch scores of the images held out."""

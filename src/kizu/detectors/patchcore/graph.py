@@ -156,11 +156,9 @@ class PatchCoreGraph(nn.Module):
             align = partial(F.interpolate, size=self.grids[0], mode="bilinear", align_corners=False)
             grid = torch.stack([grid, *map(align, grids[1:])]).mean(0)
         grid = self.upsample.zoned(grid)
-        flat = grid.flatten(1)
-        most = max(1, round(self.config.top * len(self.places[0])))
-        scores = flat.topk(most, dim=1).values.mean(1)
+        scores = self.upsample.scores(grid, self.config.top)
         if self.config.reweight > 1:
-            worst = self.places[0].rows_of(flat.argmax(1))
+            worst = self.places[0].rows_of(grid.flatten(1).argmax(1))
             scores = scores * self.score_weights((neighbours if loo_neighbours is None else loo_neighbours)[0], worst)
         return scores, grid[:, 0]
 

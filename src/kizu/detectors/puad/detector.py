@@ -156,7 +156,7 @@ class PUAD(Detector):
             "distance of images held out": _median(head.distances),
             "logical level": threshold.value if threshold.count else None,
         }
-        return replace(base, graph=graph, scores=graph.combined(standardised).tolist(), facts=facts)
+        return replace(base, graph=graph, scores=graph.combined(standardised).tolist(), facts=facts, again=None)
 
     def _fitted_head(self, good: Tensor, others: Tensor | None, scored: Sequence[int]) -> "_Head":
         """The head, and its distances of the images that the base scored, none of which it is fitted to.

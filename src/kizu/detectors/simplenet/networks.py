@@ -111,9 +111,7 @@ class SimpleNetGraph(nn.Module):
         count, _, height, width = features.shape
         grid = -self.discriminator(self.adapt(as_rows(features))).view(count, height, width)
         grid = self.upsample.zoned(grid)
-        most = max(1, round(self.config.top * self.upsample.count))
-        scores = grid.flatten(1).topk(most, dim=1).values.mean(1)
-        return scores, self.upsample(grid)
+        return self.upsample.scores(grid, self.config.top), self.upsample(grid)
 
     def forward_with_global_features(self, images: Tensor, kind: str) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """As `forward`, and the global features of `Backbone.forward_with_global_features` from the same pass."""
