@@ -38,7 +38,7 @@ def describe_model(folder: Path) -> dict[str, Any]:
             "versions": ", ".join(f"{key} {value}" for key, value in about["versions"].items()),
             "size on disk": f"{sum(f.stat().st_size for f in folder.iterdir()) / 1e6:.1f} MB",
         }
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{folder}: the model is damaged ({error})") from None
 
 

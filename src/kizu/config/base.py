@@ -15,6 +15,7 @@ from kizu.errors import OptionError, did_you_mean
 __all__ = ["Augmented", "BackboneConfig", "Config", "Names", "Numbers", "OtherConfig", "Size", "build"]
 
 Model = TypeVar("Model", bound=BaseModel)
+MAX_SHOWN = 80  # letters of a wrong value
 
 
 def _pair(value: Any) -> Any:
@@ -146,5 +147,6 @@ def _sentence(kind: type[BaseModel], problem: ErrorDetails) -> str:
     if problem["type"] == "extra_forbidden":
         hint = did_you_mean(str(where[0]), kind.model_fields)
         return f"`{where[0]}` is not a setting of {kind.__name__.removesuffix('Config')}" + (f".{hint}" if hint else "")
-    value = f'"{problem["input"]}"' if isinstance(problem["input"], str) else problem["input"]
+    value = f'"{problem["input"]}"' if isinstance(problem["input"], str) else str(problem["input"])
+    value = value if len(value) <= MAX_SHOWN else f"{value[:MAX_SHOWN]}…"
     return f"`{where[0]}={value}`: {message[0].lower()}{message[1:]}"

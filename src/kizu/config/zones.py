@@ -25,13 +25,15 @@ class Zone(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: str = Field(min_length=1, max_length=60, pattern=r"^\S(.*\S)?$")
+    name: str = Field(min_length=1, max_length=60)
     rings: tuple[Ring, ...] = Field(min_length=1)
     ignored: bool = False
     false_alarms: float | None = Field(None, gt=0, lt=1)
 
     @model_validator(mode="after")
     def _covers_something(self) -> "Zone":
+        if self.name != self.name.strip() or not self.name.isprintable():
+            raise ValueError(f"a zone's name is a line of text without blanks around it, not {self.name!r}")
         if self.ignored and self.false_alarms is not None:
             raise ValueError(f"zone {self.name} is ignored: it stops no part, and has no rate of false alarms")
         if any(abs(area(ring)) < 1e-9 for ring in self.rings):

@@ -27,7 +27,6 @@ __all__ += [
     "heat",
     "highest",
     "is_marked",
-    "loses_bits",
     "name_of",
     "opened",
     "outline",
@@ -73,6 +72,7 @@ _TURNS = {
 }
 MAX_PIXELS = 89_478_485  # Pillow's own limit against decompression bombs: about 9,459 × 9,459
 WHITE = 65535  # the largest value of 16 bits
+STUCK = 1e-4  # share of a camera's pixels that may always be white
 TOO_BRIGHT = 0.05  # share of the pixels above white: with fewer it is a glare, with more another camera setting
 MAX_FILE_BYTES = 2 * 10**9  # more than the largest image takes that is not compressed
 MAPPED_BLOCK = 2**26  # bytes; the C library takes so much from the system each time, and gives it back
@@ -117,22 +117,21 @@ def read_at_least(
 
 
 def highest(source: Source) -> int | None:
-    """The largest value of an image whose values have more than 8 bits; None for any other, of which nothing is read.
+    """The largest value of an image whose values have more than 8 bits, stuck pixels aside; None for any other.
 
     Raises `BadImage` for one that is broken.
     """
     name = name_of(source)
     source = _known(source, name)
     if isinstance(source, np.ndarray):
-        return int(source.max()) if source.dtype.kind in "ui" and source.dtype.itemsize > 1 and source.size else None
+        return _highest(source) if source.dtype.kind in "ui" and source.dtype.itemsize > 1 and source.size else None
     with _open(source, name) as image, _decoding(name):
-        return int(np.asarray(image).max()) if image.mode.startswith("I") else None
+        return _highest(np.asarray(image)) if image.mode.startswith("I") else None
 
 
-def loses_bits(source: Source) -> bool:
-    """Whether a file has colours of 16 bits a channel, of which decoders give the upper 8."""
-    with _open(source, name_of(source)) as image:
-        return image.mode in ("RGB", "RGBA") and any(";16" in str(tile[3]) for tile in getattr(image, "tile", ()))
+def _highest(values: npt.NDArray[Any]) -> int:
+    place = int((1 - STUCK) * (values.size - 1))
+    return int(np.partition(values, place, axis=None)[place])
 
 
 @contextmanager
@@ -457,7 +456,7 @@ def _from_array(array: npt.NDArray[Any], name: str, white: int) -> RGB:
                 f"has values up to {array.max():,}, and the model learned from photographs of up to {white:,}: set "
             )
             raise BadImage(name, f"{reason}the camera to as many bits as before, or train again")
-        array = np.minimum(array, white).astype(np.uint32) * 255 // white
+        array = np.minimum(array.astype(np.uint32), white) * 255 // white
     elif array.dtype != np.uint8:
         raise BadImage(name, f"is an array of {array.dtype}; expected uint8, uint16 or float")
     return np.ascontiguousarray(np.broadcast_to(array.astype(np.uint8), (*array.shape[:2], 3)))

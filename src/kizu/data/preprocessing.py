@@ -18,7 +18,7 @@ from kizu.data.geometry.alignment import Alignment, Pose, laid_back, moved, turn
 from kizu.data.geometry.zones import Outlined, ZoneMap
 from kizu.errors import BadImage
 
-__all__ = ["Batch", "BitDepth", "Preprocessing", "Readable", "Stack", "batches", "digests"]
+__all__ = ["Batch", "BitDepth", "Preprocessing", "Readable", "Stack", "batches", "digests", "shown"]
 
 
 class Readable(Protocol):
@@ -75,6 +75,10 @@ class Preprocessing:
 
     def posed(self, rgb: npt.NDArray[np.uint8], pose: Pose | None = None) -> tuple[npt.NDArray[np.uint8], Pose | None]:
         """The network's input, and the pose that the part is in: as given, or found, if the alignment looks for one."""
+        if self.zones is not None and self.resize is not None and not self.zones.fits(rgb.shape):
+            height, width = self.zones.frame
+            reason = f"is not shaped like the photograph of {width}×{height} pixels on which zones were outlined"
+            raise BadImage("photograph", reason)
         if pose is None and self.alignment is not None:
             pose = self.alignment.pose(rgb)
         scaled = self._scaled(rgb.shape[:2])
@@ -149,12 +153,11 @@ class BitDepth:
             try:
                 if source is not None:
                     values.append(image.highest(source) or 0)
-                    if not isinstance(source, np.ndarray) and image.loses_bits(source):
+                    if not isinstance(source, np.ndarray) and _loses_bits(source):
                         colours.append(int(image.read(source).max()))
             except BadImage:
                 continue
-        bits = next((bits for bits in USUAL_BITS if max(values) < 2**bits), 16) if max(values) else None
-        return cls(bits, max(values), min(colours) < HARDLY_ANYTHING)
+        return cls(_bits(max(values)), max(values), min(colours) < HARDLY_ANYTHING)
 
     @property
     def white(self) -> int:
@@ -175,6 +178,22 @@ class BitDepth:
             f"{self.white:,} is taken for white, and a photograph with clearly higher values is not judged. "
             "`bits` sets another number."
         )
+
+
+def _loses_bits(source: image.Source) -> bool:
+    """Whether a file has colours of 16 bits a channel, of which decoders give the upper 8."""
+    with image.opened(source) as file:
+        return file.mode in ("RGB", "RGBA") and any(";16" in str(tile[3]) for tile in getattr(file, "tile", ()))
+
+
+def _bits(highest: int) -> int | None:
+    return next((bits for bits in USUAL_BITS if highest < 2**bits), 16) if highest else None
+
+
+def shown(source: image.Source) -> npt.NDArray[np.uint8]:
+    """A photograph (H, W, 3) for people to look at, whatever bits its camera uses. Raises `BadImage`."""
+    bits = _bits(image.highest(source) or 0)
+    return image.read(source, image.WHITE if bits is None else 2**bits - 1)
 
 
 @dataclass

@@ -389,6 +389,11 @@ class Detector(Inspector):
             raise ModelError("There is nothing to export: call fit first.")
 
     @torch.inference_mode()
+    def learn_units(self, graph: nn.Module, photos: Stack, train: Sequence[int], progress: Progress) -> None:
+        """Put the scores of several zones into units, by what was learned from: the photos that set no threshold."""
+        learn_units(graph, (pixels for _, pixels in self.stream(photos, "Zones", progress, only=train)))
+
+    @torch.inference_mode()
     def score_held_out(
         self,
         graph: nn.Module,
@@ -406,7 +411,6 @@ class Detector(Inspector):
         scores: list[float] = []
         peaks: list[float] = []
         medians: list[float] = []
-        learn_units(graph, (pixels for _, pixels in self.stream(photos, "Zones", progress, only=only)))
         for _, pixels in self.stream(photos, "Threshold", progress, only=only):
             batch_scores, maps = graph(pixels)
             scores += batch_scores.tolist()

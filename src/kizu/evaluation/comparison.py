@@ -209,7 +209,9 @@ def _facts(run: RecordedRun) -> dict[str, str]:
 
 
 def _plain(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    if isinstance(value, list):  # of zones, which have many corners, the names
+        return ", ".join(str(part.get("name", part)) if isinstance(part, dict) else str(part) for part in value)
+    return str(value)
 
 
 def _table(path: Path) -> list[dict[str, str]]:

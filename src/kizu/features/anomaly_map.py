@@ -11,7 +11,7 @@ from torch.nn import functional as F
 __all__ = ["MapUpsampling", "learn_units", "units_of", "upsampling_of"]
 
 BUFFERS = ("inspected", "outlined", "pixels", "zones", "typical", "unit", "floor")
-HIGH = 0.95  # quantile of good images' highest scores in a zone
+HIGH = 0.75  # quantile of good images' highest scores in a zone: higher ones hang on few images
 LEAST = 1e-3  # of what is typical: a unit is no smaller
 
 
@@ -22,7 +22,7 @@ class MapUpsampling(nn.Module):
     map evenly, or its first point lies on pixel `first` and the others follow every `stride` pixels.
 
     Before, `zoned` leaves out what is not inspected, and puts the scores of each of several zones into units of its
-    own: 0 is typical of good parts there, and 1 is what few good parts reach there.
+    own: 0 is typical of good parts there, and 1 is what a quarter of them reach there.
     """
 
     rows: Tensor
@@ -48,6 +48,7 @@ class MapUpsampling(nn.Module):
         self.register_buffer("columns", _matrix(grid[1], size[1], sigma, first, stride))  # (W, w)
         self.counts = [grid[0] * grid[1]]  # places of each zone
         self.only: frozenset[int] | None = None  # zones that count for now, of all
+        self.factors: Tensor | None = None  # (N, zones) of units without each of the images that they were learned from
         for name in BUFFERS:
             self.register_buffer(name, None)
 
@@ -84,7 +85,7 @@ class MapUpsampling(nn.Module):
     def learn_units(self, grids: Tensor) -> None:
         """Learn from scores (N, h, w) of good images what is typical, and put each of several zones into its own units.
 
-        What is typical is the median of a zone's places; what few good parts reach is a high quantile of its peaks.
+        What is typical is the median of a zone's places; what a quarter of good parts reach is a quantile of its peaks.
         """
         if self.inspected is None or not len(grids):
             return
@@ -92,15 +93,32 @@ class MapUpsampling(nn.Module):
         if self.zones is None:
             return
         typical, unit = torch.zeros_like(grids[0]), torch.ones_like(grids[0])
+        self.factors = grids.new_ones(len(grids), int(self.zones.max()) + 1)
         for number in range(int(self.zones.max()) + 1):
             places = self.inspected & (self.zones == number)
             if not places.any():  # it lies where some poses show nothing
                 continue
             scores = grids[:, places]
-            middle, high = scores.median(), scores.amax(1).quantile(HIGH)
-            typical[places] = middle
-            unit[places] = (high - middle).clamp(min=float(middle.abs().clamp(min=1.0)) * LEAST)
+            middle, peaks = scores.median(), scores.amax(1)
+            least = float(middle.abs().clamp(min=1.0)) * LEAST
+            own = (peaks.quantile(HIGH) - middle).clamp(min=least)
+            typical[places], unit[places] = middle, own
+            for image in range(len(peaks)) if len(peaks) > 1 else ():
+                others = torch.cat([peaks[:image], peaks[image + 1 :]]).quantile(HIGH) - middle
+                self.factors[image, number] = own / others.clamp(min=least)
         self._keep(typical=typical, unit=unit, floor=grids.new_zeros(()))
+
+    def as_if_new(self, scores: Tensor, grids: Tensor, top: float) -> tuple[Tensor, Tensor]:
+        """Scores (N,) and zoned scores (N, h, w) of the images that the units were learned from, each without its part.
+
+        Otherwise the more zones there are, the more the images that set a threshold look like what set the units.
+        """
+        if self.factors is None or len(scores) != len(self.factors):
+            return scores, grids
+        means = self._zone_means(grids, top)
+        ratio = (means * self.factors[:, : means.shape[1]]).amax(1) / means.amax(1)
+        ratio = torch.where(means.amax(1) > 0, ratio, 1.0)
+        return scores * ratio, grids * ratio[:, None, None]
 
     def restore(self, tensors: Mapping[str, Tensor | None], prefix: str = "") -> None:
         """Take what is inspected from a saved model's tensors."""
@@ -131,15 +149,18 @@ class MapUpsampling(nn.Module):
         flat = grid.flatten(1)
         if self.zones is None:
             return _mean_of_highest(flat, top, self.counts[0])
-        numbers = (
-            self.zones.flatten() if self.outlined is None else torch.where(self.outlined, self.zones, -1).flatten()
-        )
+        return self._zone_means(grid, top).amax(1)
+
+    def _zone_means(self, grid: Tensor, top: float) -> Tensor:
+        """(B, zones): the mean of each zone's most anomalous places; of one that has no place, the lowest."""
+        assert self.zones is not None
+        flat, zones = grid.flatten(1), self.zones.flatten()
+        numbers = zones if self.outlined is None else torch.where(self.outlined.flatten(), zones, -1)
         means = [
-            _mean_of_highest(torch.where(numbers == number, flat, -torch.inf), top, count)
+            _mean_of_highest(torch.where(numbers == number, flat, -torch.inf), top, count) if count else flat.amin(1)
             for number, count in enumerate(self.counts)
-            if count
         ]
-        return torch.stack(means).amax(0)
+        return torch.stack(means, dim=1)
 
     def stretch(self, number: int, factor: float) -> None:
         """Multiply the unit of a zone's scores."""
@@ -178,7 +199,7 @@ def upsampling_of(graph: nn.Module) -> MapUpsampling | None:
 
 def units_of(graph: nn.Module) -> dict[str, list[float]]:
     """Of a graph with several zones, for each zone the score that is typical there and the unit of what lies above."""
-    upsample = upsampling_of(graph)
+    upsample = getattr(graph, "upsample", None)  # otherwise the graph's scores are of another scale than its maps'
     if upsample is None or upsample.zones is None or upsample.typical is None or upsample.unit is None:
         return {}
     values: dict[str, list[float]] = {"typical": [], "unit": []}

@@ -11,12 +11,13 @@ from PIL import Image, ImageDraw, ImageFont
 from kizu.config import Zone, build
 from kizu.config.base import OtherConfig
 from kizu.data import files, image
-from kizu.data.geometry.zones import Ring, covered, drawn_in
+from kizu.data.geometry.zones import Ring, covered, drawn_in, is_file
 from kizu.errors import DataError, OptionError
 
 __all__ = ["read_zones", "zones_picture"]
 
 MAX_BYTES = 20_000_000
+MAX_NAME = 60
 COLOURS = ((31, 119, 255), (255, 127, 14), (44, 180, 74), (227, 60, 200), (23, 190, 207), (188, 170, 34))
 IGNORED = (235, 40, 60)
 
@@ -43,10 +44,12 @@ def read_zones(
     outlined: dict[tuple[str, bool], list[Ring]] = {}
     size = photograph if callable(photograph) else lambda: _known(photograph)
     for ignored, sources in ((False, inspect), (True, ignore)):
-        for number, source in enumerate(sources, 1):
+        for number, source in enumerate([sources] if isinstance(sources, str) else sources, 1):
             name, what = _split(source)
             for label, rings in drawn_in(what, size):
-                usual = label or _usual_name(what, number, ignored=ignored)
+                usual = _plain(label) or _usual_name(what, number, ignored=ignored)
+                while not (name or label) and (usual, ignored) in outlined:
+                    usual += "'"
                 outlined.setdefault((name or usual, ignored), []).extend(rings)
     zones = [{"name": name, "rings": rings, "ignored": ignored} for (name, ignored), rings in outlined.items()]
     found = build(OtherConfig, {"zones": [*(_saved(file) if file else []), *zones]}).zones
@@ -61,15 +64,20 @@ def read_zones(
 
 def _split(source: str) -> tuple[str, str]:
     name, equals, what = source.partition("=")
-    return (name.strip(), what.strip()) if equals and not Path(source).exists() else ("", source.strip())
+    return (name.strip(), what.strip()) if equals and not is_file(source) else ("", source.strip())
+
+
+def _plain(label: str) -> str:
+    """A label as a zone's name can be."""
+    return " ".join("".join(letter if letter.isprintable() else " " for letter in label).split())[:MAX_NAME].strip()
 
 
 def _usual_name(what: str, number: int, *, ignored: bool) -> str:
     """Of a zone to which nobody gave a name."""
     if what == "all":
         return "elsewhere"
-    if Path(what).suffix and Path(what).exists():
-        return Path(what).stem
+    if is_file(what):
+        return _plain(Path(what).stem)
     return f"ignored {number}" if ignored else f"zone {number}"
 
 
@@ -85,12 +93,14 @@ def _saved(file: str) -> list[object]:
     """The zones in a file that kizu wrote: a list, or a run.json."""
     try:
         files.check_regular(Path(file), MAX_BYTES)
-        value = json.loads(Path(file).read_text(encoding="utf-8"))
+        value = json.loads(Path(file).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise DataError(f"{file} cannot be read: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:
         raise DataError(f"{file} is not JSON ({error})") from None
-    value = value.get("config", value).get("zones") if isinstance(value, dict) else value
+    if isinstance(value, dict):
+        config = value.get("config", value)
+        value = config.get("zones") if isinstance(config, dict) else None
     if not isinstance(value, list):
         raise DataError(f"{file} holds no zones: it is a list of objects with name, rings and ignored")
     return value

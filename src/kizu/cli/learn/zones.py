@@ -22,19 +22,24 @@ SIDE = 1600  # pixels that the photograph is shown with, at most
 def zones(photograph: str, output: str, quiet: bool) -> None:
     """Write a page for drawing zones on a photograph, with mouse, finger or keys.
 
-    PHOTOGRAPH is one of a good part, or a folder, of which the first is taken. The page needs no server and sends
-    nothing: open it in a browser, draw, save zones.json, and learn with  kizu train METHOD DATA --zones zones.json.
+    PHOTOGRAPH is one of a good part, or the data to learn from, whose first is taken. The page needs no server and
+    sends nothing: open it in a browser, draw, save zones.json, and learn:  kizu train METHOD DATA --zones zones.json.
 
     \b
     Example:  kizu zones photos/good/000.png
     """
-    from kizu.data import files, image
-    from kizu.inference.batch import image_paths
+    from kizu.data import dataset, files, image
+    from kizu.data.preprocessing import shown
 
     if Path(output).suffix.lower() not in (".html", ".htm"):
         raise OptionError(f"--output {output}: the page is an HTML file, as zones.html")
-    path = image_paths([photograph])[0]
-    photo = image.small(image.read(path), SIDE)
+    path = Path(photograph)
+    if path.is_dir():
+        train = [sample.path for sample in dataset.find(path).samples if sample.split == "train"]
+        if not train:
+            raise OptionError(f"{photograph} holds no photographs of good parts to learn from: name one")
+        path = train[0]
+    photo = image.small(shown(path), SIDE)
     files.write_text(Path(output), _page(image.data_uri(photo), path.name))
     if not quiet:
         click.echo(f"{output}\nOpen it in a browser, draw, save zones.json, and learn with it:")

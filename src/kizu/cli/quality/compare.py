@@ -104,12 +104,13 @@ def _page(runs: "Sequence[RecordedRun]", differing: "Sequence[Disagreement]", pi
 
 def _figure(runs: "Sequence[RecordedRun]", item: "Disagreement") -> "Figure":
     from kizu.data import image
+    from kizu.data.preprocessing import shown
     from kizu.evaluation.pages.html import Figure
 
     source = ""
     for run in runs:
         try:
-            source = source or image.data_uri(image.small(image.read(run.data / item.image)))
+            source = source or image.data_uri(image.small(shown(run.data / item.image)))
         except BadImage:  # moved since, or on another machine
             continue
     lines = [f"{name}: {answer}" for name, answer in _row(runs, item).items() if name not in ("photograph", "is")]

@@ -13,21 +13,22 @@ from PIL import Image, ImageDraw
 from kizu.data.geometry.outlines import outlines
 from kizu.data.image import RGB
 from kizu.data.image import SUFFIXES as PICTURES
-from kizu.data.layouts.annotations import SUFFIXES, read_annotations
+from kizu.data.layouts.annotations import SUFFIXES, UNNAMED, read_annotations
 from kizu.data.masks import Polygon, Shape, read_mask
 from kizu.errors import DataError, OptionError
 
-__all__ = ["Outlined", "Ring", "ZoneMap", "covered", "drawn_in"]
+__all__ = ["Outlined", "Ring", "ZoneMap", "covered", "drawn_in", "is_file"]
 
 IN_NONE = -1
 BLANK = np.array([124, 116, 104], np.uint8)  # the mean colour of the pictures that networks learned from: nothing
 REST = ""  # the name of what is inspected and in no zone
 FINER = 4  # times the frame's pixels, in which a zone is drawn before it is said which pixels it has
+SAME_SHAPE = 0.02  # of the proportions
 MASK_SIDE = 1024  # pixels that a mask is outlined in, at most
 
 Size = tuple[int, int]
 Ring = tuple[tuple[float, float], ...]  # corners (x, y) in shares of width and height; clockwise, holes the other way
-_CORNER = re.compile(r"\s*(-?\d+(?:\.\d+)?)\s*,\s*(-?\d+(?:\.\d+)?)\s*")
+_CORNER = re.compile(r"(-?(?:\d+\.?\d*|\.\d+))(%?)\s*,\s*(-?(?:\d+\.?\d*|\.\d+))(%?)(?:\s+|;\s*|$)")
 
 
 class Outlined(Protocol):
@@ -48,6 +49,7 @@ class ZoneMap:
     frame: tuple[int, int]  # height and width of the photograph that the zones were outlined on
     names: Sequence[str]
     numbers: npt.NDArray[np.int64]  # (h, w) whose name each pixel has, `IN_NONE` where it has none
+    missed: Sequence[str] = ()  # ignored zones that lie outside
 
     @classmethod
     def of(
@@ -62,11 +64,15 @@ class ZoneMap:
         numbers = np.full(scaled, IN_NONE if inspected else 0, np.int64)
         for number, zone in enumerate(inspected):
             numbers[covered(zone.rings, scaled)] = number
+        seen = slice(top, top + size[0]), slice(left, left + size[1])
+        missed = []
         for zone in zones:
             if zone.ignored:
-                numbers[covered(zone.rings, scaled)] = IN_NONE
+                inside = covered(zone.rings, scaled)
+                numbers[inside] = IN_NONE
+                missed += [] if inside[seen].any() else [zone.name]
         names = [zone.name for zone in inspected] or [REST]
-        return cls(frame, names, numbers[top : top + size[0], left : left + size[1]])
+        return cls(frame, names, numbers[seen], missed)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, ZoneMap):
@@ -76,8 +82,17 @@ class ZoneMap:
     def __hash__(self) -> int:
         return hash(self.numbers.tobytes())
 
+    def fits(self, shape: Sequence[int]) -> bool:
+        """Whether a photograph (height, width, …) has the proportions of the frame, nearly."""
+        return abs(shape[0] * self.frame[1] / (shape[1] * self.frame[0]) - 1) < SAME_SHAPE
+
     def check(self) -> None:
         """Raise `OptionError` where nothing is inspected, or a zone has no pixel."""
+        if self.missed:
+            raise OptionError(
+                f"`zones`: {self.missed[0]} has no pixel. It lies outside of what is looked at: was it of other "
+                "photographs?"
+            )
         if not (self.numbers >= 0).any():
             raise OptionError("`zones` leave nothing to inspect: ignore less, or inspect more")
         for number, name in enumerate(self.names):
@@ -128,21 +143,32 @@ def drawn_in(source: str, photograph: Callable[[], tuple[int, int]]) -> list[tup
     path = Path(source)
     if path.suffix.lower() in SUFFIXES:
         return _annotated(path, photograph)
-    if path.suffix.lower() in PICTURES or path.exists():
+    if path.suffix.lower() in PICTURES or is_file(source):
         return [("", _outlined(read_mask(path), path))]
     return [("", (_typed(source, photograph),))]
 
 
 def _typed(text: str, photograph: Callable[[], tuple[int, int]]) -> Ring:
-    corners = [_CORNER.fullmatch(corner.replace("%", "")) for corner in text.split()]
-    matched = [corner for corner in corners if corner is not None]
-    if len(matched) < max(3, len(corners)):
+    corners, at = [], 0
+    while (corner := _CORNER.match(text.strip(), at)) is not None:
+        corners.append(corner)
+        at = corner.end()
+    signs = {corner[sign] for corner in corners for sign in (2, 4)}
+    if at < len(text.strip()) or len(corners) < 3 or len(signs) > 1:
         raise OptionError(
-            f"{text!r} is no zone: name a mask (PNG), a file of annotations (JSON), or give three corners or more, as "
-            'in "40,40 200,40 200,120"'
+            f"{text[:60]!r} is no zone: name a mask (PNG), a file of annotations (JSON), or give three corners or "
+            'more, in pixels as in "40,40 200,40 200,120", or all in percent'
         )
-    size = (100, 100) if "%" in text else photograph()
-    return _clockwise([(float(corner[1]), float(corner[2])) for corner in matched], size)
+    size = (100, 100) if "%" in signs else photograph()
+    return _clockwise([(float(corner[1]), float(corner[3])) for corner in corners], size)
+
+
+def is_file(text: str) -> bool:
+    """Whether a text names a file."""
+    try:
+        return Path(text).is_file()
+    except (OSError, ValueError):  # it is too long for a name
+        return False
 
 
 def _annotated(path: Path, photograph: Callable[[], tuple[int, int]]) -> list[tuple[str, tuple[Ring, ...]]]:
@@ -158,7 +184,7 @@ def _annotated(path: Path, photograph: Callable[[], tuple[int, int]]) -> list[tu
         raise DataError(
             f"{path} has outlines on {len(drawn)} photographs ({drawn[0]}, {drawn[1]}, …): zones are drawn on one"
         )
-    return [(label, _rings(shape, path, photograph)) for label, shape in marks]
+    return [("" if label == UNNAMED else label, _rings(shape, path, photograph)) for label, shape in marks]
 
 
 def _rings(shape: Shape, path: Path, photograph: Callable[[], tuple[int, int]]) -> tuple[Ring, ...]:
@@ -183,4 +209,6 @@ def _outlined(mask: npt.NDArray[np.bool_], path: Path) -> tuple[Ring, ...]:
         shares = Image.fromarray(mask.astype(np.uint8) * 255).resize(smaller, Image.Resampling.BOX)
         mask = np.asarray(shares) >= 128
         width, height = smaller
+    if not mask.any():
+        raise DataError(f"{path} outlines next to nothing: draw a larger zone")
     return tuple(tuple((round(x / width, 6), round(y / height, 6)) for x, y in ring) for ring in outlines(mask))

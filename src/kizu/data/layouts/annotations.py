@@ -22,7 +22,7 @@ from kizu.data.image import MAX_PIXELS
 from kizu.data.masks import Polygon, Runs, Shape
 from kizu.errors import DataError
 
-__all__ = ["SUFFIXES", "Annotated", "Annotations", "plain_name", "read_annotations"]
+__all__ = ["SUFFIXES", "UNNAMED", "Annotated", "Annotations", "plain_name", "read_annotations"]
 
 SUFFIXES = {".json", ".xml", ".manifest", ".jsonl"}
 MAX_BYTES = 300_000_000

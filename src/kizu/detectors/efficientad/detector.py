@@ -74,6 +74,7 @@ class EfficientAD(Detector):
         }
         facts = {**about, "images": images, "penalty": penalty_source(config)}
         with context.timed("calibration"):
+            self.learn_units(graph, photos, split.train, context.progress)
             return self.score_held_out(graph, scored, context.progress, only=calibrating, facts=facts)
 
     def _distilled(self, context: FitContext, split: Split) -> tuple[EfficientADGraph, dict[str, Any]]:

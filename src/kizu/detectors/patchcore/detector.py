@@ -104,10 +104,10 @@ class PatchCore(Detector):
             loo_scored = leave_one_out.scores(lambda done, total: context.progress("Threshold", done, total))
             graph.upsample.learn_units(loo_scored[1][loo_scored[0].isfinite()])
             if graph.upsample.zones is not None:
-                loo_scored = leave_one_out.scores_again()
-            again = (
-                partial(self._score_held_out, graph, context) if len(context.held_out) else leave_one_out.scores_again
-            )
+                loo_scored = _as_if_new(graph, leave_one_out)
+            again = partial(_as_if_new, graph, leave_one_out)
+            if len(context.held_out):
+                again = partial(self._score_held_out, graph, context)
             scored = again() if len(context.held_out) else loo_scored
             if config.search != "exact":
                 facts["recall"] = _recalls(graph, torch.from_numpy(context.photos.batch(0, 4)).to(self.device))
@@ -287,7 +287,10 @@ class PatchCore(Detector):
         settings = {part.config.model_copy(update={"seed": 0}) for part in parts}
         if len(settings) > 1 or len({weights_hash(graph) for graph in graphs}) > 1:
             raise ModelError("Only models with the same settings and the same backbone can be merged.")
+        if any(part.preprocessing != first.preprocessing for part in parts):
+            raise ModelError("Only models of photographs of one shape and bit depth can be merged.")
         merged = cls(first.config)
+        merged.preprocessing = first.preprocessing
         graph = PatchCoreGraph(first.config, graphs[0].backbone)
         starts = [sum(part.training["images"] for part in parts[:number]) for number in range(len(parts))]
         banks = [Bank.joined(shards, starts) for shards in zip(*(graph.banks for graph in graphs), strict=True)]
@@ -399,6 +402,14 @@ def _restore(config: PatchCoreConfig, tensors: dict[str, Tensor], prefix: str) -
     graph.set_grids(grids, banks[0].entries.device, lambda upsample: upsample.restore(tensors, prefix))
     graph.set_banks(banks)
     return graph
+
+
+def _as_if_new(graph: PatchCoreGraph, leave_one_out: LeaveOneOut) -> tuple[Tensor, Tensor]:
+    """Scores (L,) and patch scores of training images, each as if its part in the units of zones were taken out too."""
+    scores, grids = leave_one_out.scores_again()
+    known = scores.isfinite()
+    scores[known], grids[known] = graph.upsample.as_if_new(scores[known], grids[known], graph.config.top)
+    return scores, grids
 
 
 def _recalls(graph: PatchCoreGraph, images: Tensor) -> list[float]:

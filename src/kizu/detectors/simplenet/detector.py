@@ -60,6 +60,7 @@ class SimpleNet(Detector):
             "rounds": training.best["round"] if training.best else len(training.history),
         }
         with context.timed("calibration"):
+            self.learn_units(graph, photos, split.train, context.progress)
             photos, only = (held_out, None) if len(held_out) else (photos, split.calibrate)
             return self.score_held_out(
                 graph, photos, context.progress, only=only, facts=facts, default_median=-config.dsc_margin

@@ -9,6 +9,7 @@ from datetime import datetime
 from kizu.calibration.drift import DriftTest
 from kizu.calibration.threshold import from_finite, interval, percent
 from kizu.data import image
+from kizu.data.preprocessing import shown
 from kizu.errors import BadImage
 from kizu.evaluation.pages.html import Figure, Page, Section, chart
 from kizu.inference.verdict import Verdict
@@ -227,7 +228,7 @@ class _Album:
         """As a data URI, what is marked framed; empty where there is no photograph."""
         content = entry.photograph()
         try:
-            photo = image.read(content) if content else None
+            photo = shown(content) if content else None
         except BadImage:
             photo = None
         if photo is None:
