@@ -1,5 +1,7 @@
 """Zones are drawn on a page: with the mouse, a finger or keys, and saved as the file that training takes."""
 
+import json
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -139,10 +141,31 @@ def test_what_was_saved_is_opened_again_and_nonsense_is_refused(sheet, tmp_path)
     again.set_input_files("#saved", tmp_path / "zones.json")
     again.wait_for_selector("#save:enabled")
     assert saved(again, tmp_path) == before
-    (tmp_path / "other.json").write_text('{"a": 1}')
-    again.set_input_files("#saved", tmp_path / "other.json")
-    again.get_by_text("other.json holds no zones").wait_for()
-    again.get_by_label("Name").fill("")
+    ring = [[0.1, 0.2], [0.3, 0.4], [0.5, 0.1]]
+    flat = [{"name": "a", "rings": [[0.1, 0.2, 0.3, 0.4, 0.5, 0.6]], "ignored": False}]
+    for number, content in enumerate(({"a": 1}, [], flat, [{"name": "a", "rings": []}])):
+        (tmp_path / f"other{number}.json").write_text(json.dumps(content))
+        again.set_input_files("#saved", tmp_path / f"other{number}.json")
+        again.get_by_text(f"other{number}.json holds no zones").wait_for()
+        assert saved(again, tmp_path / "") == before
+    (tmp_path / "odd.json").write_text(
+        json.dumps(
+            [{"name": "elsewhere", "rings": [ring], "ignored": True}, {"name": f" {'x' * 80}\t", "rings": [ring]}]
+        )
+    )
+    again.set_input_files("#saved", tmp_path / "odd.json")
+    again.get_by_text("Only these zones are inspected").wait_for()
+    odd = saved(again, tmp_path)
+    assert (
+        list(odd) == ["elsewhere", "x" * 60]
+        and odd["elsewhere"].ignored
+        and odd["elsewhere"].rings[0] == tuple(map(tuple, ring))
+    )
+    again.get_by_label("Name").first.fill("text")
+    again.keyboard.press("Control+z")
+    assert list(saved(again, tmp_path)) != list(before)
+    again.set_input_files("#saved", tmp_path / "zones.json")
+    again.get_by_label("Name").first.fill("")
     again.keyboard.press("Tab")
     assert again.is_disabled("#save")
 

@@ -7,7 +7,9 @@ const IGNORED = "#eb283c";
 const REST = "elsewhere";
 const CLOSE = 14; // screen pixels from its first corner, within which a polygon is closed
 const PAINTED = 4; // polygons, above which a zone is shown without the lines between them
-const DAB = 20; // corners of a brush's tip
+const DAB = 12; // corners of a brush's tip
+const MAX_NAME = 60;
+const MAX_CORNERS = 100_000; // of all zones, that training takes
 const WHOLE = [[0, 0], [1, 0], [1, 1], [0, 1]];
 
 let zones = []; // { name, ignored, rings }, a ring of corners [x, y] in shares of width and height, clockwise
@@ -24,6 +26,9 @@ const clockwise = (ring) => (area(ring) < 0 ? [...ring].reverse() : ring);
 const rounded = (ring) => ring.map((corner) => corner.map((value) => Math.round(value * 1e5) / 1e5));
 const colour = (zone) => (zone.ignored ? IGNORED : COLOURS[zones.filter((other) => !other.ignored).indexOf(zone) % COLOURS.length]);
 const path = (ring) => `M${ring.map(([x, y]) => `${x * size[0]} ${y * size[1]}`).join("L")}`;
+
+const first = () => ({ name: "ignored 1", ignored: true, rings: [] });
+const plain = (name) => name.replace(/[\p{C}\s]+/gu, " ").trim().slice(0, MAX_NAME).trim(); // as a zone may be called
 
 function element(name, attributes) {
   const made = document.createElementNS(SVG, name);
@@ -48,6 +53,7 @@ function go(from, to) {
 }
 
 function add(ignored) {
+  begun = [];
   change(() => {
     const used = new Set(zones.map((zone) => zone.name));
     let number = 1;
@@ -68,28 +74,22 @@ function finish(rings) {
 
 const box = ([x0, y0], [x1, y1]) => [[x0, y0], [x1, y0], [x1, y1], [x0, y1]];
 
-/** A brush's way as polygons that lie over each other: its tip at both ends of each step, and what is between. */
+/** A brush's way as polygons that lie over each other: its tip, swept along each step. */
 function stroke(points) {
   const radius = ($("width").value / 100) * Math.min(...size);
-  const tip = ([x, y]) => Array.from({ length: DAB }, (_, n) => {
-    const angle = (2 * Math.PI * n) / DAB;
-    return [clamp(x + (radius * Math.cos(angle)) / size[0]), clamp(y + (radius * Math.sin(angle)) / size[1])];
-  });
-  const rings = [tip(points[0])];
-  for (const [n, point] of points.slice(1).entries()) {
+  const around = ([x, y], angle) => [clamp(x + (radius * Math.cos(angle)) / size[0]), clamp(y + (radius * Math.sin(angle)) / size[1])];
+  const arc = (point, from, turn) => Array.from({ length: DAB / 2 + 1 }, (_, n) => around(point, from + (turn * n) / (DAB / 2)));
+  if (points.length === 1) return [[...arc(points[0], 0, Math.PI), ...arc(points[0], Math.PI, Math.PI)]];
+  return points.slice(1).map((point, n) => {
     const last = points[n];
-    const [dx, dy] = [(point[0] - last[0]) * size[0], (point[1] - last[1]) * size[1]];
-    const long = Math.hypot(dx, dy) || 1;
-    const side = [(-dy / long) * radius / size[0], (dx / long) * radius / size[1]];
-    rings.push([[last, 1], [point, 1], [point, -1], [last, -1]].map(([[x, y], sign]) => [clamp(x + sign * side[0]), clamp(y + sign * side[1])]));
-    rings.push(tip(point));
-  }
-  return rings;
+    const along = Math.atan2((point[1] - last[1]) * size[1], (point[0] - last[0]) * size[0]);
+    return [...arc(point, along - Math.PI / 2, Math.PI), ...arc(last, along + Math.PI / 2, Math.PI)];
+  });
 }
 
-/** The corners of a brush's way that are needed: no two nearer than a third of its width. */
+/** The corners of a brush's way that are needed: no two nearer than half its width. */
 function thinned(points) {
-  const least = ($("width").value / 300) * Math.min(...size);
+  const least = ($("width").value / 100) * Math.min(...size);
   const far = ([x0, y0], [x1, y1]) => Math.hypot((x1 - x0) * size[0], (y1 - y0) * size[1]) >= least;
   const kept = [points[0]];
   for (const point of points.slice(1)) if (far(kept.at(-1), point)) kept.push(point);
@@ -148,6 +148,7 @@ function giveUp() {
 const STEPS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
 
 function key(event) {
+  if (event.target instanceof HTMLInputElement && event.target.type === "text") return;
   if ((event.ctrlKey || event.metaKey) && event.key.toLowerCase() === "z") {
     event.preventDefault();
     if (event.shiftKey) go(after, before);
@@ -205,13 +206,15 @@ function show() {
   const inspected = zones.filter((zone) => !zone.ignored && zone.rings.length);
   $("rest-choice").hidden = !inspected.length;
   const names = zones.map((zone) => zone.name.trim());
-  const twice = names.find((name, number) => names.indexOf(name) !== number) ?? (inspected.length && names.includes(REST) ? REST : undefined);
+  const twice = names.find((name, number) => names.indexOf(name) !== number) ?? (inspected.length && $("rest").checked && names.includes(REST) ? REST : undefined);
   const drawn = zones.filter((zone) => zone.rings.length);
-  $("save").disabled = !drawn.length || names.includes("") || twice !== undefined;
+  const corners = zones.flatMap((zone) => zone.rings).reduce((sum, ring) => sum + ring.length, 0);
+  $("save").disabled = !drawn.length || names.includes("") || twice !== undefined || corners > MAX_CORNERS;
   $("undo").disabled = !before.length;
   $("redo").disabled = !after.length;
   $("meaning").textContent = names.includes("") ? "Give every zone a name."
     : twice !== undefined ? `Two zones would be called ${twice}.`
+    : corners > MAX_CORNERS ? "These are more corners than training takes: undo, and use a wider brush."
     : !drawn.length ? "Draw the first zone on the photograph."
     : !inspected.length ? "What is red is ignored; all else is inspected as one."
     : $("rest").checked ? "Each zone has a threshold of its own, and so has the rest."
@@ -227,7 +230,7 @@ function row(zone, number) {
   choice.addEventListener("change", () => { current = number; begun = []; draw(); });
   const name = Object.assign(document.createElement("input"), { type: "text", value: zone.name, maxLength: 60 });
   name.setAttribute("aria-label", "Name");
-  name.addEventListener("change", () => change(() => { zone.name = name.value.trim(); }));
+  name.addEventListener("change", () => change(() => { zone.name = plain(name.value); }));
   const kind = document.createElement("select");
   kind.setAttribute("aria-label", `What to do with ${zone.name}`);
   for (const [value, text] of [["", "inspect"], ["ignored", "ignore"]]) kind.append(new Option(text, value, false, zone.ignored === Boolean(value)));
@@ -236,7 +239,7 @@ function row(zone, number) {
   remove.setAttribute("aria-label", `Remove ${zone.name}`);
   remove.addEventListener("click", () => change(() => {
     zones.splice(number, 1);
-    if (!zones.length) zones.push({ name: "ignored 1", ignored: true, rings: [] });
+    if (!zones.length) zones.push(first());
   }));
   item.append(choice, name, kind, remove);
   return item;
@@ -244,7 +247,7 @@ function row(zone, number) {
 
 /** The file: zones that were drawn, and the rest before them, if it is inspected too. */
 function saved() {
-  const drawn = zones.filter((zone) => zone.rings.length).map(({ name, rings, ignored }) => ({ name: name.trim(), rings, ignored }));
+  const drawn = zones.filter((zone) => zone.rings.length).map(({ name, rings, ignored, false_alarms }) => ({ name: name.trim(), rings, ignored, false_alarms }));
   const rest = drawn.some((zone) => !zone.ignored) && $("rest").checked ? [{ name: REST, rings: [WHOLE], ignored: false }] : [];
   return [...rest, ...drawn];
 }
@@ -261,13 +264,17 @@ async function open(file) {
   try {
     const value = JSON.parse(await file.text());
     const list = Array.isArray(value) ? value : value.config.zones;
-    const corners = (ring) => ring.length >= 3 && ring.flat().every(Number.isFinite);
-    if (!list.every((zone) => typeof zone.name === "string" && zone.rings.every(corners))) throw new Error();
-    const rest = list.some((zone) => zone.name === REST);
+    const isCorner = (corner) => Array.isArray(corner) && corner.length === 2 && corner.every(Number.isFinite);
+    const isRing = (ring) => Array.isArray(ring) && ring.length >= 3 && ring.every(isCorner);
+    const isZone = (zone) => typeof zone.name === "string" && zone.rings.length && zone.rings.every(isRing);
+    if (!list.length || !list.every(isZone)) throw new Error();
+    const isRest = (zone) => zone.name === REST && !zone.ignored && JSON.stringify(zone.rings) === JSON.stringify([WHOLE]);
+    const own = list.filter((zone) => !isRest(zone));
     change(() => {
-      zones = list.filter((zone) => zone.name !== REST).map(({ name, rings, ignored }) => ({ name, rings, ignored: Boolean(ignored) }));
+      zones = own.map(({ name, rings, ignored, false_alarms }) => ({ name: plain(name), rings, ignored: Boolean(ignored), false_alarms }));
+      if (!zones.length) zones.push(first());
       current = 0;
-      $("rest").checked = rest;
+      $("rest").checked = own.length < list.length;
     });
   } catch {
     say(`${file.name} holds no zones that kizu wrote.`);
@@ -325,7 +332,7 @@ addEventListener("drop", (event) => {
   if (file) (file.name.endsWith(".json") ? open : take)(file);
 });
 
-zones = [{ name: "ignored 1", ignored: true, rings: [] }];
+zones = [first()];
 const given = document.querySelector("meta[name=photograph]");
 if (given) await place(given.content);
 else show();
