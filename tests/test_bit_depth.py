@@ -78,6 +78,13 @@ def test_another_number_of_bits_is_not_judged_but_a_glare_is():
     assert not model.predict(part(51)).is_anomalous  # of 8 bits
 
 
+def test_signed_values_and_stuck_pixels_change_nothing():
+    assert (kizu.Photo(np.full((16, 16), 300, np.int16)).read()[0] == 1).all()
+    stuck = np.full((200, 200), 4000, np.uint16)
+    stuck[3, 3] = 65535
+    assert BitDepth.of([Photo(stuck)]).bits == 12
+
+
 def test_the_bits_may_be_set_and_then_nothing_is_guessed():
     dark = [stored(seed, 12) for seed in range(12)]
     model = kizu.PatchCore(**SMALL, bits=16).fit(dark, keep_copies=True)

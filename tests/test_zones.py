@@ -1,6 +1,7 @@
 """Zones: what is ignored changes nothing, what is inspected has a threshold of its own, wherever it is drawn."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,9 +15,9 @@ from kizu.config import Zone
 from kizu.data.geometry.outlines import outlines
 from kizu.data.geometry.zones import ZoneMap
 from kizu.detectors.loading import load
-from kizu.errors import DataError, ModelError, OptionError
+from kizu.errors import BadImage, DataError, ModelError, OptionError
 from kizu.export import export
-from kizu.features.anomaly_map import upsampling_of
+from kizu.features.anomaly_map import MapUpsampling, upsampling_of
 from kizu.inference.batch import FileVerdict
 from kizu.inference.exported import load as load_exported
 from kizu.inference.verdict import Verdict
@@ -385,6 +386,73 @@ def test_a_table_has_a_column_of_zones_only_where_there_are_some(halves, tmp_pat
         write_csv(tmp_path / "a.csv", verdicts)
         heads.append((tmp_path / "a.csv").read_text().splitlines()[0])
     assert heads[0] == heads[1] + ",zone"
+
+
+@pytest.mark.parametrize("count", [1, 16])
+def test_many_zones_keep_the_promise_of_few_photographs(count):
+    """Ten good parts set the level: no more of the others are stopped than may be, on average over the draws."""
+    rng, stopped, size = np.random.default_rng(0), [], (8, 16)
+    columns = np.linspace(0, size[1], count + 1).round().astype(int)
+    numbers = np.repeat(np.arange(count), np.diff(columns))[None].repeat(size[0], 0)
+    for _ in range(200):
+        upsample = MapUpsampling(size, size, 0)
+        upsample.inspect(numbers, None)
+        grids = torch.from_numpy(rng.exponential(size=(110, *size)).astype(np.float32))
+        learned, new = grids[:10], grids[10:]
+        upsample.learn_units(learned)
+        zoned = upsample.zoned(learned)
+        scores, _ = upsample.as_if_new(upsample.scores(zoned, 0), zoned, 0)
+        stopped.append(float((upsample.scores(upsample.zoned(new), 0) > scores.max()).float().mean()))
+    assert np.mean(stopped) <= 1 / 11 + 0.012
+
+
+def test_merged_models_ignore_what_their_parts_did():
+    ignored = RIGHT.model_copy(update={"ignored": True})
+    parts = [kizu.PatchCore(**SMALL, zones=[ignored]).fit(GOOD[n : n + 10]) for n in (0, 10)]
+    merged = kizu.PatchCore.merge(parts)
+    assert merged.predict(panel(77, right=140)) == merged.predict(panel(77))
+    deep = [[photo.astype(np.uint16) << 4 for photo in GOOD[n : n + 10]] for n in (0, 10)]
+    merged = kizu.PatchCore.merge([kizu.PatchCore(**SMALL).fit(photos) for photos in deep])
+    assert merged.preprocessing.white == 4095
+    with pytest.raises(ModelError, match="one shape and bit depth"):
+        kizu.PatchCore.merge([kizu.PatchCore(**SMALL).fit(GOOD[:10]), kizu.PatchCore(**SMALL).fit(deep[1])])
+
+
+def test_photographs_of_other_proportions_are_not_judged_by_zones_in_a_crop():
+    zone = Zone(name="left", rings=(((0, 0), (0.5, 0), (0.5, 1), (0, 1)),), ignored=True)
+    detector = kizu.PatchCore(size=64, resize=96, coreset=0.2, zones=[zone]).fit(GOOD[:6])
+    with pytest.raises(BadImage, match="not shaped like the photograph of 160×120"):
+        detector.predict(GOOD[0][:, :120])
+
+
+def test_what_lies_outside_or_is_mixed_is_refused():
+    outside = read_zones(ignore=["500,10 790,10 790,90"], photograph=(400, 100))
+    with pytest.raises(OptionError, match="ignored 1 has no pixel"):
+        kizu.PatchCore(**SMALL, zones=outside).fit(GOOD[:4])
+    with pytest.raises(OptionError, match="all in percent"):
+        read_zones(["10%,10 50,10 50,90"], photograph=(400, 400))
+    many = " ".join(f"{50 + 40 * np.cos(a):.3f}%,{50 + 40 * np.sin(a):.3f}%" for a in np.linspace(0, 6, 90))
+    assert len(read_zones([many])[0].rings[0]) == 90
+    assert read_zones([".5%, 1% 10%, 1% 10%,20.%"])[0].rings[0][0] == (0.005, 0.01)
+    names = [zone.name for zone in read_zones(["zone 2=all", "1%,1% 9%,1% 9%,9%"])]
+    assert len(set(names)) == 2
+
+
+def test_labels_of_any_kind_become_names(tmp_path):
+    value = json.loads(Path(coco(tmp_path / "a.json")).read_text())
+    for category, name in zip(value["categories"], ("rim \n", "x" * 90), strict=True):
+        category["name"] = name
+    (tmp_path / "a.json").write_text(json.dumps(value))
+    assert [zone.name for zone in read_zones([str(tmp_path / "a.json")])] == ["rim", "x" * 60]
+    for content in (
+        '{"config": 3}',
+        '{"config": []}',
+        "[1]",
+        '[{"name": "a\\u001b[31m", "rings": [[[0,0],[1,0],[1,1]]]}]',
+    ):
+        (tmp_path / "z.json").write_text(content)
+        with pytest.raises((DataError, OptionError)):
+            read_zones(file=str(tmp_path / "z.json"))
 
 
 def test_what_an_earlier_version_wrote_is_read(halves):
