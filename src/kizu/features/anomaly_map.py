@@ -144,11 +144,11 @@ class MapUpsampling(nn.Module):
     def scores(self, grid: Tensor, top: float) -> Tensor:
         """(B,) from (B, …, h, w): the mean of the most anomalous places, a share `top` of all, one at least.
 
-        Of several zones it is the highest of their means.
+        Of several zones it is the highest of their means, over as many places in each, but no more than a quarter of it.
         """
         flat = grid.flatten(1)
         if self.zones is None:
-            return _mean_of_highest(flat, top, self.counts[0])
+            return _mean_of_highest(flat, round(top * self.counts[0]))
         return self._zone_means(grid, top).amax(1)
 
     def _zone_means(self, grid: Tensor, top: float) -> Tensor:
@@ -156,8 +156,11 @@ class MapUpsampling(nn.Module):
         assert self.zones is not None
         flat, zones = grid.flatten(1), self.zones.flatten()
         numbers = zones if self.outlined is None else torch.where(self.outlined.flatten(), zones, -1)
+        most = round(top * sum(self.counts))
         means = [
-            _mean_of_highest(torch.where(numbers == number, flat, -torch.inf), top, count) if count else flat.amin(1)
+            _mean_of_highest(torch.where(numbers == number, flat, -torch.inf), min(most, count // 4))
+            if count
+            else flat.amin(1)
             for number, count in enumerate(self.counts)
         ]
         return torch.stack(means, dim=1)
@@ -178,8 +181,8 @@ class MapUpsampling(nn.Module):
         return lowest if self.floor is None else torch.minimum(lowest, self.floor)
 
 
-def _mean_of_highest(flat: Tensor, top: float, count: int) -> Tensor:
-    return flat.topk(max(1, round(top * count)), dim=1).values.mean(1)
+def _mean_of_highest(flat: Tensor, count: int) -> Tensor:
+    return flat.topk(max(1, count), dim=1).values.mean(1)
 
 
 def learn_units(graph: nn.Module, good: Iterable[Tensor]) -> None:
