@@ -144,7 +144,7 @@ class MapUpsampling(nn.Module):
     def scores(self, grid: Tensor, top: float) -> Tensor:
         """(B,) from (B, …, h, w): the mean of the most anomalous places, a share `top` of all, one at least.
 
-        Of several zones it is the highest of their means, over as many places in each, but no more than a quarter of it.
+        Of several zones it is the highest of their means, over as many places in each, at most a quarter of it.
         """
         flat = grid.flatten(1)
         if self.zones is None:
