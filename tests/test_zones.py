@@ -368,6 +368,8 @@ def test_the_command_line_takes_zones_and_says_where(tmp_path):
     assert "left.png  zone calm" in told.stdout and "right.png  zone noisy" in told.stdout
     about = command("info", results / "first").stdout
     assert "calm: stopped above" in about and "foot: ignored" in about and "1 in 10 good parts" in about
+    more = ["--config", results / "first/run.json", "--ignore", "more=1%,1% 9%,1% 9%,9%", "--print-config"]
+    assert "more" in command("train", "patchcore", tmp_path / "panel", *more).stdout  # beside those of the file
     for again in (["--zones", results / "first/zones.json"], ["--config", results / "first/run.json"]):
         run = command("train", "patchcore", tmp_path / "panel", *again, *small, "--name", "again", "--overwrite")
         assert run.returncode == 0, run.stderr

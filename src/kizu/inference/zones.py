@@ -90,14 +90,17 @@ def _known(size: tuple[int, int] | None) -> tuple[int, int]:
 
 
 def _saved(file: str) -> list[object]:
-    """The zones in a file that kizu wrote: a list, or a run.json."""
+    """The zones in a file that kizu wrote, a list or a run.json, or in the text of such a list."""
+    text = file
     try:
-        files.check_regular(Path(file), MAX_BYTES)
-        value = json.loads(Path(file).read_text(encoding="utf-8-sig"))
+        if not file.lstrip().startswith("["):
+            files.check_regular(Path(file), MAX_BYTES)
+            text = Path(file).read_text(encoding="utf-8-sig")
+        value = json.loads(text)
     except OSError as error:
         raise DataError(f"{file} cannot be read: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{file} is not JSON ({error})") from None
+        raise DataError(f"{file[:60]} is not JSON ({error})") from None
     if isinstance(value, dict):
         config = value.get("config", value)
         value = config.get("zones") if isinstance(config, dict) else None

@@ -148,13 +148,14 @@ def _zones(data: str | None, options: dict[str, Any]) -> dict[str, Any]:
     def photograph() -> tuple[int, int]:
         if data is None:
             raise OptionError("corners in pixels are of DATA's photographs: name it, or write them in percent")
-        height, width = next(s for s in find_data(data, options).samples if s.split == "train").read()[1]
+        train = [sample for sample in find_data(data, options).samples if sample.split == "train"]
+        if not train:
+            raise OptionError(f"{data} holds no photograph that corners in pixels could be of: write them in percent")
+        height, width = train[0].read()[1]
         return width, height
 
-    text = str(options["zones"] or "")
-    if text.lstrip().startswith("["):
-        return {"zones": text}
-    zones = read_zones(options["inspect"], options["ignore"], file=text, false_alarms=rates, photograph=photograph)
+    file = str(options["zones"] or "")
+    zones = read_zones(options["inspect"], options["ignore"], file=file, false_alarms=rates, photograph=photograph)
     return {"zones": zones}
 
 
