@@ -7,6 +7,7 @@ python benchmarks/false_alarms.py DATA… --seconds 40                  a while 
 python benchmarks/false_alarms.py --learn 12 --copies 5               five photographs of each part, as `fit` takes them
 python benchmarks/false_alarms.py --learn 40 --quarters               four photographs of each part, in splits by part
 python benchmarks/false_alarms.py --zones                             three zones inspected, each on its own, and one ig
+python benchmarks/false_alarms.py --sizes                             regions of 40 pixels and 8 in length stop a part
 python benchmarks/false_alarms.py --quick                             a rendered category, a few splits
 
 All good images of a category, training and test, are one pool. A split learns from some of them and judges the rest,
@@ -67,6 +68,7 @@ ZONES = kizu.read_zones(
     ],
     ["foot=0%,85% 100%,85% 100%,100% 0%,100%"],
 )
+SIZES = {"min_area": 40, "min_length": 8}  # of photographs as the network sees them
 Scores = npt.NDArray[np.float64]
 
 
@@ -106,6 +108,7 @@ def main() -> None:
     parser.add_argument(
         "--zones", action="store_true", help="of the frame: left, middle and right; the foot is ignored"
     )
+    parser.add_argument("--sizes", action="store_true", help="smaller regions than those of SIZES do not matter")
     parser.add_argument("--size", type=int, default=160, help="of the photographs as the network sees them")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="of each category; the next call goes on")
     parser.add_argument("--quick", action="store_true")
@@ -120,6 +123,7 @@ def main() -> None:
     start = time.perf_counter()
     name = f"false_alarms_{options.method}" + (f"_copies_{options.copies}" if options.copies > 1 else "")
     name += ("_quarters" if options.quarters else "") + ("_zones" if options.zones else "")
+    name += "_sizes" if options.sizes else ""
     kept = RESULTS / f".{name}_{options.size}.jsonl"  # every score of every training, to go on from
     resumable = not (options.quick or settings)
     before = kept.read_text().splitlines() if kept.exists() and resumable else []
@@ -160,7 +164,8 @@ def fits(
     kind: str,
 ) -> Iterator[dict[str, Any]]:
     """What each training says: the scores behind its level, of its own images, of the other good ones, of defects."""
-    config = build(CONFIGS[options.method], settings | ({"zones": ZONES} if options.zones else {}))
+    rules = {**({"zones": ZONES} if options.zones else {}), **(SIZES if options.sizes else {})}
+    config = build(CONFIGS[options.method], settings | rules)
     samples = data.select(category)
     parts = 4 if options.quarters else 1  # photographs of each part
     good, bad = (
@@ -218,7 +223,7 @@ def judged(detector: Detector, photos: npt.NDArray[np.uint8], each: int = 1) -> 
     peaks: list[float] = []
     for start in range(0, len(photos), 16):
         seen = [detector.preprocessing(photo.transpose(1, 2, 0)) for photo in photos[start : start + 16]]
-        some, maps = detector(np.ascontiguousarray(np.stack(seen).transpose(0, 3, 1, 2)))
+        some, maps = detector.score_images(np.ascontiguousarray(np.stack(seen).transpose(0, 3, 1, 2)))
         scores += some.tolist()
         peaks += maps.max((1, 2, 3)).tolist()
     by_part = (np.reshape(values, (-1, each)).max(1).tolist() for values in (scores, peaks))

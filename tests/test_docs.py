@@ -231,3 +231,17 @@ def test_the_published_columns_are_the_measured_ones():
         _, *rows = csv.reader((ROOT / "benchmarks" / "results" / table).read_text().splitlines())
         for row in rows:
             assert f"| {' | '.join(row)} |" in text, row
+
+
+def test_the_published_sizes_are_the_measured_ones():
+    with (ROOT / "benchmarks" / "results" / "sizes.csv").open() as file:
+        rows = {(r["category"], r["input"], r["contrast"], r["diameter"]): r for r in csv.DictReader(file)}
+    lines = (ROOT / "docs" / "sizes.md").read_text().splitlines()
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if re.match(r"\| \d+ \|", line)]
+    columns = [(c, i, k) for i in ("320", "640") for c in ("bottle", "pill") for k in ("60", "150")]
+    assert len(table) == 8
+    for diameter, *cells in table:
+        for (category, size, contrast), cell in zip(columns, cells, strict=True):
+            row = rows[category, size, contrast, diameter]
+            marked, painted = map(int, row["marked"].split(" of "))
+            assert cell == (row["length"] if 2 * marked >= painted else "–")

@@ -192,7 +192,7 @@ def _checked_key(name: str, variable: str, given: str | None) -> str | None:
     type=click.Choice(["all", "stop"]),
     default="all",
     show_default=True,
-    help="Verdicts for --webhook and --mqtt.",
+    help="Verdicts for --webhook and --mqtt. With stop also those that ask.",
 )
 @click.option("--move-bad", metavar="DIR", help="Move photographs of stopped parts there.")
 @click.option(
@@ -315,7 +315,7 @@ def _sinks(
     from kizu.serving.watch.remote import MqttSink, WebhookSink
     from kizu.serving.watch.sinks import CsvSink, HistorySink
 
-    only = "stop" if options["notify"] == "stop" else None
+    only = ("stop", "ask") if options["notify"] == "stop" else None
     sinks: list[Sink] = []
     if options["csv_file"]:
         sinks.append(CsvSink(Path(options["csv_file"]), ledger))
@@ -330,4 +330,4 @@ def _sinks(
 
 def _say(row: dict[str, Any]) -> None:
     score = "" if row["score"] is None else f"{row['score']:.6g}"
-    click.echo(f"{coloured(row['verdict'])}  {score:9}  {row['image']}  {row['error']}".rstrip())
+    click.echo(f"{coloured(row['verdict'])}  {score:9}  {row['image']}  {row['error'] or row['cannot_judge']}".rstrip())

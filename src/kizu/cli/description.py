@@ -5,13 +5,16 @@ import math
 from pathlib import Path
 from typing import Any
 
+from kizu.calibration.sizes import what_matters
 from kizu.calibration.threshold import Threshold, one_in
-from kizu.config import Config
+from kizu.config import Config, OtherConfig, build
 from kizu.detectors import config_class
 from kizu.errors import KizuError, ModelError
 from kizu.inference.parity import Difference, Tolerance
 
 __all__ = ["describe_model"]
+
+SAID = ("zones", "sizes")  # facts that have lines of their own
 
 
 def describe_model(folder: Path) -> dict[str, Any]:
@@ -33,7 +36,8 @@ def describe_model(folder: Path) -> dict[str, Any]:
             else "none: nothing is stopped",
             "promise": threshold.statement,
             **_zones(about),
-            "facts": [f"{key}: {_plain(value)}" for key, value in about["facts"].items() if key != "zones"],
+            **_sizes(about),
+            "facts": [f"{key}: {_plain(value)}" for key, value in about["facts"].items() if key not in SAID],
             "settings": _settings(about["method"], config),
             "versions": ", ".join(f"{key} {value}" for key, value in about["versions"].items()),
             "size on disk": f"{sum(f.stat().st_size for f in folder.iterdir()) / 1e6:.1f} MB",
@@ -52,6 +56,12 @@ def _settings(method: str, config: dict[str, Any]) -> list[str]:
         f"{key}: {_plain(value)}" for key, value in config.items() if defaults.get(key, ...) != value and key != "zones"
     ]
     return [*chosen, f"{'all have' if not chosen else 'the others have'} their defaults (model.json lists each)"]
+
+
+def _sizes(about: dict[str, Any]) -> dict[str, Any]:
+    """What is too small to matter, for a model that has such rules."""
+    sentence = what_matters(build(OtherConfig, about["config"]))
+    return {"sizes": sentence} if sentence else {}
 
 
 def _zones(about: dict[str, Any]) -> dict[str, Any]:

@@ -137,6 +137,15 @@ def zone_options(command: click.Command) -> None:
             multiple=True,
             help="Share of good parts that this zone alone may stop, as print=0.005. Repeatable.",
         ),
+        *(
+            click.Option(
+                [f"--zone-{name}"],
+                metavar=f"NAME={value}",
+                multiple=True,
+                help=f"--{name} for this zone, instead of the one for all. Repeatable.",
+            )
+            for name, value in (("min-area", "AREA"), ("min-length", "LENGTH"), ("max-count", "COUNT"))
+        ),
         click.Option(["--ignore"], metavar=what, multiple=True, help="Ignore this part of the frame. Repeatable."),
     ]
 

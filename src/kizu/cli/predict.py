@@ -46,11 +46,11 @@ def predict(model: str, images: tuple[str, ...], csv_file: str | None, overlays:
         sentence = "The pictures of --why are grey where the good part should be: this model keeps no pictures of those"
         click.echo(f"Note: {sentence} that it learned from. Train it with --thumbnails.", err=True)
     if csv_file:
-        write_csv(Path(csv_file), rows)
+        write_csv(Path(csv_file), rows, detector)
     if options["as_json"]:
         terminal.print_json([row.to_json() for row in rows])
     else:
-        terminal.print_verdicts(rows, options)
+        terminal.print_verdicts(rows, options, measured=detector.measured_on is not None)
     if options["profile"]:
         readable = [path for path, row in zip(paths, rows, strict=True) if not row.error]
         spent = profile(detector, readable) if readable else {}

@@ -180,19 +180,25 @@ def _result_row(result: "CategoryResult", names: dict[str, str]) -> dict[str, st
     }
 
 
-def print_verdicts(rows: "Sequence[FileVerdict]", options: dict[str, Any]) -> None:
+def print_verdicts(rows: "Sequence[FileVerdict]", options: dict[str, Any], *, measured: bool = False) -> None:
+    """A line for each photograph, and below one that is stopped why; if `measured`, the size of what is marked."""
     for row in rows:
         if row.error:
             click.echo(f"{coloured('error')}  {row.image}: {flagged(row.error)}")
-        elif not options["quiet"] or row.verdict == "stop":
+        elif not options["quiet"] or row.verdict in ("stop", "ask"):
             zone = f"  zone {row.zone}" if row.zone and row.verdict == "stop" else ""
             click.echo(f"{coloured(row.verdict)}  {row.score:10.4f}  p {row.p_value:<7.3g} {row.image}{zone}")
+            if row.cannot_judge:
+                click.echo(f"{'':19}cannot be judged: {row.cannot_judge}")
             if row.verdict == "stop" and row.parts:
                 click.echo(f"{'':19}{_explanation(row.parts)}")
-            elif row.verdict == "stop" and not row.regions:
+            elif row.verdict == "stop" and not row.regions and not row.cannot_judge:
                 click.echo(f"{'':19}{NOT_OUTLINED}")
+            for region in row.regions if measured else ():
+                small = "" if region.matters else ", too small to matter"
+                click.echo(f"{'':19}{region.size} at {region.place[0]}, {region.place[1]}{small}")
     if not options["quiet"]:
-        counts = {word: sum(row.verdict == word for row in rows) for word in ("stop", "pass", "error")}
+        counts = {word: sum(row.verdict == word for row in rows) for word in ("stop", "pass", "ask", "error")}
         threshold = next((row.threshold for row in rows if not row.error), None)
         counted = ", ".join(f"{number} {word}" for word, number in counts.items() if number)
         click.echo(f"\n{counted}" + ("" if threshold is None else f"; stopped above {threshold:.4f}"), err=True)

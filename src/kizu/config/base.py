@@ -4,7 +4,7 @@ The command line's options, the API's keyword arguments and the saved model's JS
 a name is written once.
 """
 
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
@@ -81,11 +81,37 @@ class Config(Augmented):
         (),
         description="Zones as a run's zones.json holds them: parts of the frame that are inspected or ignored.",
     )
+    min_area: float | None = Field(
+        None,
+        gt=0,
+        description="Smallest area that matters: smaller marked regions stop no part. In pixels of the photograph, or "
+        "in mm² with `pixel_size`.",
+    )
+    min_length: float | None = Field(
+        None, gt=0, description="Smallest length that matters, in pixels, or in mm with `pixel_size`."
+    )
+    max_count: int | None = Field(
+        None, ge=0, le=1000, description="How many regions that matter a part may have. Default with a size: none."
+    )
+    pixel_size: float | None = Field(
+        None, gt=0, description="Millimetres that a pixel of the photograph shows: sizes are in mm."
+    )
+    cannot_judge: Literal["ask", "stop", "pass"] | None = Field(
+        None,
+        description="What becomes of a photograph taken unlike the good ones, as out of focus, too dark, moved or of "
+        "another part: ask (a third verdict), stop the part or let it pass. Default: it is judged as any other.",
+    )
     smoothing: float = Field(4.0, ge=0, le=64, description="Gaussian smoothing of the anomaly map: σ in input pixels.")
     false_alarms: float = Field(
         0.02, gt=0, lt=1, description="Share of good parts that may be stopped: 0.02 is 1 in 50."
     )
     seed: int = Field(0, ge=0, lt=2**32, description="Seed of everything random.")
+
+    @property
+    def rules_sizes(self) -> bool:
+        """Whether regions of some size stop a part, or more of them than some number, instead of any score."""
+        limits = ("min_area", "min_length", "max_count")
+        return any(getattr(settings, name) is not None for settings in (self, *self.zones) for name in limits)
 
     @property
     def own_rates(self) -> dict[int, float]:

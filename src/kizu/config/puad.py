@@ -68,6 +68,11 @@ class PUADConfig(Config):
     @model_validator(mode="after")
     def _settings_fit(self) -> "PUADConfig":
         build(BASES[self.base], self._for_base)
+        if self.rules_sizes:
+            raise ValueError(
+                "PUAD scores a photograph as a whole, and `min_area`, `min_length` and `max_count` are of marked "
+                f"regions: use {self.base}"
+            )
         if self.exact and self.balance != 0.5:
             raise ValueError("`exact=True` adds both scores with equal weight: it goes with no `balance`")
         return self

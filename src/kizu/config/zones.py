@@ -21,6 +21,7 @@ class Zone(BaseModel):
     `rings` are polygons of corners (x, y), in shares of the photograph's width and height: those that run clockwise are
     in the zone, those that run the other way are holes in it. A zone is inspected, with a threshold of its own, or
     `ignored`. With `false_alarms` it has a promise of its own: the share of good parts that this zone alone may stop.
+    `min_area`, `min_length` and `max_count` say what is too small to matter there, instead of what they say for all.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -29,6 +30,9 @@ class Zone(BaseModel):
     rings: tuple[Ring, ...] = Field(min_length=1)
     ignored: bool = False
     false_alarms: float | None = Field(None, gt=0, lt=1)
+    min_area: float | None = Field(None, gt=0)
+    min_length: float | None = Field(None, gt=0)
+    max_count: int | None = Field(None, ge=0, le=1000)
 
     @model_validator(mode="after")
     def _covers_something(self) -> "Zone":
@@ -36,6 +40,8 @@ class Zone(BaseModel):
             raise ValueError(f"a zone's name is a line of text without blanks around it, not {self.name!r}")
         if self.ignored and self.false_alarms is not None:
             raise ValueError(f"zone {self.name} is ignored: it stops no part, and has no rate of false alarms")
+        if self.ignored and not self.min_area is self.min_length is self.max_count is None:
+            raise ValueError(f"zone {self.name} is ignored: nothing in it matters, whatever its size")
         if any(abs(area(ring)) < 1e-9 for ring in self.rings):
             raise ValueError(f"zone {self.name} has an outline that covers nothing")
         return self

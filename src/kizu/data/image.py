@@ -227,8 +227,8 @@ def overlay(rgb: RGB, values: Float, low: float, high: float, threshold: float |
     return np.asarray(mixed, dtype=np.uint8)
 
 
-def framed(rgb: RGB, boxes: Sequence[tuple[int, int, int, int]]) -> RGB:
-    """A picture with numbered frames around boxes (left, top, width, height)."""
+def framed(rgb: RGB, boxes: Sequence[tuple[int, int, int, int]], matter: int | None = None) -> RGB:
+    """A picture with numbered frames around boxes (left, top, width, height); but for the first `matter`, grey ones."""
     if not boxes:
         return rgb
     canvas = Image.fromarray(rgb)
@@ -238,9 +238,10 @@ def framed(rgb: RGB, boxes: Sequence[tuple[int, int, int, int]]) -> RGB:
     font = ImageFont.load_default(size=max(10, round(side / 24)))
     for number, (left, top, across, down) in enumerate(boxes, 1):
         corners = left - gap, top - gap, left + across - 1 + gap, top + down - 1 + gap
-        pen.rectangle(corners, outline=(255, 255, 255), width=width)
+        colour = (255, 255, 255) if matter is None or number <= matter else (128, 128, 128)
+        pen.rectangle(corners, outline=colour, width=width)
         x, y = max(0, corners[0]), max(0, corners[1])
-        pen.text((x + 2 * width, y + width), str(number), (255, 255, 255), font, stroke_width=width, stroke_fill=0)
+        pen.text((x + 2 * width, y + width), str(number), colour, font, stroke_width=width, stroke_fill=0)
     return np.asarray(canvas)
 
 

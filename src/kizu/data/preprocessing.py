@@ -124,6 +124,11 @@ class Preprocessing:
         scaled = self._scaled(frame)
         return replace(self, zones=ZoneMap.of(zones, frame, scaled, *self._corner(scaled), self.size))
 
+    def pixel(self, shape: tuple[int, int]) -> tuple[float, float]:
+        """How many pixels of a photograph of `shape` one of the network's input shows: (high, wide)."""
+        scaled = self._scaled(shape)
+        return shape[0] / scaled[0], shape[1] / scaled[1]
+
     def _scaled(self, shape: tuple[int, ...]) -> tuple[int, int]:
         """The size of the whole photograph, of which the network sees the middle."""
         if self.resize is None:
@@ -217,6 +222,7 @@ class Stack:
         self._count = 0
         self._digest = hashlib.blake2b(digest_size=16)
         self.digests: list[str] = []  # of each photograph, to know it again
+        self.shapes: list[tuple[int, int]] = []  # (height, width) of each as it was read
         fits = most * self._bytes <= memory
         self._array = np.empty((most, *self._shape), np.uint8) if fits else None
         self._file = None if fits else tempfile.TemporaryFile(prefix="kizu")  # noqa: SIM115
@@ -231,8 +237,9 @@ class Stack:
         if self._file is not None:
             self._file.close()
 
-    def append(self, pixels: npt.NDArray[np.uint8]) -> None:
-        """Add photographs (B, 3, h, w)."""
+    def append(self, pixels: npt.NDArray[np.uint8], shapes: Sequence[tuple[int, int]] | None = None) -> None:
+        """Add photographs (B, 3, h, w), each read from one of (height, width); without `shapes`, as large as here."""
+        self.shapes += [self._shape[1:]] * len(pixels) if shapes is None else shapes
         self._digest.update(pixels.data)
         self.digests += digests(pixels)
         if self._array is not None:
@@ -270,6 +277,7 @@ class Stack:
                 self._file.seek(place * self._bytes)
                 self._file.write(photo.data)
         self.digests = [self.digests[number] for number in numbers]
+        self.shapes = [self.shapes[number] for number in numbers]
         self._count = len(numbers)
         if self._file is not None:
             self._file.truncate(self._count * self._bytes)

@@ -3,9 +3,8 @@
 import math
 import os
 import shutil
-import statistics
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
@@ -22,24 +21,26 @@ from torch import Tensor, nn
 from kizu.calibration.copies import first_of_each_part
 from kizu.calibration.groups import named, recognised
 from kizu.calibration.outliers import find_outliers
-from kizu.calibration.threshold import calibrate, images_needed, refuse
+from kizu.calibration.sizes import what_matters
+from kizu.calibration.threshold import images_needed, refuse
 from kizu.config import BackboneConfig, Config, build
 from kizu.data import dataset, files, image
 from kizu.data.image import Float
 from kizu.data.preprocessing import Preprocessing, Readable, Stack, batches
 from kizu.data.progress import Progress, silent
 from kizu.detectors.augmentation import Augmentation
-from kizu.detectors.fitting import AfterRound, FitContext, FitResult, View, ignore_round, timed
+from kizu.detectors.fitting import AfterRound, FitContext, FitResult, Outcomes, View, captures_of, ignore_round, timed
 from kizu.detectors.own_rates import with_own_rates
 from kizu.detectors.ram import budget
 from kizu.errors import BadImage, DataError, ModelError, OptionError
 from kizu.features.anomaly_map import learn_units
 from kizu.features.backbone import weights_hash
+from kizu.features.safe_load import refuse_not_finite
 from kizu.inference import model_folder, model_json
 from kizu.inference.inspector import BATCH, Inspector
 from kizu.inference.prediction import name_of, path_of, readable
 
-__all__ = ["UNFITTED", "Detector", "gpu_device", "items_of", "refuse_not_finite"]
+__all__ = ["UNFITTED", "Detector", "items_of"]
 
 BATCH_SIZE = {"cpu": 4, "cuda": 32}  # while learning: on a CPU more images are no faster and take more memory
 CALIBRATION_BYTES = 1 << 30  # of photographs kept in memory to set a threshold by
@@ -143,7 +144,8 @@ class Detector(Inspector):
         with timed("alignment", self.seconds) if self.config.align else nullcontext():
             view = View.learned(self.config, self.preprocessing, good, progress)
         self.preprocessing = view.preprocessing
-        self.remarks += view.remarks
+        self.measure_on(view.measured_on)
+        self.remarks += [*view.remarks, *filter(None, [what_matters(self.config)])]
         return view
 
     def _memory_bytes(self, memory: str | int | None) -> int:
@@ -156,10 +158,12 @@ class Detector(Inspector):
     ) -> Self:
         """Learn, remember from what, and set the thresholds; `groups` of the photos, and of those held out."""
         self.check_promise(len({*groups[0]}), len({*groups[1]}))
+        self.captures = captures_of(self.config, [context.photos, context.held_out])
         result = self.learn(context)
         numbers = (groups[1] if len(context.held_out) else groups[0]) if self.grouped else None
         result = with_own_rates(result.of_groups(numbers), self.config, numbers)
         result.facts = {**result.facts, **context.facts(result)}
+        self.measure_on(self.measured_on, result.map_levels)
         self.training = {"images": 0, "names": [], "digests": [], "suspects": [], "copies": copies}
         self.good_items, self.thumbnails = [], []
         self.remember(context.photos, items, result.loo_scores)
@@ -206,7 +210,7 @@ class Detector(Inspector):
         chosen, rest = ([n for n, group in enumerate(groups) if (group in aside) is kind] for kind in (True, False))
         held_out = Stack(len(chosen), self.preprocessing.size, len(chosen) * photos.batch(0, 1).nbytes)
         for number in chosen:
-            held_out.append(photos.batch(number, number + 1))
+            held_out.append(photos.batch(number, number + 1), photos.shapes[number : number + 1])
         photos.keep(rest)
         return held_out, [items[n] for n in rest], [[groups[n] for n in rest], [groups[n] for n in chosen]]
 
@@ -300,7 +304,7 @@ class Detector(Inspector):
         self.facts = result.facts
         self.calibration_scores, self.map_peaks = result.scores, result.map_peaks
         self.threshold = replace(self.calibrated(rate), grouped=self.grouped)
-        self.pixel_threshold = calibrate(result.map_peaks, rate).value
+        self.pixel_threshold = self.calibrated_pixels(rate)
         top = self.pixel_threshold if math.isfinite(self.pixel_threshold) else result.map_median + 1
         self.heat_map_range = (result.map_median, 2 * top - result.map_median)  # the pixel threshold lies in the middle
         return self
@@ -355,6 +359,7 @@ class Detector(Inspector):
             "config": self.config.model_dump(mode="json"),
             "backbone": self.pretrained(),
             **({} if (alignment := self.preprocessing.alignment) is None else {"alignment": alignment.to_json()}),
+            **({} if self.captures is None else {"captures": self.captures.to_json()}),
             "threshold": {
                 "value": self.threshold.value if self.threshold.count else None,
                 "rate": self.threshold.rate,
@@ -408,19 +413,25 @@ class Detector(Inspector):
 
         `default_median` stands for the typical value of a good pixel where there are no photos.
         """
-        scores: list[float] = []
-        peaks: list[float] = []
-        medians: list[float] = []
-        for _, pixels in self.stream(photos, "Threshold", progress, only=only):
-            batch_scores, maps = graph(pixels)
-            scores += batch_scores.tolist()
-            peaks += maps.flatten(1).amax(1).tolist()
-            medians += maps.flatten(1).median(1).values.tolist()
-        median = statistics.median(medians) if medians else default_median
-        indices = list(range(len(photos)) if only is None else only)
-        again = partial(self.score_held_out, graph, photos, silent, only=only, default_median=default_median)
-        facts = self.facts if facts is None else facts
-        return FitResult(graph, scores, peaks, median, facts, scored_indices=indices, again=again)
+        found = self.outcomes(
+            lambda: (graph(pixels) for _, pixels in self.stream(photos, "Threshold", progress, only=only))
+        )
+        return FitResult(
+            graph,
+            found.scores,
+            found.peaks,
+            found.median(default_median),
+            self.facts if facts is None else facts,
+            scored_indices=list(range(len(photos)) if only is None else only),
+            again=partial(self.score_held_out, graph, photos, silent, only=only, default_median=default_median),
+            map_levels=self.map_levels,
+        )
+
+    def outcomes(self, batches: Callable[[], Iterable[tuple[Tensor, Tensor]]]) -> Outcomes:
+        """What is kept of scores (B,) and maps (B, 1, H, W) of good images; the first say where sizes begin."""
+        if self.measured_on is not None and self.map_levels is None:
+            self.measure_on(self.measured_on, Outcomes.levels(batches()))
+        return Outcomes.of(batches(), self.size_rules)
 
     def stream(
         self, photos: Stack, stage: str, progress: Progress, *, only: Sequence[int] | None = None, copies: int = 0
@@ -458,7 +469,7 @@ class Detector(Inspector):
         items_read: list[Readable] = []
         errors: list[BadImage] = []
         for batch in batches(items, self.preprocessing, workers=self.workers):
-            photos.append(batch.pixels)
+            photos.append(batch.pixels, batch.shapes)
             items_read += batch.items
             errors += [error for _, error in batch.failures]
             progress("Reading", len(items_read) + len(errors), len(items))
@@ -472,14 +483,6 @@ class Detector(Inspector):
         return photos, items_read
 
 
-def gpu_device(number: int) -> torch.device:
-    """A GPU by its number, or the CPU for -1. Raises `OptionError` where there is none of that number."""
-    count = torch.cuda.device_count()
-    if number >= count:
-        raise OptionError(f"`gpu={number}`: this machine has {count} that torch can use; -1 is the CPU")
-    return torch.device("cpu" if number < 0 else f"cuda:{number}")
-
-
 def items_of(good: str | os.PathLike[str] | Iterable[Any]) -> list[Readable]:
     """Whatever `fit` takes, as a list of things to read."""
     if isinstance(good, str | os.PathLike):
@@ -488,12 +491,3 @@ def items_of(good: str | os.PathLike[str] | Iterable[Any]) -> list[Readable]:
             raise DataError(f"{good} holds {len(data.categories)} categories; fit one: {', '.join(data.categories)}")
         return list(data.select(split="train"))
     return [readable(item) for item in good]
-
-
-def refuse_not_finite(tensors: Mapping[str, Tensor], name: str) -> None:
-    """Raise `ModelError` where a tensor holds a value that is no finite number; a single value may be infinite."""
-    for key, tensor in tensors.items():
-        if tensor.is_floating_point() and not (
-            tensor.isfinite().all() if tensor.numel() > 1 else ~tensor.isnan().any()
-        ):
-            raise ModelError(f"{name}: the model is damaged ({key} holds values that are no finite numbers)")

@@ -1,36 +1,100 @@
 """What a fit gives a method, and what the method makes of it."""
 
+import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from kizu.calibration.captures import Captures
 from kizu.calibration.groups import highest
+from kizu.calibration.sizes import Levels, SizeRules
 from kizu.calibration.threshold import percent
 from kizu.data.geometry.alignment import Alignment
-from kizu.data.geometry.zones import Outlined
 from kizu.data.image import WHITE
 from kizu.data.preprocessing import BitDepth, Preprocessing, Readable, Stack
 from kizu.data.progress import Progress, silent
 from kizu.detectors.ram import release
-from kizu.errors import BadImage
+from kizu.errors import BadImage, OptionError
 from kizu.features.anomaly_map import units_of
 
-__all__ = ["AfterRound", "FitContext", "FitResult", "Split", "View", "ignore_round", "timed"]
+__all__ = [
+    "AfterRound",
+    "FitContext",
+    "FitResult",
+    "Outcomes",
+    "Split",
+    "View",
+    "captures_of",
+    "gpu_device",
+    "ignore_round",
+    "timed",
+]
 
+FEW = 8  # batches of maps that say which levels are usual
+HIGH = 0.99  # of the pixels of good parts
 ALIGNED = 32  # photographs that the reference pose is learned from
 ALIKE = 0.5  # likeness below which photographs do not show one part
 AfterRound = Callable[[nn.Module, int], None]  # hears of each round of a training: the graph as it is, and the number
 
 
+@dataclass(frozen=True)
+class Outcomes:
+    """What is kept of a graph's scores and maps of good images."""
+
+    scores: list[float] = field(default_factory=list)
+    peaks: list[float] = field(default_factory=list)  # the maximum of each map
+    medians: list[float] = field(default_factory=list)  # and its median
+
+    @classmethod
+    def of(cls, batches: Iterable[tuple[Tensor, Tensor]], rules: SizeRules | None) -> Self:
+        """Of scores (B,) and maps (B, 1, H, W); with rules for sizes, the scores follow from the maps."""
+        outcomes = cls()
+        for scores, maps in batches:
+            outcomes.scores.extend((scores if rules is None else rules.scores(maps.numpy(force=True))).tolist())
+            outcomes.peaks.extend(maps.flatten(1).amax(1).tolist())
+            outcomes.medians.extend(maps.flatten(1).median(1).values.tolist())
+        return outcomes
+
+    @staticmethod
+    def levels(batches: Iterable[tuple[Tensor, Tensor]]) -> Levels:
+        """Of the first maps (B, 1, H, W)."""
+        maps = [anomaly_map for _, maps in islice(batches, FEW) for anomaly_map in maps.flatten(1)] or [torch.zeros(1)]
+        medians, highs = ([float(values.quantile(share)) for values in maps] for share in (0.5, HIGH))
+        return Levels(statistics.median(medians), statistics.median(highs))
+
+    def median(self, default: float) -> float:
+        """What is typical of the maps; `default` where there are none."""
+        return statistics.median(self.medians) if self.medians else default
+
+
 def ignore_round(graph: nn.Module, number: int) -> None:
     """Nobody looks at the rounds."""
+
+
+def gpu_device(number: int) -> torch.device:
+    """A GPU by its number, or the CPU for -1. Raises `OptionError` where there is none of that number."""
+    count = torch.cuda.device_count()
+    if number >= count:
+        raise OptionError(f"`gpu={number}`: this machine has {count} that torch can use; -1 is the CPU")
+    return torch.device("cpu" if number < 0 else f"cuda:{number}")
+
+
+def captures_of(config: Any, stacks: Sequence[Stack]) -> Captures | None:
+    """How the photographs of stacks were taken, where a config asks what to do with others."""
+    if config.cannot_judge is None:
+        return None
+    return Captures.learned(
+        (stack.batch(number, number + 1)[0], shape) for stack in stacks for number, shape in enumerate(stack.shapes)
+    )
 
 
 @contextmanager
@@ -108,6 +172,7 @@ class View:
     bit_depth: BitDepth | None = None
     one_pose: OnePose | None = None
     remarks: list[str] = field(default_factory=list)
+    measured_on: tuple[int, int] | None = None  # height and width of photographs, where sizes matter
 
     @classmethod
     def learned(
@@ -123,7 +188,13 @@ class View:
         if one_pose is not None:
             preprocessing = one_pose.preprocessing
             remarks.append(one_pose.remark)
-        return cls(_outlined(preprocessing, config.zones, items), depth, one_pose, remarks)
+        sized = config.rules_sizes or config.pixel_size is not None
+        frame = _first_shape(preprocessing, items) if config.zones or sized else None
+        if config.zones and frame is not None:
+            preprocessing = preprocessing.outlined(config.zones, frame)
+            assert preprocessing.zones is not None
+            preprocessing.zones.check()
+        return cls(preprocessing, depth, one_pose, remarks, frame if sized else None)
 
     def facts(self, graph: nn.Module) -> dict[str, Any]:
         """What is worth knowing of it, once a graph has learned."""
@@ -137,17 +208,14 @@ class View:
         return facts
 
 
-def _outlined(preprocessing: Preprocessing, zones: Sequence[Outlined], items: Sequence[Readable]) -> Preprocessing:
-    """The same for a config's zones, which were outlined on photographs like the first that can be read."""
-    for item in items if zones else ():
+def _first_shape(preprocessing: Preprocessing, items: Sequence[Readable]) -> tuple[int, int] | None:
+    """(height, width) of the first photograph that can be read."""
+    for item in items:
         try:
-            with_zones = preprocessing.outlined(zones, preprocessing.read(item, preprocessing.enough)[1])
+            return preprocessing.read(item, preprocessing.enough)[1]
         except BadImage:  # it is reported when all are read
             continue
-        assert with_zones.zones is not None
-        with_zones.zones.check()
-        return with_zones
-    return preprocessing
+    return None
 
 
 @dataclass(frozen=True)
@@ -181,6 +249,8 @@ class FitContext:
         facts = {} if self.view is None else self.view.facts(result.graph)
         if result.level is not None:
             facts["zones"]["level"] = result.level
+        if self.view is not None and self.view.measured_on is not None and result.map_levels is not None:
+            facts["sizes"] = {"frame": self.view.measured_on, **result.map_levels._asdict()}
         return facts
 
     def timed(self, stage: str) -> AbstractContextManager[None]:
@@ -201,6 +271,7 @@ class FitResult:
     scored_indices: list[int] = field(default_factory=list)  # which held-out images, or else photos, were scored
     again: Callable[[], "FitResult"] | None = None  # the same once more, for a graph that was changed meanwhile
     level: float | None = None  # the threshold, where the scores alone do not give it
+    map_levels: Levels | None = None  # of maps of good parts, where sizes are measured
 
     def of_groups(self, groups: Sequence[int] | None) -> "FitResult":
         """The same with one score and one peak for each group: the highest of its images. `groups` numbers each.

@@ -10,8 +10,9 @@ from safetensors.torch import load_file
 
 from kizu.config import build
 from kizu.detectors import detector_class
-from kizu.detectors.base import Detector, refuse_not_finite
+from kizu.detectors.base import Detector
 from kizu.errors import ModelError
+from kizu.features.safe_load import refuse_not_finite
 from kizu.inference import model_folder, model_json
 
 __all__ = ["load"]

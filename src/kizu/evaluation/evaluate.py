@@ -1,14 +1,16 @@
 """A detector over a test split: per-image rows, per-category results."""
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
+from kizu.calibration.captures import kind_of
 from kizu.calibration.threshold import one_in, percent
 from kizu.data import files, image
 from kizu.data.dataset import Sample
@@ -43,6 +45,8 @@ class ImageScore:
     defect: str  # "good" or the type of defect
     score: float | None  # None when the file could not be read
     error: str = ""  # why not
+    cannot_judge: str = ""  # why no promise covers the photograph,
+    answer: str = ""  # and what the verdict is then
 
 
 @dataclass(frozen=True)
@@ -102,13 +106,15 @@ class CategoryResult:
 
     def count(self, defective: bool, stopped: bool | None = None) -> int:
         """Test images of a kind that could be read, all or those (not) stopped."""
-        verdicts = {None: ("stop", "pass"), True: ("stop",), False: ("pass",)}[stopped]
+        verdicts = {None: ("stop", "pass", "ask"), True: ("stop",), False: ("pass",)}[stopped]
         return sum((row.defect != "good") == defective and self.verdict(row) in verdicts for row in self.scores)
 
-    def verdict(self, row: ImageScore) -> Literal["pass", "stop", "error"]:
-        """What the threshold says of a test image."""
+    def verdict(self, row: ImageScore) -> str:
+        """What the threshold says of a test image; or what becomes of one that cannot be judged, or read."""
         if row.score is None:
             return "error"
+        if row.cannot_judge:
+            return row.answer
         return "stop" if row.score > self.threshold else "pass"
 
     def to_json(self) -> dict[str, Any]:
@@ -153,7 +159,8 @@ def evaluate(
         if isinstance(outcome, BadImage):
             scores.append(ImageScore(name, sample.defect, None, outcome.reason))
         else:
-            scores.append(ImageScore(name, sample.defect, outcome.score))
+            why, answer = outcome.cannot_judge, outcome.verdict if outcome.cannot_judge else ""
+            scores.append(ImageScore(name, sample.defect, outcome.score, cannot_judge=why, answer=answer))
             predictions.append((sample, outcome))
             if maps:
                 image.write_map(targets[sample], _restored(outcome))
@@ -180,10 +187,20 @@ def evaluate(
         zones=_zones(detector, samples),
         pictures=_pictures(predictions, root, seed=detector.config.seed),
         seconds={**detector.seconds, "evaluation": elapsed, "per image": elapsed / max(1, len(scores))},
-        notes=[*detector.remarks, *notes],
+        notes=[*detector.remarks, *_refused(scores), *notes],
         curves=detector.curves,
         outliers=_outliers(detector),
     )
+
+
+def _refused(scores: Sequence[ImageScore]) -> list[str]:
+    """A note on the test images that cannot be judged, by reason."""
+    reasons = Counter(kind_of(row.cannot_judge) for row in scores if row.cannot_judge)
+    if not reasons:
+        return []
+    good = sum(bool(row.cannot_judge) for row in scores if row.defect == "good")
+    each = "; ".join(f"{count} because {reason}" for reason, count in reasons.most_common())
+    return [f"{reasons.total()} test images cannot be judged, {good} of them good ones: {each}."]
 
 
 def measure(

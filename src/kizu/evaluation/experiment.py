@@ -98,7 +98,7 @@ def train(
     In the report, settings that a sentence names are `spelled` as its reader knows them.
     """
     from kizu.detectors import detector_class
-    from kizu.detectors.base import gpu_device
+    from kizu.detectors.fitting import gpu_device
 
     options = options or RunOptions()
     kind = detector_class(method)

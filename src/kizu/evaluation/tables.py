@@ -42,7 +42,9 @@ def predictions_csv(results: Sequence[CategoryResult]) -> str:
             p = "" if row.score is None else f"{p_value(row.score, result.calibration_scores):.6g}"
             threshold = f"{result.threshold:.9g}"
             verdict = result.verdict(row)
-            lines.append([result.category, row.image, row.defect, score, p, verdict, threshold, row.error])
+            lines.append(
+                [result.category, row.image, row.defect, score, p, verdict, threshold, row.error or row.cannot_judge]
+            )
     return csv_text([PREDICTIONS, *lines])
 
 

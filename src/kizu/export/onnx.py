@@ -28,7 +28,7 @@ from kizu.errors import ModelError, OptionError, require
 from kizu.export.precision import MIN_HALVED_SIZE, halve, quantise
 from kizu.inference import model_folder, model_json
 from kizu.inference.engines import open_graph
-from kizu.inference.exported import CASES, TABLES, Exported
+from kizu.inference.exported import CASES, OWN_VERDICTS, TABLES, Exported
 from kizu.inference.exported import load as load_exported
 from kizu.inference.parity import Cases, Tolerance
 from kizu.inference.prediction import readable
@@ -125,6 +125,8 @@ class _Verdict(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         scores, maps, extras = self.detector.forward_with_extras(images)
         exact = scores.double()
+        if self.detector.size_rules is not None:  # the score that counts follows from the map, outside of the graph
+            return scores, maps, *extras.values()
         reached = (self.good >= exact[:, None]).sum(1).double() if len(self.good) else torch.zeros_like(exact)
         return scores, (1 + reached) / (1 + len(self.good)), exact > self.level, maps, *extras.values()
 
@@ -199,7 +201,7 @@ def _torch_cases(detector: Detector, pixels: Pixels, progress: Progress) -> Case
     """What torch says of the pixels."""
     scores, maps = [], []
     for start in range(0, len(pixels), BATCH):
-        batch_scores, batch_maps = detector(pixels[start : start + BATCH])
+        batch_scores, batch_maps = detector.score_images(pixels[start : start + BATCH])
         scores.append(batch_scores)
         maps.append(batch_maps)
         progress("torch", min(start + BATCH, len(pixels)), len(pixels))
@@ -211,7 +213,8 @@ def _write_graph(detector: Detector, file: Path) -> list[str]:
     module = _Verdict(detector).eval()
     example = torch.zeros(2, 3, *detector.preprocessing.size, dtype=torch.uint8)
     with torch.no_grad():
-        names = ["score", "p_value", "verdict", "map", *detector.forward_with_extras(example)[2]]
+        own = OWN_VERDICTS if detector.size_rules is None else ()
+        names = ["score", *own, "map", *detector.forward_with_extras(example)[2]]
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
@@ -293,7 +296,7 @@ def _outcome(model: Exported, truth: Cases, progress: Progress) -> tuple[npt.NDA
     """What an exported model says of all cases."""
     scores, maps = [], []
     for start in range(0, len(truth.images), BATCH):
-        batch_scores, batch_maps = model(truth.images[start : start + BATCH])
+        batch_scores, batch_maps = model.score_images(truth.images[start : start + BATCH])
         scores.append(batch_scores)
         maps.append(batch_maps)
         progress("Parity", min(start + BATCH, len(truth.images)), len(truth.images))
@@ -303,7 +306,7 @@ def _outcome(model: Exported, truth: Cases, progress: Progress) -> tuple[npt.NDA
 def _compared(model: Exported, single: Exported, truth: Cases, tolerance: float) -> dict[str, Any]:
     """A lower precision beside single precision: verdicts and milliseconds. Raises `ModelError` beyond tolerance."""
     threshold = model.threshold.value
-    scores, before = model(truth.images)[0], truth.scores
+    scores, before = model.score_images(truth.images)[0], truth.scores
     changed = int(((scores > threshold) != (before > threshold)).sum())
     precision = model.export["precision"]
     if changed > tolerance * len(scores):

@@ -15,7 +15,7 @@ import pickle
 import sys
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
@@ -25,7 +25,7 @@ from torch import Tensor
 from kizu.data import files
 from kizu.errors import ModelError
 
-__all__ = ["read_plain", "read_tensors", "write_plain"]
+__all__ = ["read_plain", "read_tensors", "refuse_not_finite", "write_plain"]
 
 DTYPES = {
     "DoubleStorage": torch.float64,
@@ -179,3 +179,12 @@ def _check(value: Any) -> None:
             _check(part)
     elif type(value) not in PLAIN:
         raise TypeError(f"{type(value).__name__} is no plain value")
+
+
+def refuse_not_finite(tensors: Mapping[str, Tensor], name: str) -> None:
+    """Raise `ModelError` where a tensor holds a value that is no finite number; a single value may be infinite."""
+    for key, tensor in tensors.items():
+        if tensor.is_floating_point() and not (
+            tensor.isfinite().all() if tensor.numel() > 1 else ~tensor.isnan().any()
+        ):
+            raise ModelError(f"{name}: the model is damaged ({key} holds values that are no finite numbers)")

@@ -23,6 +23,11 @@ if TYPE_CHECKING:
 
 __all__ = ["FileVerdict", "image_paths", "predict_files", "profile", "write_csv"]
 
+IN_JSON = (
+    *("score", "p_value", "verdict", "threshold", "zone", "seconds", "cannot_judge", "error"),
+    *("regions", "nearest", "parts"),
+)
+MEASURES = ("area", "length", "width", "direction", "unit")
 MAX_DEPTH = 20  # folders in the name of an overlay
 
 
@@ -34,9 +39,8 @@ class FileVerdict(Verdict):
 
     def to_json(self) -> dict[str, Any]:
         """The row that the command `predict` prints as JSON."""
-        names = ("score", "p_value", "verdict", "threshold", "zone", "seconds", "error", "regions", "nearest", "parts")
         values = self.model_dump() | {"threshold": from_finite(self.threshold)}
-        return {"path": self.image, **{name: values[name] for name in names}}
+        return {"path": self.image, **{name: values[name] for name in IN_JSON}}
 
 
 def image_paths(arguments: Iterable[str]) -> list[Path]:
@@ -121,8 +125,14 @@ def profile(model: "Inspector", paths: Sequence[Path], max_images: int = 20) -> 
     return {name: 1000 * seconds / number for name, seconds in spent.items()}
 
 
-def write_csv(path: Path, verdicts: Sequence[FileVerdict]) -> None:
-    """image, score, p_value, verdict, threshold, seconds, error, and zone if there are any; whole or not at all."""
+def write_csv(path: Path, verdicts: Sequence[FileVerdict], model: "Inspector | None" = None) -> None:
+    """image, score, p_value, verdict, threshold, seconds, error, and zone if there are any; whole or not at all.
+
+    With a model that refuses photographs, also why it does; with one that measures, how many regions matter, and the
+    largest one's area, length, width and direction.
+    """
+    measured = model is not None and model.measured_on is not None
+    refusing = model is not None and model.captures is not None
     zoned = any(verdict.zone for verdict in verdicts)
     rows = [
         [
@@ -134,11 +144,22 @@ def write_csv(path: Path, verdicts: Sequence[FileVerdict]) -> None:
             f"{verdict.seconds:.4f}",
             verdict.error,
             *([verdict.zone] if zoned else []),
+            *([verdict.cannot_judge] if refusing else []),
+            *(_measures(verdict) if measured else []),
         ]
         for verdict in verdicts
     ]
     names = ["image", "score", "p_value", "verdict", "threshold", "seconds", "error", *(["zone"] if zoned else [])]
-    files.write_csv(path, names, rows)
+    further = [*(["cannot_judge"] if refusing else []), *(["regions", *MEASURES] if measured else [])]
+    files.write_csv(path, [*names, *further], rows)
+
+
+def _measures(verdict: FileVerdict) -> list[Any]:
+    """How many regions matter, and how large the largest of these, or else of all, is."""
+    large = [region for region in verdict.regions if region.matters]
+    sizes = [region.size for region in large or verdict.regions if region.size is not None]
+    largest = max(sizes, key=lambda size: size.area, default=None)
+    return [len(large), *(None if largest is None else getattr(largest, name) for name in MEASURES)]
 
 
 @contextmanager

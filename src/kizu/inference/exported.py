@@ -26,13 +26,14 @@ from kizu.inference.inspector import Inspector
 from kizu.inference.parity import Cases, Difference, Tolerance
 from kizu.inference.prediction import NearestPatch
 
-__all__ = ["CASES", "TABLES", "Exported", "load"]
+__all__ = ["CASES", "OWN_VERDICTS", "TABLES", "Exported", "load"]
 
 CASES = "parity.safetensors"
 TABLES = "keepsakes.safetensors"  # what explains a score and a map: `Detector.export_tables`
 CASES_AT_LOAD = 2  # that are checked
 BATCH = 8  # images in one run of the graph: more take memory and are no faster
 ROUNDING = 1e-6
+OWN_VERDICTS = "p_value", "verdict"  # that a graph gives, unless its score is not what is compared with the threshold
 
 Arrays = dict[str, npt.NDArray[Any]]
 
@@ -109,7 +110,10 @@ class Exported(Inspector):
         tolerance = self.tolerance
         cases = Cases.read(self.folder / CASES)
         cases = cases.take(range(len(cases.scores))[:max_cases])
-        scores, p_values, verdicts, maps = self.outputs(cases.images, ("score", "p_value", "verdict", "map"))
+        own = [name for name in OWN_VERDICTS if name in self.export["outputs"]]
+        scores, maps, *outcomes = self.outputs(cases.images, ("score", "map", *own))
+        if self.size_rules is not None:
+            scores = self.size_rules.scores(maps)
         difference = cases.difference(scores, maps, self.threshold.value, tolerance)
         if not difference.within(tolerance):
             sentence = difference.sentence(tolerance)
@@ -117,10 +121,12 @@ class Exported(Inspector):
                 f"{self.folder} does not give the results that it gave when it was exported: {sentence}. Export the "
                 "trained model again"
             )
-        expected = [p_value(float(score), self.calibration_scores) for score in scores]
-        stopped = [bool(score > self.threshold.value) for score in scores]
-        if np.abs(p_values - expected).max() > ROUNDING or verdicts.tolist() != stopped:
-            raise ModelError(f"{self.folder}: model.json and the graph disagree on the threshold. Export it again")
+        if own:
+            p_values, verdicts = outcomes
+            expected = [p_value(float(score), self.calibration_scores) for score in scores]
+            stopped = [bool(score > self.threshold.value) for score in scores]
+            if np.abs(p_values - expected).max() > ROUNDING or verdicts.tolist() != stopped:
+                raise ModelError(f"{self.folder}: model.json and the graph disagree on the threshold. Export it again")
         return difference
 
     def save(self, folder: str | os.PathLike[str]) -> Path:

@@ -11,6 +11,8 @@ from typing import Any, Self, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from kizu.calibration.captures import Captures
+from kizu.calibration.sizes import Levels, Ruler, SizeRules
 from kizu.calibration.threshold import Threshold, by_hand, calibrate, from_finite, pixel_threshold_at
 from kizu.data.geometry.alignment import Alignment
 from kizu.data.image import Float, Source, read, resize
@@ -41,6 +43,10 @@ class Inspector(ABC):
         self.map_peaks: list[float] = []
         self.pixel_threshold = float("inf")
         self.heat_map_range = (0.0, 1.0)
+        self.size_rules: SizeRules | None = None  # what is too small to matter, where the settings say so,
+        self.measured_on: tuple[int, int] | None = None  # on photographs of this (height, width)
+        self.map_levels: Levels | None = None  # from which they are measured
+        self.captures: Captures | None = None  # how good photographs are taken, where others are not judged
         self.training: dict[str, Any] = {}
         self.facts: dict[str, Any] = {}
         self.thumbnails: list[bytes] = []  # of the training images, encoded, if they are kept
@@ -89,7 +95,7 @@ class Inspector(ABC):
         if value is None:
             before = self.threshold
             changed.threshold = replace(self.calibrated(before.rate), grouped=before.grouped)
-            changed.pixel_threshold = calibrate(self.map_peaks, before.rate).value
+            changed.pixel_threshold = changed.calibrated_pixels(before.rate)
         else:
             changed.set_threshold(by_hand(value, self.threshold, self.calibration_scores, set_by))
         return changed
@@ -103,14 +109,54 @@ class Inspector(ABC):
         level = self.facts.get("zones", {}).get("level")
         return threshold if level is None else replace(threshold, value=max(level, threshold.value))
 
+    def calibrated_pixels(self, rate: float) -> float:
+        """The pixel threshold that the good images give; with rules for sizes the threshold, whose scores are levels of
+        the map.
+        """
+        return calibrate(self.map_peaks, rate).value if self.size_rules is None else self.threshold.value
+
     def set_threshold(self, threshold: Threshold) -> None:
         """Set the threshold, and the pixel threshold that goes with it."""
         self.threshold = threshold
-        self.pixel_threshold = pixel_threshold_at(threshold.value, self.calibration_scores, self.map_peaks)
+        self.pixel_threshold = self.pixel_threshold_at(threshold.value)
+
+    def pixel_threshold_at(self, value: float) -> float:
+        """The pixel threshold that goes with another threshold."""
+        if self.size_rules is not None:
+            return value
+        return pixel_threshold_at(value, self.calibration_scores, self.map_peaks)
+
+    def measure_on(self, frame: tuple[int, int] | None, levels: Levels | None = None) -> None:
+        """Take the settings' rules for sizes, which are those on photographs of this (height, width).
+
+        They hold as soon as it is known which `levels` maps of good parts have.
+        """
+        self.measured_on, self.map_levels, self.size_rules = frame, levels, None
+        if frame is not None and levels is not None and self.config.rules_sizes:
+            high, wide = self.preprocessing.pixel(frame)
+            unit, zones = self.config.pixel_size or 1.0, self.preprocessing.zones
+            numbers = None if zones is None else zones.numbers
+            self.size_rules = SizeRules.of(self.config, (unit * high, unit * wide), levels, numbers)
+
+    def ruler(self, shape: tuple[int, int]) -> Ruler | None:
+        """What measures in a photograph of `shape`, where the settings speak of sizes.
+
+        A photograph of another size than those learned from is taken to show as much.
+        """
+        if self.measured_on is None or self.map_levels is None:
+            return None
+        size: float | None = self.config.pixel_size
+        high, wide = ((size or 1.0) * learned / side for learned, side in zip(self.measured_on, shape, strict=True))
+        return Ruler((high, wide), "px" if size is None else "mm", self.map_levels)
 
     @abstractmethod
     def __call__(self, pixels: npt.NDArray[np.uint8]) -> tuple[Float, Float]:
         """The graph on a batch: (B, 3, h, w) uint8 → scores (B,), maps (B, 1, h, w)."""
+
+    def score_images(self, pixels: npt.NDArray[np.uint8]) -> tuple[Float, Float]:
+        """As a call, but with scores as the threshold is for: with rules for sizes, those that follow from the maps."""
+        scores, maps = self(pixels)
+        return (scores if self.size_rules is None else self.size_rules.scores(maps)), maps
 
     @abstractmethod
     def save(self, folder: str | os.PathLike[str]) -> Path:
@@ -145,12 +191,14 @@ class Inspector(ABC):
 
     def _judged(self, batch: Batch[Item]) -> Iterator[tuple[Item, Prediction | BadImage]]:
         scored = self._scored(batch.pixels) if batch.items else []
-        for item, shape, pose, outcome in zip(batch.items, batch.shapes, batch.poses, scored, strict=True):
+        photos = zip(batch.items, batch.shapes, batch.poses, batch.pixels, scored, strict=True)
+        for item, shape, pose, pixels, outcome in photos:
             if isinstance(outcome, str):
                 yield item, BadImage(name_of(item), outcome)
                 continue
             score, anomaly_map, parts = outcome
-            yield item, Prediction(score, self.threshold.value, anomaly_map, shape, item, self, parts, pose)
+            why = "" if self.captures is None else self.captures.reason(pixels, shape)
+            yield item, Prediction(score, self.threshold.value, anomaly_map, shape, item, self, parts, pose, why)
 
     def _scored(self, pixels: npt.NDArray[np.uint8]) -> list[tuple[float, Float, dict[str, Any]] | str]:
         """For each image its score, map and parts, or why it has none.
@@ -164,6 +212,8 @@ class Inspector(ABC):
             if len(pixels) == 1:
                 raise
             return self._scored_one_by_one(pixels)
+        if self.size_rules is not None and np.isfinite(maps).all():
+            scores = self.size_rules.scores(maps)
         rows = zip(scores.tolist(), maps[:, 0], parts, strict=True)
         return [row if math.isfinite(row[0]) and np.isfinite(row[1]).all() else NO_SCORE for row in rows]
 
@@ -239,11 +289,15 @@ class Inspector(ABC):
         """Take thresholds, alignment, facts and training from a model.json."""
         if alignment := about.get("alignment"):
             self.preprocessing = replace(self.preprocessing, alignment=Alignment.from_json(alignment))
+        if captures := about.get("captures"):
+            self.captures = Captures.from_json(captures)
         if zones := about["facts"].get("zones"):
             height, width = zones["frame"]
             self.preprocessing = self.preprocessing.outlined(self.config.zones, (height, width))
         if bits := about["facts"].get("bits"):
             self.preprocessing = replace(self.preprocessing, white=2**bits - 1)
+        if sizes := about["facts"].get("sizes"):
+            self.measure_on((sizes["frame"][0], sizes["frame"][1]), Levels(sizes["typical"], sizes["lowest"]))
         self.threshold = Threshold.from_json(about["threshold"])
         self.calibration_scores, self.map_peaks = about["calibration_scores"], about["map"]["peaks"]
         self.pixel_threshold, self.heat_map_range = from_finite(about["map"]["level"]), tuple(about["map"]["scale"])

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from kizu.calibration.captures import Captures
 from kizu.calibration.threshold import calibrate, from_finite
 from kizu.data import files
 from kizu.data.geometry.alignment import reference_in
@@ -82,6 +83,7 @@ class _Config(_Open):
     size: list[Annotated[int, Field(ge=8, le=65536)]] = Field(min_length=2, max_length=2)
     resize: int | None = Field(ge=8, le=65536)
     align: bool = False
+    cannot_judge: Literal["ask", "stop", "pass"] | None = None
 
 
 class _Alignment(_Saved):
@@ -98,8 +100,27 @@ class _Alignment(_Saved):
         return self
 
 
-class _Zones(_Saved):
+class _Captures(_Saved):
+    ranges: dict[str, Annotated[list[float | None], Field(min_length=2, max_length=2)]]  # None: without an end
+    views: str  # a picture
+    lights: list[list[float]]
+
+    @model_validator(mode="after")
+    def _can_be_used(self) -> Self:
+        Captures.from_json(self.model_dump())
+        return self
+
+
+class _Frame(_Saved):
     frame: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] = Field(strict=False)
+
+
+class _Sizes(_Frame):
+    typical: float
+    lowest: float
+
+
+class _Zones(_Frame):
     typical: list[float] = []
     unit: list[float] = []
     level: float | None = None
@@ -144,6 +165,7 @@ class _Model(_Saved):
     config: _Config
     backbone: dict[str, str]
     alignment: _Alignment | None = None
+    captures: _Captures | None = None
     threshold: _Threshold
     calibration_scores: list[float]
     map: _Map
@@ -160,9 +182,13 @@ class _Model(_Saved):
             raise ValueError("files and seal come together")
         if self.config.align != (self.alignment is not None):
             raise ValueError("a model that aligns photographs has a reference, and no other has one")
+        if (self.config.cannot_judge is None) != (self.captures is None):
+            raise ValueError("a model that refuses photographs knows how good ones are taken, and no other does")
         threshold = self.threshold
         follows = calibrate(self.calibration_scores, threshold.rate)
         zones = _Zones.model_validate(self.facts["zones"]) if "zones" in self.facts else None
+        if "sizes" in self.facts:
+            _Sizes.model_validate(self.facts["sizes"])
         if not isinstance(self.facts.get("bits", 16), int) or not 8 <= self.facts.get("bits", 16) <= 16:
             raise ValueError("photographs have 8 to 16 bits")
         level = None if zones is None else zones.level  # of zones with promises of their own: no lower than follows

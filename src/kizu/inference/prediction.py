@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["Evidence", "NearestPatch", "Photo", "Prediction", "name_of", "path_of", "readable"]
 
 RGB = npt.NDArray[np.uint8]  # (H, W, 3)
+HALF = 0.5
 
 
 @dataclass(frozen=True)
@@ -89,13 +90,14 @@ class Prediction:
     detector: "Inspector"
     parts: dict[str, Any] = field(default_factory=dict)  # what the score is made of, where the method says more
     pose: Pose | None = None  # that the part was found in, by a model that aligns photographs
+    cannot_judge: str = ""  # why no promise covers the photograph, as of one that is out of focus; empty where one does
 
     def __iter__(self) -> Iterator[Any]:
         return iter((self.score, self.anomaly_map))
 
     def __repr__(self) -> str:
-        verdict = "stop" if self.is_anomalous else "pass"
-        return f"Prediction({name_of(self.item)!r}, {verdict}: score {self.score:.4g}, threshold {self.threshold:.4g})"
+        score, threshold = f"score {self.score:.4g}", f"threshold {self.threshold:.4g}"
+        return f"Prediction({name_of(self.item)!r}, {self.verdict}: {score}, {threshold})"
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Prediction):
@@ -119,9 +121,17 @@ class Prediction:
             return None
 
     @property
+    def verdict(self) -> Literal["pass", "stop", "ask"]:
+        """What to do with the part. What cannot be judged gets the answer that the settings have for it."""
+        if self.cannot_judge:
+            answer: Literal["pass", "stop", "ask"] = self.detector.config.cannot_judge
+            return answer
+        return "stop" if self.score > self.threshold else "pass"
+
+    @property
     def is_anomalous(self) -> bool:
         """Whether to stop the part."""
-        return self.score > self.threshold
+        return self.verdict == "stop"
 
     @property
     def p_value(self) -> float:
@@ -144,17 +154,31 @@ class Prediction:
 
     @cached_property
     def regions(self) -> list[MarkedRegion]:
-        """What is marked, region by region, the most anomalous first."""
+        """What is marked, region by region: what matters first, and of that the most anomalous."""
         threshold = self.detector.pixel_threshold
         if not self.input_map.max() > threshold:
             return []
-        found = find_regions(self.anomaly_map, threshold, self.detector.map_peaks)
+        found = find_regions(
+            self.anomaly_map,
+            threshold,
+            self.detector.map_peaks,
+            ruler=self.detector.ruler(self.shape),
+            large_enough=self._large_enough(threshold),
+        )
         preprocessing = self.detector.preprocessing
         if preprocessing.zones is None:
             return found
         places = [preprocessing.locate(region.place, self.shape, self.pose) for region in found]
         names = [preprocessing.zones.name_at(*place) for place in places]
         return [replace(region, zone=name) for region, name in zip(found, names, strict=True)]
+
+    def _large_enough(self, threshold: float) -> npt.NDArray[np.bool_] | None:
+        """(H, W): what is marked and large enough to matter; None: all is."""
+        rules = self.detector.size_rules
+        if rules is None:
+            return None
+        large = rules.large_enough(self.input_map, threshold).astype(np.float32)
+        return self.detector.preprocessing.restore(large, self.shape, self.pose) > HALF
 
     @property
     def zone(self) -> str:
@@ -179,7 +203,7 @@ class Prediction:
         glow = image.overlay(
             self.photograph(), self.anomaly_map, *self.detector.heat_map_range, self.detector.pixel_threshold
         )
-        return image.framed(glow, [region.box for region in self.regions])
+        return image.framed(glow, [region.box for region in self.regions], sum(r.matters for r in self.regions))
 
 
 def readable(source: Source | Sample | Photo) -> Sample | Photo:

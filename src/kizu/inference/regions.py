@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field
 
+from kizu.calibration.sizes import RegionSize, Ruler
 from kizu.calibration.threshold import p_value
 from kizu.data.geometry.outlines import contour, labelled
 
@@ -28,12 +29,26 @@ class MarkedRegion:
         Field(description="corners (x, y) of the outer border, clockwise; pixel (0, 0) spans (0, 0) to (1, 1)"),
     ]
     zone: Annotated[str, Field(description="name of the zone that the peak is in; empty where nobody named any")] = ""
+    size: Annotated[RegionSize | None, Field(description="where the model has rules for sizes or knows a pixel's")] = (
+        None
+    )
+    matters: Annotated[bool, Field(description="whether it is large enough to stop a part")] = True
 
 
-def find_regions(values: npt.NDArray[np.float32], threshold: float, good_peaks: Sequence[float]) -> list[MarkedRegion]:
-    """Regions of a map (H, W) above `threshold`, the highest peak first; pixels that touch at a corner belong together.
+def find_regions(
+    values: npt.NDArray[np.float32],
+    threshold: float,
+    good_peaks: Sequence[float],
+    *,
+    ruler: Ruler | None = None,
+    large_enough: npt.NDArray[np.bool_] | None = None,
+) -> list[MarkedRegion]:
+    """Regions of a map (H, W) above `threshold`; pixels that touch at a corner belong together.
 
-    `good_peaks` are the largest map values of good images, for the p-values.
+    Those that matter come first, and of these the one with the highest peak.
+
+    `good_peaks` are the largest map values of good images, for the p-values. With a `ruler` they are measured.
+    Those regions matter that have pixels of the mask `large_enough` (H, W); without it all do.
     """
     labels, boxes = labelled(values > threshold)
     regions = []
@@ -50,6 +65,8 @@ def find_regions(values: npt.NDArray[np.float32], threshold: float, good_peaks: 
                 place=(left + int(x), top + int(y)),
                 p_value=p_value(peak, good_peaks),
                 contour=[(left + a, top + b) for a, b in contour(region)],
+                size=None if ruler is None else ruler.measure(values[rows, columns], region, threshold),
+                matters=large_enough is None or bool((large_enough[rows, columns] & region).any()),
             )
         )
-    return sorted(regions, key=lambda region: -region.peak)
+    return sorted(regions, key=lambda region: (not region.matters, -region.peak))

@@ -20,13 +20,16 @@ class Verdict(BaseModel):
     """A photograph's verdict, or why there is none."""
 
     image: str = Field(description="the photograph's name")
-    verdict: Literal["pass", "stop", "error"]
+    verdict: Literal["pass", "stop", "ask", "error"]
     score: float | None = Field(None, description="how anomalous")
     p_value: float | None = Field(None, description="at most this share of good parts scores as high")
     threshold: float | None = Field(None, description="a part is stopped above it; null: the model stops nothing")
     zone: str = Field("", description="name of the zone that is the most anomalous; empty where nobody named any")
-    regions: list[MarkedRegion] = Field([], description="what is marked, the most anomalous first")
+    regions: list[MarkedRegion] = Field(
+        [], description="what is marked: what matters first, and of that the most anomalous"
+    )
     parts: dict[str, Any] = Field({}, description="what the score is made of, where a method says more")
+    cannot_judge: str = Field("", description="why no promise covers the photograph, whatever the verdict is then")
     error: str = Field("", description="why there is no verdict")
 
     @classmethod
@@ -42,7 +45,8 @@ class Verdict(BaseModel):
             return cls(image=image, verdict="error", threshold=threshold, error=outcome.reason, **values)
         return cls(
             image=image,
-            verdict="stop" if outcome.is_anomalous else "pass",
+            verdict=outcome.verdict,
+            cannot_judge=outcome.cannot_judge,
             score=outcome.score,
             p_value=outcome.p_value,
             threshold=threshold,

@@ -30,6 +30,9 @@ def read_zones(
     *,
     file: str = "",
     false_alarms: Mapping[str, float] | None = None,
+    min_area: Mapping[str, float] | None = None,
+    min_length: Mapping[str, float] | None = None,
+    max_count: Mapping[str, int] | None = None,
     photograph: Callable[[], tuple[int, int]] | tuple[int, int] | None = None,
 ) -> tuple[Zone, ...]:
     """Zones for the setting `zones`, from what outlines them.
@@ -37,9 +40,9 @@ def read_zones(
     Each of `inspect` and `ignore` is "NAME=WHAT" or "WHAT", which is a mask (an image, not zero inside), a file of
     annotations drawn on one photograph (COCO, Label Studio, VIA, CVAT), corners in pixels ("40,40 200,40 200,120") or
     in percent ("10%,10% 50%,10% 50%,90%"), or "all". Without a name, annotations have their labels. `file` holds zones
-    as kizu writes them. `false_alarms` gives zones, by name, a promise of their own. `photograph` is the width and
-    height that corners in pixels are of, where the file does not say it. Raises `OptionError` and `DataError` for what
-    cannot be understood.
+    as kizu writes them. `false_alarms` gives zones, by name, a promise of their own, and `min_area`, `min_length` and
+    `max_count` say what is too small to matter in them. `photograph` is the width and height that corners in pixels are
+    of, where the file does not say it. Raises `OptionError` and `DataError` for what cannot be understood.
     """
     outlined: dict[tuple[str, bool], list[Ring]] = {}
     size = photograph if callable(photograph) else lambda: _known(photograph)
@@ -53,13 +56,14 @@ def read_zones(
                 outlined.setdefault((name or usual, ignored), []).extend(rings)
     zones = [{"name": name, "rings": rings, "ignored": ignored} for (name, ignored), rings in outlined.items()]
     found = build(OtherConfig, {"zones": [*(_saved(file) if file else []), *zones]}).zones
-    rates = dict(false_alarms or {})
-    if unknown := [name for name in rates if name not in {zone.name for zone in found}]:
-        raise OptionError(
-            f"no zone is called {unknown[0]}: there are {', '.join(zone.name for zone in found) or 'none'}"
-        )
-    with_rates = [zone.model_dump() | {"false_alarms": rates.get(zone.name, zone.false_alarms)} for zone in found]
-    return build(OtherConfig, {"zones": with_rates}).zones
+    given = {"false_alarms": false_alarms, "min_area": min_area, "min_length": min_length, "max_count": max_count}
+    named: dict[str, dict[str, float]] = {zone.name: {} for zone in found}
+    for setting, values in given.items():
+        for name, value in (values or {}).items():
+            if name not in named:
+                raise OptionError(f"no zone is called {name}: there are {', '.join(named) or 'none'}")
+            named[name][setting] = value
+    return build(OtherConfig, {"zones": [zone.model_dump() | named[zone.name] for zone in found]}).zones
 
 
 def _split(source: str) -> tuple[str, str]:

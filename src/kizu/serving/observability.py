@@ -23,6 +23,7 @@ METRICS: dict[str, tuple[str, str, tuple[float, ...]]] = {
     "kizu_requests_total": ("counter", "Requests answered.", ()),
     "kizu_request_seconds": ("histogram", "Time from a request to its answer.", SECONDS),
     "kizu_verdicts_total": ("counter", "Photographs answered, by verdict; error where one could not be judged.", ()),
+    "kizu_cannot_judge_total": ("counter", "Photographs that no promise covers, by reason.", ()),
     "kizu_feedback_total": ("counter", "Photographs that people marked good or bad.", ()),
     "kizu_verdicts_not_kept_total": ("counter", "Verdicts that the history could not take.", ()),
     "kizu_reloads_total": ("counter", "Times that a model was read again, or could not be.", ()),

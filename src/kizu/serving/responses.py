@@ -9,7 +9,8 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from kizu.calibration.threshold import Threshold, finite, p_value, pixel_threshold_at
+from kizu.calibration.sizes import what_matters
+from kizu.calibration.threshold import Threshold, finite, p_value
 from kizu.data import image
 from kizu.inference.inspector import Inspector
 from kizu.inference.prediction import Evidence, Prediction
@@ -59,7 +60,7 @@ def describe_model(name: str, loaded: LoadedModel, *, settable: bool) -> Model:
         size=model.preprocessing.size,
         images=model.training.get("images", 0),
         threshold=finite(model.threshold.value),
-        statement=model.threshold.statement,
+        statement=f"{model.threshold.statement} {what_matters(model.config)}".rstrip(),
         good_scores=sorted(model.calibration_scores),
         map_level=finite(model.pixel_threshold),
         map_peaks=sorted(model.map_peaks),
@@ -77,7 +78,7 @@ def promise_at(model: Inspector, value: float) -> Promise:
         return Promise(threshold=value, expected=None, bound=None, statement=statement, map_level=None)
     expected = p_value(math.nextafter(value, math.inf), good)
     threshold = Threshold(value, expected, len(good), grouped=model.threshold.grouped)
-    pixel_threshold = pixel_threshold_at(value, good, model.map_peaks)
+    pixel_threshold = model.pixel_threshold_at(value)
     if value == model.threshold.value:
         threshold, pixel_threshold = model.threshold, model.pixel_threshold
     return Promise(

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from kizu.calibration.captures import kind_of
 from kizu.data import image
 from kizu.errors import BadImage, KizuError, OutputError
 from kizu.inference.exported import Exported
@@ -112,6 +113,8 @@ class Service:
             else:
                 results.append(await self._in_a_thread(self._finish, hosted, upload, answer, options, keep))
             self.counters.add("kizu_verdicts_total", model=hosted.name, verdict=results[-1].verdict)
+            if why := kind_of(results[-1].cannot_judge):
+                self.counters.add("kizu_cannot_judge_total", model=hosted.name, reason=why)
         if problem is not None and all(result.verdict == "error" for result in results):
             raise Refusal(problem.kind, "; ".join(result.error for result in results))
         return Predictions(model=hosted.name, version=loaded.version, results=results)

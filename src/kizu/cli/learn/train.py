@@ -113,7 +113,7 @@ def _train_command(method: str) -> click.Command:
         "Data": ("categories", "layout", "good", "bad", "defects_config", "skip_bad", "keep_copies", "group_by"),
         "Method": [name for name in kind.model_fields if name not in Config.model_fields],
         "Every method": [name for name in Config.model_fields if name not in {*Augmented.model_fields, "zones"}],
-        "Zones": ("inspect", "ignore", "zone_false_alarms", "zones"),
+        "Zones": ("inspect", "ignore", *(f"zone_{setting}" for setting in ZONE_SETTINGS), "zones"),
         "Augmentation": list(Augmented.model_fields),
     }
     command.help = f"""{about_method}: learn from DATA's good images and evaluate on its test images.
@@ -134,15 +134,9 @@ def _train_command(method: str) -> click.Command:
 
 def _zones(data: str | None, options: dict[str, Any]) -> dict[str, Any]:
     """The setting that --zones, --inspect and --ignore give, if any of them is there."""
-    if not (options["inspect"] or options["ignore"] or options["zones"] or options["zone_false_alarms"]):
+    own = {setting: _by_zone(options, setting) for setting in ZONE_SETTINGS}
+    if not (options["inspect"] or options["ignore"] or options["zones"] or any(own.values())):
         return {}
-    rates = {}
-    for text in options["zone_false_alarms"]:
-        name, _, rate = text.rpartition("=")
-        try:
-            rates[name.strip()] = float(rate)
-        except ValueError:
-            raise OptionError(f"--zone-false-alarms {text}: write the zone's name and a rate, as print=0.005") from None
     from kizu.inference.zones import read_zones
 
     def photograph() -> tuple[int, int]:
@@ -155,8 +149,21 @@ def _zones(data: str | None, options: dict[str, Any]) -> dict[str, Any]:
         return width, height
 
     file = str(options["zones"] or "")
-    zones = read_zones(options["inspect"], options["ignore"], file=file, false_alarms=rates, photograph=photograph)
-    return {"zones": zones}
+    return {"zones": read_zones(options["inspect"], options["ignore"], file=file, photograph=photograph, **own)}
+
+
+def _by_zone(options: dict[str, Any], setting: str) -> dict[str, Any]:
+    """The values that an option gives zones, by their names."""
+    kind, example = ZONE_SETTINGS[setting]
+    values = {}
+    for text in options[f"zone_{setting}"]:
+        name, _, value = text.rpartition("=")
+        try:
+            values[name.strip()] = kind(value)
+        except ValueError:
+            flag = f"--zone-{setting.replace('_', '-')}"
+            raise OptionError(f"{flag} {text}: write the zone's name and a number, as {example}") from None
+    return values
 
 
 def _learn(method: str, config: "Config", data: str, options: dict[str, Any]) -> None:
@@ -197,6 +204,12 @@ def _learn(method: str, config: "Config", data: str, options: dict[str, Any]) ->
         terminal.print_table(rows)
 
 
+ZONE_SETTINGS: dict[str, tuple[type, str]] = {
+    "false_alarms": (float, "print=0.005"),
+    "min_area": (float, "print=40"),
+    "min_length": (float, "print=12"),
+    "max_count": (int, "print=3"),
+}
 FLAGS_OF_DISTILL = {"backbone": ("--from", "--backbone")}
 
 

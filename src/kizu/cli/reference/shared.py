@@ -115,7 +115,7 @@ def device(gpu: Sequence[int]) -> "torch.device":
     """The first of the GPUs; the CPU, with a word where one was asked for, if this machine has none at all."""
     import torch
 
-    from kizu.detectors.base import gpu_device
+    from kizu.detectors.fitting import gpu_device
 
     number = gpu[0] if gpu else 0
     if number >= 0 and not torch.cuda.is_available():

@@ -2,10 +2,9 @@
 
 import hashlib
 import math
-import statistics
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Self
 
@@ -14,12 +13,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from kizu.calibration.captures import Captures
 from kizu.calibration.threshold import images_needed
 from kizu.config import PatchCoreConfig
 from kizu.data.preprocessing import Readable, Stack
 from kizu.data.progress import Progress, silent
 from kizu.detectors.base import Detector
-from kizu.detectors.fitting import FitContext, FitResult
+from kizu.detectors.fitting import FitContext, FitResult, captures_of
 from kizu.detectors.patchcore.coreset import StreamingCoreset
 from kizu.detectors.patchcore.feature_table import FeatureTable
 from kizu.detectors.patchcore.graph import EnsembleGraph, PatchCoreGraph, seen_by
@@ -66,9 +66,9 @@ class PatchCore(Detector):
             scored_indices = range(len(context.held_out)) if len(context.held_out) else image_ids
             if len(members) == 1:
                 loo_scores, facts = first.loo_scores, first.facts
-                result = _result(first.graph, graphs, scored, loo_scores, facts, scored_indices, image_ids)
+                result = self._result(first.graph, graphs, scored, loo_scores, facts, scored_indices, image_ids)
                 if self.config.own_rates:
-                    result.again = lambda: _result(
+                    result.again = lambda: self._result(
                         first.graph, graphs, [first.again()], loo_scores, facts, scored_indices, image_ids
                     )
                 return result
@@ -81,7 +81,7 @@ class PatchCore(Detector):
             comparable = all(member.image_ids == image_ids for member in members)
             loo_scores = torch.stack(scaled).mean(0) if comparable else scaled[0]
             facts = {"members": [member.facts for member in members]}
-            return _result(ensemble, graphs, scored, loo_scores, facts, scored_indices, image_ids)
+            return self._result(ensemble, graphs, scored, loo_scores, facts, scored_indices, image_ids)
 
     def _learn_member(self, config: PatchCoreConfig, context: FitContext) -> _Member:
         """One backbone's memory banks and scores: section 3.2 of the paper, and the threshold that it leaves open."""
@@ -151,6 +151,36 @@ class PatchCore(Detector):
         stream = self.stream(context.held_out, "Threshold", context.progress)
         scores, grids = zip(*(graph.score_images(pixels) for _, pixels in stream), strict=True)
         return torch.cat(scores), torch.cat(grids)
+
+    def _result(
+        self,
+        graph: nn.Module,
+        members: Sequence[PatchCoreGraph],
+        scored: Sequence[tuple[Tensor, Tensor]],
+        loo_scores: Tensor,
+        facts: dict[str, Any],
+        scored_indices: Sequence[int],
+        loo_indices: Sequence[int],
+    ) -> FitResult:
+        """What follows from the members' scores (M,) and patch scores of good images of `scored_indices`.
+
+        `loo_scores` are those of the training images `loo_indices`, as if each were new. Maps are made a few at a
+        time.
+        """
+        known = scored[0][0].isfinite()  # an image that alone filled the bank has nothing else to be compared with
+
+        def batches() -> Iterator[tuple[Tensor, Tensor]]:
+            for batch in known.nonzero()[:, 0].split(MAP_BATCH):
+                each = [(s[batch], member.upsample(g[batch])) for member, (s, g) in zip(members, scored, strict=True)]
+                yield graph.combine(each) if isinstance(graph, EnsembleGraph) else each[0]
+
+        found = self.outcomes(batches)
+        pairs = zip(loo_indices, loo_scores.tolist(), strict=True)
+        known_loo_scores = {index: score for index, score in pairs if math.isfinite(score)}
+        known_indices = [scored_indices[row] for row in known.nonzero()[:, 0].tolist()]
+        median = found.median(0.0)
+        result = FitResult(graph, found.scores, found.peaks, median, facts, known_loo_scores, known_indices)
+        return replace(result, map_levels=self.map_levels)
 
     def _scored_ids(self, images: int, kept: bool) -> range:
         """The training images that are scored as if they were new: all whose features are kept, else enough of them."""
@@ -248,10 +278,12 @@ class PatchCore(Detector):
             leave_one_out = LeaveOneOut(graph, range(before, before + len(photos)), features, all_groups)
             scored = leave_one_out.scores(lambda done, total: progress("Threshold", done, total))
             added = range(len(photos))
-            result = _result(graph, [graph], [scored], scored[0], self.facts, added, added)
+            result = self._result(graph, [graph], [scored], scored[0], self.facts, added, added)
             if self.grouped:
                 result = result.of_groups(groups)
             self.remember(photos, items, result.loo_scores)
+            if self.captures is not None and (added_captures := captures_of(self.config, [photos])) is not None:
+                self.captures = Captures.joined([self.captures, added_captures])
         self.training["copies"] = sorted({*self.training.get("copies", []), *read} - {*self.training["digests"]})
         hashes = (self.training["hash"] + photos.hash).encode()
         self.training["hash"] = hashlib.blake2b(hashes, digest_size=16).hexdigest()
@@ -287,10 +319,13 @@ class PatchCore(Detector):
         settings = {part.config.model_copy(update={"seed": 0}) for part in parts}
         if len(settings) > 1 or len({weights_hash(graph) for graph in graphs}) > 1:
             raise ModelError("Only models with the same settings and the same backbone can be merged.")
-        if any(part.preprocessing != first.preprocessing for part in parts):
+        if any((p.preprocessing, p.measured_on) != (first.preprocessing, first.measured_on) for p in parts):
             raise ModelError("Only models of photographs of one shape and bit depth can be merged.")
         merged = cls(first.config)
         merged.preprocessing = first.preprocessing
+        merged.measure_on(first.measured_on, first.map_levels)
+        if captures := [part.captures for part in parts if part.captures is not None]:
+            merged.captures = Captures.joined(captures)
         graph = PatchCoreGraph(first.config, graphs[0].backbone)
         starts = [sum(part.training["images"] for part in parts[:number]) for number in range(len(parts))]
         banks = [Bank.joined(shards, starts) for shards in zip(*(graph.banks for graph in graphs), strict=True)]
@@ -417,33 +452,3 @@ def _recalls(graph: PatchCoreGraph, images: Tensor) -> list[float]:
     image_ids = torch.arange(len(images), device=images.device)
     pairs = zip(graph.banks, graph.rows(graph.embed(images)), strict=True)
     return [bank.recall(rows, image_ids.repeat_interleave(len(rows) // len(images))) for bank, rows in pairs]
-
-
-def _result(
-    graph: nn.Module,
-    members: Sequence[PatchCoreGraph],
-    scored: Sequence[tuple[Tensor, Tensor]],
-    loo_scores: Tensor,
-    facts: dict[str, Any],
-    scored_indices: Sequence[int],
-    loo_indices: Sequence[int],
-) -> FitResult:
-    """What follows from the members' scores (M,) and patch scores of good images of `scored_indices`.
-
-    `loo_scores` are those of the training images `loo_indices`, as if each were new. Maps are made a few at a time.
-    """
-    known = scored[0][0].isfinite()  # an image that alone filled the bank has nothing else to be compared with
-    scores: list[float] = []
-    peaks: list[float] = []
-    medians: list[float] = []
-    for batch in known.nonzero()[:, 0].split(MAP_BATCH):
-        outcomes = [(s[batch], member.upsample(g[batch])) for member, (s, g) in zip(members, scored, strict=True)]
-        batch_scores, maps = graph.combine(outcomes) if isinstance(graph, EnsembleGraph) else outcomes[0]
-        scores += batch_scores.tolist()
-        peaks += maps.flatten(1).amax(1).tolist()
-        medians += maps.flatten(1).median(1).values.tolist()
-    median = statistics.median(medians) if medians else 0.0
-    pairs = zip(loo_indices, loo_scores.tolist(), strict=True)
-    known_loo_scores = {index: score for index, score in pairs if math.isfinite(score)}
-    known_indices = [scored_indices[row] for row in known.nonzero()[:, 0].tolist()]
-    return FitResult(graph, scores, peaks, median, facts, known_loo_scores, known_indices)

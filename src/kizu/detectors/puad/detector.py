@@ -111,6 +111,7 @@ class PUAD(Detector):
         photos, held_out, progress = context.photos, context.held_out, context.progress
         if self.fitted_base is None:
             base = self._base()
+            base.measure_on(self.measured_on)
             result = base.learn(context)
             self.curves, self.remarks = base.curves, [*self.remarks, *base.remarks]
         else:

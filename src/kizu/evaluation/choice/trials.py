@@ -234,7 +234,7 @@ def surprise(good: Sequence[float], defects: Sequence[float]) -> Float:
 
 def _scores(detector: Detector, items: Sequence[Readable]) -> list[float]:
     read = batches(items, detector.preprocessing, batch_size=4, workers=detector.workers)
-    return [float(score) for batch in read for score in detector(batch.pixels)[0]]
+    return [float(score) for batch in read for score in detector.score_images(batch.pixels)[0]]
 
 
 def _middle(photo: RGB) -> RGB:

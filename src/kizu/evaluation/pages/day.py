@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
+from kizu.calibration.captures import kind_of
 from kizu.calibration.drift import DriftTest
 from kizu.calibration.threshold import from_finite, interval, percent
 from kizu.data import image
@@ -34,7 +35,7 @@ class Judged:
 def finding(judged: Sequence[Judged]) -> str:
     """The answer in a sentence."""
     counts = Counter(entry.verdict.verdict for entry in judged)
-    total, stopped, errors = counts["pass"] + counts["stop"], counts["stop"], counts["error"]
+    total, stopped, errors = counts["pass"] + counts["stop"], counts["stop"], counts["error"] + counts["ask"]
     parts = "1 part" if total == 1 else f"{total:,} parts"
     sentences = (
         [f"{f'{stopped:,}' if stopped else 'None'} of {parts} {'were' if stopped > 1 else 'was'} stopped."]
@@ -49,7 +50,8 @@ def finding(judged: Sequence[Judged]) -> str:
 def drift_of(judged: Sequence[Judged], calibration: Sequence[float]) -> DriftTest:
     """Whether these scores look like those that set the threshold; each photograph counts once for each score."""
     test = DriftTest(calibration)
-    scores = dict.fromkeys((entry.verdict.image, entry.verdict.score) for entry in judged)
+    usual = [entry.verdict for entry in judged if not entry.verdict.cannot_judge]
+    scores = dict.fromkeys((verdict.image, verdict.score) for verdict in usual)
     for name, score in scores:
         if score is not None:
             test.add(name, score)
@@ -80,7 +82,8 @@ def day_page(
         _drift(drift) if drift is not None else None,
         _stopped(stopped, album.figures(shown)),
         _close(album.figures(doubtful)) if doubtful else None,
-        _not_judged([entry for entry in judged if entry.verdict.verdict == "error"]),
+        _refused(judged),
+        _not_judged([entry for entry in judged if entry.verdict.verdict in ("error", "ask")]),
     ]
     return Page(
         title=title,
@@ -93,7 +96,7 @@ def day_page(
 
 
 def _lead(judged: Sequence[Judged]) -> str:
-    verdicts = [entry.verdict.verdict for entry in judged if entry.verdict.verdict != "error"]
+    verdicts = [entry.verdict.verdict for entry in judged if entry.verdict.verdict in ("pass", "stop")]
     if not verdicts:
         return ""
     stopped = verdicts.count("stop")
@@ -135,7 +138,7 @@ def _hours(judged: Sequence[Judged]) -> Section | None:
                 name: label,
                 "judged": str(counts["pass"] + counts["stop"]),
                 "stopped": str(counts["stop"]),
-                "not judged": str(counts["error"]),
+                "not judged": str(counts["error"] + counts["ask"]),
                 "median score": f"{statistics.median(scores):.4g}" if scores else "–",
             }
         )
@@ -181,10 +184,22 @@ def _close(figures: Sequence[Figure]) -> Section:
     )
 
 
+def _refused(judged: Sequence[Judged]) -> Section | None:
+    """How many photographs no promise covers, by reason, whatever became of them."""
+    refused = [entry.verdict for entry in judged if entry.verdict.cannot_judge]
+    counts = Counter((kind_of(verdict.cannot_judge), verdict.verdict) for verdict in refused)
+    rows = [
+        {"reason": reason, "photographs": str(count), "verdict": verdict}
+        for (reason, verdict), count in counts.most_common()
+    ]
+    return Section("Taken otherwise than good photographs", "No promise covers them.", rows) if rows else None
+
+
 def _not_judged(errors: Sequence[Judged]) -> Section | None:
     if not errors:
         return None
-    rows = [{"photograph": entry.verdict.image, "reason": entry.verdict.error} for entry in errors[:MAX_LISTED]]
+    verdicts = [entry.verdict for entry in errors[:MAX_LISTED]]
+    rows = [{"photograph": verdict.image, "reason": verdict.error or verdict.cannot_judge} for verdict in verdicts]
     left = len(errors) - len(rows)
     return Section("Not judged", f"{left:,} more are not listed." if left else "And why.", rows)
 
@@ -194,7 +209,8 @@ def _doubtful(judged: Sequence[Judged], leave_out: Sequence[Judged]) -> list[Jud
     distances: dict[int, float] = {}
     by_model: dict[str, list[Judged]] = {}
     for entry in judged:
-        if entry.verdict.score is not None and entry.verdict.threshold is not None:
+        verdict = entry.verdict
+        if verdict.score is not None and verdict.threshold is not None and not verdict.cannot_judge:
             by_model.setdefault(entry.model, []).append(entry)
     for entries in by_model.values():
         raw = [abs(float(e.verdict.score or 0) - float(e.verdict.threshold or 0)) for e in entries]
@@ -236,8 +252,10 @@ class _Album:
             return ""
         small = image.small(photo)
         factor = small.shape[1] / photo.shape[1]
-        frames = [tuple(round(factor * side) for side in region.box) for region in entry.verdict.regions]
-        uri = image.data_uri(image.framed(small, [(left, top, wide, tall) for left, top, wide, tall in frames]))
+        regions = entry.verdict.regions
+        frames = [tuple(round(factor * side) for side in region.box) for region in regions]
+        boxes = [(left, top, wide, tall) for left, top, wide, tall in frames]
+        uri = image.data_uri(image.framed(small, boxes, sum(region.matters for region in regions)))
         if len(uri) > self.room:
             self.dropped += 1
             return ""
@@ -252,5 +270,6 @@ def _caption(entry: Judged) -> tuple[str, str, list[str]]:
     when = "" if entry.time is None else f"{entry.time:%Y-%m-%d %H:%M:%S}"
     threshold = "" if verdict.threshold is None else f", stopped above {verdict.threshold:.4g}"
     p = "" if verdict.p_value is None else f"p {verdict.p_value:.3g}"
-    lines = [f"score {verdict.score:.4g}{threshold}", p, when, verdict.image, said]
+    size = next((str(region.size) for region in verdict.regions if region.matters and region.size), "")
+    lines = [verdict.cannot_judge, f"score {verdict.score:.4g}{threshold}", p, size, when, verdict.image, said]
     return {"stop": "Stopped", "pass": "Passed"}[verdict.verdict], verdict.verdict, [line for line in lines if line]

@@ -245,7 +245,12 @@ def _loco_keys(kind: str) -> list[str]:
 
 
 def _outcome(row: ImageScore, result: CategoryResult) -> str:
-    outcomes = {"error": ("unreadable",) * 2, "stop": ("false alarm", "stopped"), "pass": ("passed", "missed")}
+    outcomes = {
+        "error": ("unreadable",) * 2,
+        "ask": ("not judged",) * 2,
+        "stop": ("false alarm", "stopped"),
+        "pass": ("passed", "missed"),
+    }
     good, defective = outcomes[result.verdict(row)]
     return good if row.defect == "good" else defective
 

@@ -202,17 +202,20 @@ async function follow(threshold) {
   $("reset").hidden = !moved || about.threshold === null;
   $("set").hidden = !about.settable || !(moved || about.tuned);
   scale.draw();
-  const stop = result.score > threshold;
-  $("verdict").textContent = stop ? `Stop${result.zone ? `: ${result.zone}` : ""}` : "Pass";
-  $("finding").dataset.verdict = stop ? "stop" : "pass";
+  const refused = entry.verdict.cannot_judge;
+  const asks = entry.verdict.verdict === "ask";
+  const stop = refused ? entry.verdict.verdict === "stop" : result.score > threshold;
+  $("verdict").textContent = asks ? "Cannot judge" : stop ? `Stop${result.zone && !refused ? `: ${result.zone}` : ""}` : "Pass";
+  $("finding").dataset.verdict = asks ? "ask" : stop ? "stop" : "pass";
   $("because").textContent =
+    (refused ? `No promise covers this photograph: ${refused}. ` : "") +
     (about.threshold === null && !moved
       ? `This photograph scores ${digits(result.score)}, and the model has no threshold.`
       : `This photograph scores ${digits(result.score)}, ${stop ? "above" : "not above"} the threshold of ${digits(threshold)}. `) +
     (about.good_scores.length || about.foreign ? `${rarely(result.p_value)}.` : "");
-  if (!moved && stop !== (entry.verdict.verdict === "stop"))
+  if (!moved && !refused && stop !== (entry.verdict.verdict === "stop"))
     $("because").textContent += ` When this photograph was judged, the part ${stop ? "passed" : "was stopped"}: the model has changed since.`;
-  $("threshold").setAttribute("aria-valuetext", `${digits(threshold)}: ${stop ? "stop" : "pass"}`);
+  $("threshold").setAttribute("aria-valuetext", `${digits(threshold)}: ${asks ? "cannot judge" : stop ? "stop" : "pass"}`);
   promised = moved
     ? await json(`v1/models/${encodeURIComponent(about.name)}/promise?threshold=${threshold}`)
     : { threshold, statement: about.statement, map_level: about.map_level };
@@ -248,8 +251,8 @@ function listRegions(regions, result) {
     row.title = `The map reaches ${digits(region.peak)} here, as in ${inGood(region.p_value)}`;
     row.append(
       span("number", number + 1),
-      span("what", `${region.zone ? `${region.zone}: ` : ""}${region.box[2]} × ${region.box[3]} pixels`),
-      span("quiet", inGood(region.p_value)),
+      span("what", `${region.zone ? `${region.zone}: ` : ""}${sizeOf(region)}`),
+      span("quiet", region.matters === false ? "too small to matter" : inGood(region.p_value)),
     );
     const point = (on) => () => viewer.set({ region: on ? region : null });
     for (const [event, on] of [["pointerenter", 1], ["focus", 1], ["pointerleave", 0], ["blur", 0]]) row.addEventListener(event, point(on));
@@ -266,6 +269,12 @@ function listRegions(regions, result) {
   });
   $("badges").replaceChildren(...badges);
   placeBadges();
+}
+
+/** Its length, width and area where the model measures them, otherwise the box around it. */
+function sizeOf({ box, size }) {
+  if (!size) return `${box[2]} × ${box[3]} pixels`;
+  return `${digits(size.length)} × ${digits(size.width)} ${size.unit}, ${digits(size.area)} ${size.unit}²`;
 }
 
 /** Each number at its region's corner, wherever the view is now. */

@@ -9,6 +9,7 @@ const CHOICES = {
   all: () => true,
   stopped: (entry) => entry.shown === "stop",
   passed: (entry) => entry.shown === "pass",
+  refused: (entry) => Boolean(entry.verdict.cannot_judge),
   marked: (entry) => Boolean(entry.feedback),
   unmarked: (entry) => !entry.feedback,
 };
@@ -84,7 +85,7 @@ export class History {
   /** The verdict that is shown: the model's, or that of the threshold that was moved. */
   judge(entry) {
     const level = this.levels.get(entry.model);
-    entry.shown = level === undefined ? entry.verdict.verdict : entry.verdict.score > level ? "stop" : "pass";
+    entry.shown = level === undefined || entry.verdict.cannot_judge ? entry.verdict.verdict : entry.verdict.score > level ? "stop" : "pass";
     entry.doubt = this.doubt(entry, level);
     entry.row.dataset.verdict = entry.shown;
     entry.row.querySelector("b").textContent = entry.shown;

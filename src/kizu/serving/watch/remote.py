@@ -4,6 +4,7 @@ import base64
 import re
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ class _RemoteSink:
 
     name: str
 
-    def __init__(self, ledger: Path, only: str | None) -> None:
+    def __init__(self, ledger: Path, only: Sequence[str] | None) -> None:
         self._progress = ledger.with_name(f"{ledger.name}.{self.name}")
         self._only = only
         try:
@@ -44,7 +45,7 @@ class _RemoteSink:
         files.write_text(self._progress, f"{number}\n", durable=False)  # what the power takes is delivered again
 
     def wants(self, row: Row) -> bool:
-        return self._only is None or row["verdict"] == self._only
+        return self._only is None or row["verdict"] in self._only
 
 
 class WebhookSink(_RemoteSink):
@@ -52,7 +53,7 @@ class WebhookSink(_RemoteSink):
 
     name = "webhook"
 
-    def __init__(self, url: str, ledger: Path, only: str | None = None) -> None:
+    def __init__(self, url: str, ledger: Path, only: Sequence[str] | None = None) -> None:
         """Raises `OptionError` for what is no address."""
         parts = _split("webhook", url, ("http", "https"))
         super().__init__(ledger, only)
@@ -95,7 +96,7 @@ class MqttSink(_RemoteSink):
 
     name = "mqtt"
 
-    def __init__(self, url: str, ledger: Path, only: str | None = None) -> None:
+    def __init__(self, url: str, ledger: Path, only: Sequence[str] | None = None) -> None:
         """Raises `OptionError` for what is no address, and `MissingExtra`."""
         parts = _split("mqtt", url, ("mqtt", "mqtts"))
         self._topic = unquote(parts.path[1:])

@@ -128,7 +128,8 @@ class CsvSink:
         return True
 
     def deliver(self, row: Row) -> None:
-        self._file.append(_line([_cell(row.get(column)) for column in COLUMNS]), durable=False)
+        told = row | {"error": row["error"] or row.get("cannot_judge", "")}
+        self._file.append(_line([_cell(told.get(column)) for column in COLUMNS]), durable=False)
 
     def close(self) -> None:
         self._file.close()
