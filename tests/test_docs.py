@@ -245,3 +245,12 @@ def test_the_published_sizes_are_the_measured_ones():
             row = rows[category, size, contrast, diameter]
             marked, painted = map(int, row["marked"].split(" of "))
             assert cell == (row["length"] if 2 * marked >= painted else "–")
+
+
+def test_the_published_refusals_are_the_measured_ones():
+    with (ROOT / "benchmarks" / "results" / "captures.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    page = (ROOT / "docs" / "cannot-judge.md").read_text()
+    for kind in dict.fromkeys(row["photographs"] for row in rows):
+        cells = [row["refused"] for row in rows if row["photographs"] == kind]
+        assert f"| {kind.removeprefix('other good ones, learned from ')} | {' | '.join(cells)} |" in page

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import Conv2dSame, get_same_padding, resample_abs_pos_embed
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from kizu.config.plugins import load, plugins
@@ -70,7 +72,8 @@ class Backbone(nn.Module):
                 near = "x".join(str(max(1, round(side / step)) * step) for side, step in zip(size, patch, strict=True))
                 raise OptionError(f"`size={size[0]}x{size[1]}`: {name} looks at patches of {patch[0]}; try {near}")
             options["img_size"] = size
-        self.network = timm.create_model(timm_name, features_only=True, out_indices=sorted(set(indices)), **options)
+        with _WithoutInitialValues():
+            self.network = timm.create_model(timm_name, features_only=True, out_indices=sorted(set(indices)), **options)
         if hasattr(self.network, "blocks"):  # timm keeps those that nothing is taken from
             last = max((int(layer.split(".")[1]) for layer in self.layers if layer.startswith("blocks.")), default=-1)
             self.network.blocks = self.network.blocks[: last + 1]
@@ -258,6 +261,18 @@ def _pairs(network: nn.Module) -> list[tuple[nn.Conv2d, tuple[nn.Module, str]]]:
     return [(convolution, places[norm]) for convolution, norm in takers if isinstance(norm, nn.BatchNorm2d)]
 
 
+class _WithoutInitialValues(TorchFunctionMode):
+    """Modules that are made meanwhile get no random weights, which take longer than reading those that replace them."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if getattr(function, "__module__", None) == nn.init.__name__:
+            return args[0] if args else (kwargs or {})["tensor"]
+        return function(*args, **(kwargs or {}))
+
+
+@cache
 def _probe(timm_name: str, name: str) -> Any:
     """The network without memory for its weights, to ask what can be tapped."""
     if not timm.is_model(timm_name):
@@ -346,11 +361,17 @@ def _embedded(name: str) -> dict[str, Tensor]:
     origin = require(package).__file__
     assert origin is not None
     tensors = _read(Path(origin).parent / file)
-    with torch.device("meta"):
-        keys = timm.create_model(timm_name).state_dict().keys()
+    keys = _keys(timm_name)
     if len(keys) != len(tensors):
         raise ModelError(f"{package} holds {len(tensors)} tensors where {timm_name} has {len(keys)}: reinstall it")
     return dict(zip(keys, tensors.values(), strict=True))
+
+
+@cache
+def _keys(timm_name: str) -> tuple[str, ...]:
+    """The names of a network's tensors."""
+    with torch.device("meta"):
+        return tuple(timm.create_model(timm_name).state_dict())
 
 
 def _from_hub(name: str) -> dict[str, Tensor]:

@@ -211,7 +211,7 @@ async function follow(threshold) {
     (refused ? `No promise covers this photograph: ${refused}. ` : "") +
     (about.threshold === null && !moved
       ? `This photograph scores ${digits(result.score)}, and the model has no threshold.`
-      : `This photograph scores ${digits(result.score)}, ${stop ? "above" : "not above"} the threshold of ${digits(threshold)}. `) +
+      : `This photograph scores ${digits(result.score)}, ${result.score > threshold ? "above" : "not above"} the threshold of ${digits(threshold)}. `) +
     (about.good_scores.length || about.foreign ? `${rarely(result.p_value)}.` : "");
   if (!moved && !refused && stop !== (entry.verdict.verdict === "stop"))
     $("because").textContent += ` When this photograph was judged, the part ${stop ? "passed" : "was stopped"}: the model has changed since.`;
@@ -258,12 +258,14 @@ function listRegions(regions, result) {
     for (const [event, on] of [["pointerenter", 1], ["focus", 1], ["pointerleave", 0], ["blur", 0]]) row.addEventListener(event, point(on));
     const item = document.createElement("li");
     item.append(row);
+    item.classList.toggle("small", region.matters === false);
     return item;
   });
   $("regions").replaceChildren(...rows);
-  const badges = regions.map(({ box: [left, top, width] }, number) => {
+  const badges = regions.map(({ box: [left, top, width], matters }, number) => {
     const badge = document.createElement("li");
     badge.textContent = number + 1;
+    badge.classList.toggle("small", matters === false);
     badge.corner = [(left + width) / result.width, top / result.height];
     return badge;
   });
@@ -274,7 +276,8 @@ function listRegions(regions, result) {
 /** Its length, width and area where the model measures them, otherwise the box around it. */
 function sizeOf({ box, size }) {
   if (!size) return `${box[2]} × ${box[3]} pixels`;
-  return `${digits(size.length)} × ${digits(size.width)} ${size.unit}, ${digits(size.area)} ${size.unit}²`;
+  const [length, width, area] = [size.length, size.width, size.area].map((value) => Number(value.toPrecision(3)));
+  return `${length} × ${width} ${size.unit}, ${area} ${size.unit}²`;
 }
 
 /** Each number at its region's corner, wherever the view is now. */

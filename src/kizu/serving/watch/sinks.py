@@ -128,7 +128,7 @@ class CsvSink:
         return True
 
     def deliver(self, row: Row) -> None:
-        told = row | {"error": row["error"] or row.get("cannot_judge", "")}
+        told = row | {"error": row.get("error") or row.get("cannot_judge", "")}
         self._file.append(_line([_cell(told.get(column)) for column in COLUMNS]), durable=False)
 
     def close(self) -> None:
