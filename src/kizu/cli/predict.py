@@ -1,5 +1,6 @@
 """Commands that judge photographs and measure how well: predict, evaluate, data."""
 
+import dataclasses
 import time
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import click
 
 from kizu.cli import terminal
-from kizu.cli.options import data_options, find_data, json_option, quiet_option
+from kizu.cli.options import cluster_options, data_options, find_data, json_option, quiet_option
 from kizu.cli.wording import flagged
 from kizu.errors import OptionError
 from kizu.inference.model_folder import model_folder
@@ -19,11 +20,12 @@ MAX_LISTED = 10  # files that are left out, named one by one
 
 @click.command()
 @click.argument("model")
-@click.argument("images", nargs=-1, required=True)
+@click.argument("images", nargs=-1)
 @click.option("--csv", "csv_file", metavar="FILE", help="Write a table with a row for each image.")
 @click.option("--overlays", metavar="DIR", help="Write each photograph with its heat map and contours.")
 @click.option("--why", metavar="DIR", help="Write what is marked beside the good patches that look most like it.")
 @click.option("--profile", is_flag=True, help="Say where the time goes, over the first 20 photographs.")
+@cluster_options
 @quiet_option
 @json_option
 def predict(model: str, images: tuple[str, ...], csv_file: str | None, overlays: str | None, **options: Any) -> None:
@@ -31,9 +33,20 @@ def predict(model: str, images: tuple[str, ...], csv_file: str | None, overlays:
 
     A file that cannot be read gets a row that says why; the others are judged, and the exit code is 1.
 
+    With --ray and --parquet a cluster judges them, and addresses as s3://bucket/photos too. The same command again goes
+    on where it was ended.
+
     \b
     Example:  kizu predict results/project/group/run new/*.png --csv verdicts.csv --overlays seen
     """
+    if options["ray"] is not None:
+        _predict_on_ray(model, images, options | {"csv": csv_file, "overlays": overlays})
+        return
+    for name in ("parquet", "listing", "column", "actors", "part"):
+        if options[name] is not None:
+            raise OptionError(f"{_flag(name)} belongs to --ray")
+    if not images:
+        raise OptionError("kizu predict MODEL takes photographs: files, folders or globs")
     from kizu import load
     from kizu.inference.batch import image_paths, predict_files, profile, write_csv
 
@@ -57,6 +70,57 @@ def predict(model: str, images: tuple[str, ...], csv_file: str | None, overlays:
         terminal.print_table([{"where": name, "ms an image": f"{value:.1f}"} for name, value in spent.items()])
     if any(row.error for row in rows):
         click.get_current_context().exit(1)
+
+
+def _predict_on_ray(model: str, images: tuple[str, ...], options: dict[str, Any]) -> None:
+    from kizu.ray.cluster import check_address, cluster
+    from kizu.ray.predict import predict as judge
+
+    if options["ray"]:
+        check_address(options["ray"])
+    for name in ("csv", "overlays", "why", "profile"):
+        if options[name]:
+            raise OptionError(f"{_flag(name)} does not go with --ray: judge the photographs in question without it")
+    if options["parquet"] is None:
+        raise OptionError("--ray needs --parquet DIR, where a row a photograph is written")
+    if not images and options["listing"] is None:
+        raise OptionError(
+            "kizu predict MODEL --ray takes photographs: files, folders, globs or addresses, or --from FILE"
+        )
+    quiet = options["quiet"] or options["as_json"]
+    with cluster(options["ray"]), terminal.progress(quiet) as progress:
+        judged = judge(
+            model,
+            images,
+            options["parquet"],
+            listing=options["listing"],
+            column=options["column"],
+            actors=options["actors"],
+            part=options["part"],
+            progress=progress("Ray"),
+        )
+    if options["as_json"]:
+        terminal.print_json({**dataclasses.asdict(judged), "folder": options["parquet"]})
+    else:
+        row = {
+            "photographs": f"{sum(judged.counts.values()) + judged.missing:,}",
+            **{name: f"{count:,}" for name, count in judged.counts.items()},
+            **({"given up": f"{judged.missing:,}"} if judged.missing else {}),
+            "judged before": f"{judged.before:,}",
+            "seconds": f"{judged.seconds:.1f}",
+            "a second": f"{judged.rate:.1f}",
+        }
+        terminal.print_table([row])
+        if not options["quiet"]:
+            click.echo(f"\nVerdicts: {options['parquet']}")
+    for reason in judged.reasons:
+        click.echo(f"Given up: {reason}", err=True)
+    if judged.counts["error"] or judged.missing:
+        click.get_current_context().exit(1)
+
+
+def _flag(name: str) -> str:
+    return {"listing": "--from"}.get(name, f"--{name}")
 
 
 @click.command()

@@ -1,5 +1,6 @@
 """A model's folder: where it is, what lies in it, and `load`, for trained and exported models."""
 
+import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from kizu.errors import ModelError, OptionError, require
 if TYPE_CHECKING:
     from kizu.inference.inspector import Inspector
 
-__all__ = ["THUMBNAILS", "description", "load", "model_folder", "thumbnails", "write_thumbnails"]
+__all__ = ["THUMBNAILS", "description", "load", "model_folder", "thumbnails", "version", "write_thumbnails"]
 
 MAX_MODEL_BYTES = 10**12
 THUMBNAILS = "thumbnails.safetensors"
@@ -51,6 +52,11 @@ def description(folder: str | os.PathLike[str]) -> dict[str, Any]:
     except OSError as error:
         raise ModelError(f"{folder}: the model is damaged ({path.name}: {error.strerror})") from None
     return model_json.read(folder)
+
+
+def version(folder: Path) -> str:
+    """What tells a model from any other, and from itself before it was changed: a hash of model.json."""
+    return hashlib.blake2b((folder / "model.json").read_bytes(), digest_size=6).hexdigest()
 
 
 def thumbnails(folder: Path) -> list[bytes]:

@@ -4,16 +4,24 @@ import math
 import os
 from pathlib import Path
 
-__all__ = ["cores", "share"]
+__all__ = ["cores", "share", "use"]
 
 SPINS = "1000"  # turns that a thread waits awake for the others (libgomp): some microseconds, instead of milliseconds
+NO_LIMIT = 1 << 16
 QUOTAS = ("/sys/fs/cgroup/cpu.max", "/sys/fs/cgroup/cpu/cpu.cfs_quota_us")
+_most = NO_LIMIT
 
 
 def cores() -> int:
     """How many cores this process may use, by what it is bound to and by the time that its control group is given."""
     bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(bound, _quota()))
+    return max(1, min(bound, _quota(), _most))
+
+
+def use(count: int) -> None:
+    """Have models that this process loads from now on use so many cores at most: others of its kind have the rest."""
+    global _most
+    _most = count
 
 
 def share() -> None:
@@ -39,6 +47,6 @@ def _quota() -> int:
             quota, period = (
                 Path(QUOTAS[1]).with_name(f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period")
             )
-        return max(1, math.ceil(int(quota) / int(period))) if int(quota) > 0 else 1 << 16
+        return max(1, math.ceil(int(quota) / int(period))) if int(quota) > 0 else NO_LIMIT
     except (OSError, ValueError):
-        return 1 << 16
+        return NO_LIMIT

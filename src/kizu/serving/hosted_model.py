@@ -1,6 +1,5 @@
 """A model that the server answers with: loaded, and replaced while it works when its folder is replaced."""
 
-import hashlib
 import re
 import threading
 import time
@@ -13,6 +12,7 @@ from kizu import load
 from kizu.data import files
 from kizu.errors import ModelError, OptionError
 from kizu.inference.model_folder import model_folder
+from kizu.inference.model_folder import version as model_version
 from kizu.serving.batcher import Batcher, LoadedModel
 
 __all__ = ["HostedModel", "folders_by_name", "read_model"]
@@ -53,7 +53,7 @@ class HostedModel:
         Raises `ModelError` where it is not, or cannot be changed; `BlockingIOError` where another process changes it.
         """
         with files.locked(self.folder):
-            if _version(self.folder) != version:
+            if model_version(self.folder) != version:
                 raise ModelError(
                     f"{self.folder} has changed meanwhile: look at what it promises now, then set the threshold again"
                 )
@@ -77,7 +77,7 @@ def read_model(folder: Path) -> tuple[LoadedModel, Stamp]:
     for _ in range(TRIES):
         before = _stamp(folder)
         try:
-            version = _version(folder)
+            version = model_version(folder)
             model = load(folder)
             if _stamp(folder) == before:
                 model.predict(np.zeros((*model.preprocessing.size, 3), np.uint8))
@@ -108,10 +108,6 @@ def folders_by_name(arguments: Iterable[str]) -> dict[str, Path]:
                 raise OptionError(f"Two models are called {called}: name one of them, as in other={folder}")
             folders[called] = folder
     return folders
-
-
-def _version(folder: Path) -> str:
-    return hashlib.blake2b((folder / "model.json").read_bytes(), digest_size=6).hexdigest()
 
 
 def _stamp(folder: Path) -> Stamp:

@@ -1,0 +1,194 @@
+"""The same commands on a Ray cluster: row for row what one process says, whatever is killed meanwhile."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import kizu
+from kizu.inference.batch import image_paths, predict_files
+from kizu.testing import photograph as part
+from processes import kizu as run
+
+ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'kizu[ray]'")
+pa = pytest.importorskip("pyarrow", reason="pyarrow is not installed: pip install 'kizu[ray]'")
+pq = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed: pip install 'kizu[ray]'")
+
+from kizu.ray.cluster import cluster  # noqa: E402
+from kizu.ray.judging import judge  # noqa: E402
+from kizu.ray.predict import predict  # noqa: E402
+from kizu.ray.sources import photographs as listed  # noqa: E402
+
+EXPORTED = Path(__file__).with_name("models_of_0_1") / "patchcore-exported"
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray[.].*")  # Ray's, of its own settings
+SAID = ("verdict", "score", "p_value", "threshold", "zone", "regions", "error")
+
+
+@pytest.fixture(scope="module")
+def address():
+    """A Ray cluster of this machine for all tests of this file; its address is for other processes."""
+    with cluster("local") as ray:
+        yield ray.get_runtime_context().gcs_address
+
+
+@pytest.fixture
+def photographs(tmp_path, monkeypatch):
+    """240 paths to 20 photographs, and 12 that are damaged, in one way or another."""
+    monkeypatch.chdir(tmp_path)
+    Path("new").mkdir()
+    for number in range(20):
+        Image.fromarray(part(number, spot=number % 4 == 0)).save(f"{number}.png")
+        for copy in range(12):
+            Path(f"new/{copy:02}-{number:02}.png").symlink_to(f"../{number}.png")
+    whole = Path("0.png").read_bytes()
+    for number in range(4):
+        Path(f"new/empty-{number}.png").write_bytes(b"")
+        Path(f"new/cut-{number}.png").write_bytes(whole[: 400 * (number + 1)])
+        Path(f"new/none-{number}.jpg").write_bytes(random.Random(number).randbytes(3000))
+    return tmp_path
+
+
+def rows(folder):
+    found = pq.read_table(folder).to_pylist()
+    by_path = {row["path"]: row for row in found}
+    assert len(by_path) == len(found), "a photograph is there twice"
+    return by_path
+
+
+def expected(photographs="new"):
+    """What one process says, as the command's JSON would have it."""
+    verdicts = predict_files(kizu.load(EXPORTED), image_paths([photographs]))
+    return {verdict.image: verdict.model_dump() for verdict in verdicts}
+
+
+def check_same(found, wanted):
+    assert found.keys() == wanted.keys()
+    for path, verdict in wanted.items():
+        said = {**found[path], "error": found[path]["error"] or ""}
+        plain = {name: json.loads(json.dumps(verdict[name])) for name in SAID}
+        assert {name: said[name] for name in SAID} == plain, path
+
+
+def actors():
+    """The processes of this file's cluster in which a model judges: those below this process alone."""
+    parents, titles = {}, {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                stat = (entry / "stat").read_text()
+                titles[int(entry.name)] = (entry / "cmdline").read_bytes()
+            except OSError:
+                continue
+            parents[int(entry.name)] = int(stat.rpartition(")")[2].split()[1])
+
+    def ours(process):
+        while process in parents:
+            if process == os.getpid():
+                return True
+            process = parents[process]
+        return False
+
+    return [process for process, title in titles.items() if title.startswith(b"ray::MapWorker") and ours(process)]
+
+
+def test_killed_workers_and_a_killed_command_lose_nothing_and_double_nothing(address, photographs):
+    command = ["predict", EXPORTED, "new", "--parquet", "out", "--part", r"-(\d+)", "--ray", address]
+    driver = subprocess.Popen([sys.executable, "-m", "kizu", *command], stderr=subprocess.PIPE, text=True)
+    wait_for(actors)
+    os.kill(actors()[0], signal.SIGKILL)
+    wait_for(lambda: list(Path("out").glob("part-*")))
+    os.kill(actors()[0], signal.SIGKILL)
+    driver.kill()
+    driver.communicate()
+    begun = len(rows("out"))
+    assert 0 < begun < 252, "it was killed too late to show anything"
+
+    Image.fromarray(part(77)).save("new/later-20.png")
+    summary = json.loads(run(*command, "--json", code=1).stdout)
+    wanted, found = expected(), rows("out")
+    check_same(found, wanted)
+    assert summary["before"] >= begun and summary["before"] + summary["now"] == len(wanted) == 253
+    assert summary["counts"] == {
+        said: sum(verdict["verdict"] == said for verdict in wanted.values()) for said in ("pass", "stop", "error")
+    }
+    assert summary["counts"]["error"] == 12
+    assert found["new/03-07.png"]["part"] == "07" and found["new/empty-1.png"]["part"] == "1"
+    assert found["new/03-07.png"]["content_hash"] == found["new/04-07.png"]["content_hash"]
+    assert len({row["content_hash"] for row in found.values()}) == 21 + 1 + 4 + 4
+    assert len({row["model"] for row in found.values()}) == 1
+
+    with pytest.raises(kizu.OptionError, match="verdicts of another model"):
+        predict(EXPORTED.with_name("patchcore"), ["new"], "out")
+    Path("out", "other.parquet").write_bytes(b"")
+    with pytest.raises(kizu.DataError, match=r"other\.parquet is damaged"):
+        predict(EXPORTED, ["new"], "out")
+
+
+def wait_for(condition, seconds=60.0):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "nothing happens"
+        time.sleep(0.02)
+
+
+def test_a_pipeline_of_ones_own(address, photographs):
+    files = ray.data.read_binary_files(str(photographs / "new"), include_paths=True)
+    dataset = files.add_column("line", lambda table: len(table) * [4])
+    found = {row["path"]: row for row in judge(dataset, EXPORTED, actors=1).iter_rows()}
+    wanted = {str(Path(path).absolute()): verdict for path, verdict in expected().items()}
+    check_same(found, wanted)
+    assert {row["line"] for row in found.values()} == {4} and "bytes" not in next(iter(found.values()))
+
+
+def test_sources(photographs):
+    """Lists, tables and addresses name the same photographs as a folder does."""
+    wanted = [str(path) for path in image_paths(["new"])]
+    root = photographs.as_uri()
+    Path("list.txt").write_text("\n".join([*wanted, "", *wanted]))
+    Path("list.csv").write_text("line,file\n" + "".join(f'1,"{path}"\n' for path in wanted))
+    pq.write_table(pa.table({"line": [1] * len(wanted), "where": wanted}), "list.parquet")
+    assert listed([], "list.txt").to_pylist() == wanted
+    assert listed([], "list.csv").to_pylist() == wanted
+    assert listed([], "list.parquet", "where").to_pylist() == wanted
+    assert listed(["new/0*.png", "new"]).to_pylist() == wanted
+    assert sorted(listed([f"{root}/new"]).to_pylist()) == sorted(f"{root}/{path}" for path in wanted)
+    assert listed([f"{root}/0.png"]).to_pylist() == [f"{root}/0.png"]
+    for listing, column, sentence in [
+        ("list.parquet", None, "none of the columns"),
+        ("list.csv", "where", "no column where"),
+        ("none.txt", None, "cannot be read"),
+    ]:
+        with pytest.raises(kizu.KizuError, match=sentence):
+            listed([], listing, column)
+    with pytest.raises(kizu.DataError, match="cannot be listed"):
+        listed([f"{root}/nowhere"])
+    with pytest.raises(kizu.OptionError, match="no file system"):
+        listed(["moon://crater/new"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["new", "--parquet", "out"], "--parquet belongs to --ray"),
+        (["new", "--ray"], "--ray needs --parquet"),
+        (["new", "--ray", "--csv", "a.csv"], "--csv does not go with --ray"),
+        (["--parquet", "out", "--ray", "new"], "--ray new: a cluster's address"),
+        (["new", "--parquet", "out", "--ray", "127.0.0.1:1"], "no Ray cluster answers there"),
+    ],
+)
+def test_what_does_not_go_together_is_told(arguments, sentence, tmp_path):
+    assert sentence in run("predict", EXPORTED, *arguments, code=2, cwd=tmp_path).stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_the_extra_a_sentence_says_what_to_install(tmp_path):
+    (tmp_path / "ray.py").write_text("raise ModuleNotFoundError(\"No module named 'ray'\", name='ray')")
+    said = run("predict", EXPORTED, "new", "--parquet", "out", "--ray", code=2, cwd=tmp_path)
+    assert "pip install 'kizu[ray]'" in said.stderr
