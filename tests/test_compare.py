@@ -1,6 +1,7 @@
 """kizu compare: runs side by side, against slow oracles."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from scipy.stats import binomtest
 from sklearn.metrics import roc_auc_score
 
 from kizu.data.demo import render
-from kizu.evaluation.comparison import auroc_difference, sign_test
+from kizu.evaluation.comparison.runs import auroc_difference, sign_test
 from processes import kizu
 
 TRAIN = ("train", "patchcore", "parts", "--size", "96", "--coreset", "0.1", "-q")
@@ -69,3 +70,57 @@ def test_what_is_no_run_is_told(place, tmp_path):
     (tmp_path / "results.csv").write_text("category\n")
     (tmp_path / "predictions.csv").write_text("category\n")
     assert "damaged" in kizu("compare", run, tmp_path, code=2, cwd=place).stderr
+
+
+MATRIX = ("compare", "parts", "--methods", "patchcore", "--setting", "size=32", "--setting", "size=48 coreset=0.1")
+
+
+@pytest.fixture(scope="module")
+def matrix(place):
+    """Two variants with two seeds, undisturbed."""
+    said = kizu(*MATRIX, "--seeds", "0-1", "--output", "whole", "--json", cwd=place)
+    return json.loads(said.stdout)
+
+
+def test_methods_side_by_side(place, matrix):
+    from kizu.evaluation.comparison.runs import read_run
+
+    assert [row["method"] for row in matrix["table"]] == ["patchcore size=32", "patchcore size=48 coreset=0.1"]
+    for row in matrix["table"]:
+        cells = [cell for cell in matrix["cells"] if f"{cell['method']} {cell['setting']}" == row["method"]]
+        assert [cell["seed"] for cell in cells] == ["0", "1"]
+        runs = [read_run(place / cell["run"], cell["seed"]) for cell in cells]
+        aurocs = [float(run.results["flange"]["image_auroc"]) for run in runs]
+        assert row["image AUROC"] == f"{np.mean(aurocs):.4f} ± {np.std(aurocs, ddof=1):.4f}"
+        stopped = [image.verdict == "stop" for run in runs for image in run.images.values() if not image.is_good]
+        assert row["defects stopped"] == f"{sum(stopped)} of {len(stopped)}"
+        assert {run.about["seed"] for run in runs} == {0, 1}
+    page = (place / "whole" / "matrix.html").read_text()
+    assert page.count("patchcore size=48") >= 2 and "<img src=" in page
+
+
+def test_gaps_of_a_matrix_are_filled(place, matrix):
+    shutil.copytree(place / "whole", place / "gaps")
+    gone, kept = (place / "gaps" / "parts" / "flange" / "patchcore-size=32" / f"seed-{seed}" for seed in range(2))
+    shutil.rmtree(gone)
+    before = (kept / "run.json").stat().st_mtime_ns
+    command = (*MATRIX, "--seeds", "0-1", "--output", "gaps")
+    assert "--resume" in kizu(*command, code=2, cwd=place).stderr
+    kizu(*command, "--resume", cwd=place)
+    assert (place / "gaps" / "matrix.csv").read_bytes() == (place / "whole" / "matrix.csv").read_bytes()
+    assert (kept / "run.json").stat().st_mtime_ns == before and (gone / "run.json").exists()
+
+
+def test_a_cell_that_fails_is_shown_as_one(place):
+    command = ("compare", "parts", "--methods", "patchcore,simplenet", "--setting", "size=32 false_alarms=0.0001")
+    done = kizu(*command, "--output", "failing", code=1, cwd=place)
+    assert "Failed: flange, patchcore size=32" in done.stderr and "simplenet" in done.stderr
+    assert "0 (1 failed)" in done.stdout
+    assert "Not in the figures" in (place / "failing" / "matrix.html").read_text()
+    for arguments, sentence in [
+        (("--setting", "size"), "names and values"),
+        (("--setting", "colour=red"), "not a setting"),
+        (("--methods", "magic"), "magic"),
+    ]:
+        assert sentence in kizu("compare", "parts", "--methods", "patchcore", *arguments, code=2, cwd=place).stderr
+    assert "--seeds belongs to --methods" in kizu("compare", "parts", "--seeds", "0", code=2, cwd=place).stderr

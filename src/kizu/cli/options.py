@@ -24,7 +24,7 @@ __all__ = [
     "json_option",
     "quiet_option",
 ]
-__all__ += ["run_options", "settings_text", "zone_options"]
+__all__ += ["ray_option", "run_options", "settings_text", "zone_options"]
 
 quiet_option = click.option("-q", "--quiet", is_flag=True, help="Print nothing but results and errors.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")

@@ -73,7 +73,7 @@ def predict(model: str, images: tuple[str, ...], csv_file: str | None, overlays:
 
 
 def _predict_on_ray(model: str, images: tuple[str, ...], options: dict[str, Any]) -> None:
-    from kizu.ray.cluster import check_address, cluster
+    from kizu.ray.cluster import check_address
     from kizu.ray.predict import predict as judge
 
     if options["ray"]:
@@ -88,7 +88,7 @@ def _predict_on_ray(model: str, images: tuple[str, ...], options: dict[str, Any]
             "kizu predict MODEL --ray takes photographs: files, folders, globs or addresses, or --from FILE"
         )
     quiet = options["quiet"] or options["as_json"]
-    with cluster(options["ray"]), terminal.progress(quiet) as progress:
+    with terminal.cluster(options["ray"]), terminal.progress(quiet) as progress:
         judged = judge(
             model,
             images,

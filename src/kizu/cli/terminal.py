@@ -5,7 +5,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from kizu.inference.batch import FileVerdict
 
 __all__ = [
+    "cluster",
     "coloured",
     "count",
     "messages",
@@ -70,6 +71,15 @@ def progress(quiet: bool) -> Iterator[Callable[[str], Progress]]:
             return report
 
         yield reporter
+
+
+@contextmanager
+def cluster(address: str) -> Iterator[None]:
+    """A Ray cluster. What Ray says of workers that died, among the results, goes to standard error."""
+    from kizu.ray.cluster import cluster
+
+    with redirect_stdout(sys.stderr), cluster(address):
+        yield
 
 
 class _Flagged(logging.Formatter):

@@ -3,17 +3,19 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from kizu.cli import terminal
-from kizu.cli.options import json_option, quiet_option
-from kizu.errors import BadImage, OptionError
+from kizu.cli.options import data_options, json_option, quiet_option, ray_option
+from kizu.cli.quality import matrix
+from kizu.cli.quality.disagreeing import figure, row
+from kizu.errors import OptionError
 
 if TYPE_CHECKING:
-    from kizu.evaluation.comparison import Disagreement, RecordedRun
-    from kizu.evaluation.pages.html import Figure, Page
+    from kizu.evaluation.comparison.runs import Disagreement, RecordedRun
+    from kizu.evaluation.pages.html import Page
 
 __all__ = ["compare"]
 
@@ -26,20 +28,53 @@ DISAGREEMENTS = "Photographs on which the verdicts differ; those first whose p-v
 
 
 @click.command()
-@click.argument("runs", nargs=-1, required=True)
+@click.argument("runs", nargs=-1, required=True, metavar="RUN RUN… | DATA…")
+@click.option(
+    "--methods", metavar="LIST", help="Train these methods, as patchcore,simplenet, on every category of DATA…"
+)
+@click.option("--seeds", metavar="LIST", help="With --methods: each once for each seed, as in 0-4.  [default: 0]")
+@click.option(
+    "--setting",
+    "settings",
+    multiple=True,
+    metavar="'NAME=VALUE …'",
+    help="With --methods: each with these settings, as 'size=320 coreset=0.05'. Repeatable: each is a variant.",
+)
+@click.option("--resume", is_flag=True, help="With --methods: fill the gaps of a comparison that was ended, or failed.")
+@ray_option
+@data_options
 @click.option("--pictures", default=48, show_default=True, help="Show this many photographs on the page, at most.")
-@click.option("--output", metavar="FILE", help="Write a page with the photographs on which the runs differ.")
+@click.option(
+    "--output",
+    metavar="FILE|DIR",
+    help="Write a page with the photographs on which the runs differ; with --methods, the folder of all results.",
+)
 @quiet_option
 @json_option
-def compare(runs: tuple[str, ...], pictures: int, output: str | None, quiet: bool, as_json: bool) -> None:
+def compare(runs: tuple[str, ...], pictures: int, output: str | None, **options: Any) -> None:
     """Two or more finished runs: figures, what was set differently, and the photographs on which they differ.
 
     Differences are those to the first run. A difference within its ± may be chance.
 
+    With --methods, every category of DATA… × method × setting × seed is trained and evaluated first: one table with
+    mean and spread, and a page. With --ray a cluster does it, a training on each core.
+
     \b
-    Example:  kizu compare results/project/group/small results/project/group/large --output compare.html
+    Examples:
+      kizu compare results/project/group/small results/project/group/large --output compare.html
+      kizu compare mvtec/bottle mvtec/screw --methods patchcore,simplenet --seeds 0-4 --output methods
     """
-    from kizu.evaluation.comparison import disagreements, paired_rows, read_run, result_rows, setting_rows
+    if options["methods"]:
+        matrix.compare_methods(runs, options | {"pictures": pictures, "output": output})
+        return
+    for name in ("seeds", "settings", "resume", "ray"):
+        if options[name] not in (None, (), False):
+            raise OptionError(f"--{'setting' if name == 'settings' else name} belongs to --methods")
+    _compare_runs(runs, pictures, output, options["quiet"], options["as_json"])
+
+
+def _compare_runs(runs: tuple[str, ...], pictures: int, output: str | None, quiet: bool, as_json: bool) -> None:
+    from kizu.evaluation.comparison.runs import disagreements, paired_rows, read_run, result_rows, setting_rows
     from kizu.evaluation.pages.html import write
 
     if len(runs) < 2:
@@ -54,7 +89,7 @@ def compare(runs: tuple[str, ...], pictures: int, output: str | None, quiet: boo
                 "results": result_rows(found),
                 "differences": paired_rows(found),
                 "settings": setting_rows(found),
-                "photographs": [_row(found, item) for item in differing],
+                "photographs": [row(found, item) for item in differing],
             }
         )
         return
@@ -77,7 +112,7 @@ def _names(runs: Sequence[str]) -> list[str]:
 
 
 def _page(runs: "Sequence[RecordedRun]", differing: "Sequence[Disagreement]", pictures: int) -> "Page":
-    from kizu.evaluation.comparison import paired_rows, result_rows, setting_rows
+    from kizu.evaluation.comparison.runs import paired_rows, result_rows, setting_rows
     from kizu.evaluation.experiment import command_line
     from kizu.evaluation.pages.html import Page, Section
 
@@ -95,35 +130,8 @@ def _page(runs: "Sequence[RecordedRun]", differing: "Sequence[Disagreement]", pi
             Section(
                 "Where they differ",
                 DISAGREEMENTS + (f" {left:,} more are not shown." if left else "") if differing else "Nowhere.",
-                figures=[_figure(runs, item) for item in shown],
+                figures=[figure(runs, item) for item in shown],
             ),
         ],
         command=command_line(),
     )
-
-
-def _figure(runs: "Sequence[RecordedRun]", item: "Disagreement") -> "Figure":
-    from kizu.data import image
-    from kizu.data.preprocessing import shown
-    from kizu.evaluation.pages.html import Figure
-
-    source = ""
-    for run in runs:
-        try:
-            source = source or image.data_uri(image.small(shown(run.data / item.image)))
-        except BadImage:  # moved since, or on another machine
-            continue
-    lines = [f"{name}: {answer}" for name, answer in _row(runs, item).items() if name not in ("photograph", "is")]
-    stops_good = item.defect == "good"
-    kind = "" if stops_good else "stop"
-    return Figure(source, "Good" if stops_good else item.defect.replace("_", " "), kind, [*lines, item.image])
-
-
-def _row(runs: "Sequence[RecordedRun]", item: "Disagreement") -> dict[str, str]:
-    answers = {
-        run.name: "not judged"
-        if answer is None or answer.p_value is None
-        else f"{answer.verdict}, p {answer.p_value:.3g}"
-        for run, answer in zip(runs, item.answers, strict=True)
-    }
-    return {"photograph": item.image, "is": item.defect, **answers}

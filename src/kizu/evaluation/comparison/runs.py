@@ -21,7 +21,16 @@ import numpy.typing as npt
 from kizu.data import files
 from kizu.errors import DataError
 
-__all__ = ["Disagreement", "RecordedRun", "disagreements", "paired_rows", "read_run", "result_rows", "setting_rows"]
+__all__ = [
+    "METRICS",
+    "Disagreement",
+    "RecordedRun",
+    "disagreements",
+    "paired_rows",
+    "read_run",
+    "result_rows",
+    "setting_rows",
+]
 
 Key = tuple[str, str]  # category and image
 Scores = npt.NDArray[np.float64]

@@ -1,0 +1,274 @@
+"""Judging on a Ray cluster: speed and memory beside one process, and what is lost when workers, nodes and commands die.
+
+python benchmarks/many_machines.py                         both, 100,000 photographs
+python benchmarks/many_machines.py --photographs 10000     with fewer
+python benchmarks/many_machines.py --only faults
+
+The photographs are links to real ones of a category, scaled to 256 pixels: distinct paths, as many as are wanted.
+Model: PatchCore with its defaults at 256 × 256, exported to ONNX.
+
+Speed: one `kizu predict` and one `kizu predict --ray` over the same photographs on the same cores, in turns, first over
+one half of the photographs and then over the other one. One process is timed as a whole command, Ray from the first
+photograph to the last, with the start of the actors; Ray's own start, listing and end are a row of their own. Memory is
+the resident set of the driver and of the largest actor, sampled every second: the largest value in the second quarter
+of the time, and in the last one.
+
+Faults: three nodes on this machine (`ray.cluster_utils.Cluster`), with 5 % damaged files. At random moments twenty
+actors are killed, a node is removed and another comes, and twice the command is killed and started again. Then every
+row is compared with what one process says.
+"""
+
+import argparse
+import csv
+import io
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+DATA = Path(os.environ.get("KIZU_TEST_DATA", HERE.parents[1] / "shared" / "data"))
+SIDE = 256
+KILLS, DRIVERS = 20, 2
+DAMAGED = 20  # every so many-th photograph
+FAULTS_SHARE = 10  # of the photographs, one in so many
+SAME = ("score", "p_value", "verdict", "threshold", "zone", "regions", "error")
+HEADER = ("measure", "value", "unit")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=["speed", "faults"])
+    parser.add_argument("--photographs", type=int, default=100_000)
+    parser.add_argument("--category", type=Path, default=DATA / "mvtec_ad" / "bottle", help="in MVTec's layout")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments at which something is killed")
+    parser.add_argument("--output", type=Path, default=HERE / "results" / "many_machines.csv")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        os.chdir(scratch)
+        model = prepare(arguments.category)
+        rows: list[tuple[str, str, str]] = []
+        if arguments.only != "faults":
+            rows += speed(model, arguments.photographs)
+        if arguments.only != "speed":
+            rows += faults(model, arguments.photographs // FAULTS_SHARE, arguments.seed)
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([HEADER, *rows])
+    print(text.getvalue())
+    if arguments.only is None:
+        arguments.output.write_text(text.getvalue())
+
+
+def prepare(category: Path) -> Path:
+    """The model, and real photographs at 256 pixels in the folder real."""
+    import kizu
+    from kizu.data.image import read, resize, write
+    from kizu.data.photographs import scan
+    from kizu.export import export
+
+    export(kizu.PatchCore(size=SIDE).fit(category / "train" / "good"), "model")
+    Path("real").mkdir()
+    for number, path in enumerate(scan(category / "test")):
+        write(f"real/{number:03}.png", resize(read(path), (SIDE, SIDE)))
+    return Path("model").absolute()
+
+
+def links(folder: Path, count: int, damaged: bool = False) -> Path:
+    """So many paths to the real photographs, in folders of a thousand."""
+    real = sorted(Path("real").resolve().iterdir())
+    for number in range(count):
+        path = folder / f"{number // 1000:04}" / f"{number:07}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if damaged and number % DAMAGED == 0:
+            whole = real[number % len(real)].read_bytes()
+            path.write_bytes(whole[: random.Random(number).randrange(len(whole) // 2)])
+        else:
+            path.symlink_to(real[number % len(real)])
+    return folder
+
+
+def speed(model: Path, count: int) -> Iterator[tuple[str, str, str]]:
+    seconds, start, memory = {"one": 0.0, "ray": 0.0}, [], []
+    different = 0
+    for turn in range(2):
+        folder = links(Path(f"speed-{turn}"), count // 2)
+        begun = time.monotonic()
+        plain = json.loads(command("predict", model, folder, "--json").stdout)
+        seconds["one"] += time.monotonic() - begun
+        begun = time.monotonic()
+        out = f"verdicts-{turn}"
+        with Memory() as sampled:
+            said = json.loads(
+                command("predict", model, folder, "--json", "--parquet", out, "--ray", "local", on=sampled).stdout
+            )
+        whole = time.monotonic() - begun
+        seconds["ray"] += said["seconds"]
+        start.append(whole - said["seconds"])
+        memory.append(sampled)
+        different += differences(plain, out)[2]
+    pairs = len(memory)
+    yield "photographs", str(count), ""
+    yield "one process", f"{count / seconds['one']:.1f}", "photographs a second"
+    yield "Ray, as many cores", f"{count / seconds['ray']:.1f}", "photographs a second"
+    yield "Ray against one process", f"{seconds['one'] / seconds['ray']:.3f}", ""
+    yield "Ray's start, listing and end", f"{sum(start) / pairs:.1f}", "seconds"
+    yield "rows that differ", str(different), ""
+    for role in ("driver", "actor"):
+        for quarter in (1, 3):
+            largest = max(sample.largest(role, quarter) for sample in memory)
+            yield f"{role}, quarter {quarter + 1} of the time", f"{largest / 1e6:.0f}", "MB"
+    parquet = sum(path.stat().st_size for turn in range(2) for path in Path(f"verdicts-{turn}").glob("*.parquet"))
+    yield "Parquet", f"{parquet / count:.0f}", "bytes a photograph"
+
+
+def faults(model: Path, count: int, seed: int) -> Iterator[tuple[str, str, str]]:
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # 127.0.0.1 alone
+    from ray.cluster_utils import Cluster
+
+    import kizu  # noqa: F401 - Ray reports nothing
+
+    folder = links(Path("faults"), count, damaged=True)
+    plain = json.loads(command("predict", model, folder, "--json", code=1).stdout)
+    options = {"num_cpus": 1, "object_store_memory": 256 * 2**20}
+    cluster = Cluster(initialize_head=True, head_node_args=options | {"num_cpus": 0, "include_dashboard": False})
+    nodes = [cluster.add_node(**options) for _ in range(2)]
+    chance, done = random.Random(seed), {"workers": 0, "nodes": 0, "commands": 0}
+    words = [sys.executable, "-m", "kizu", "predict", model, folder, "--json", "--parquet", "out"]
+    moments = sorted([chance.random() for _ in range(KILLS)] + [0.5] + [0.3, 0.7])  # of the photographs
+    driver = started(words, cluster.address)
+    for moment in moments:
+        while progress("out") < moment * len(plain) * 0.95 or not (judging := actors()):
+            if driver.poll() is not None:
+                raise SystemExit(f"the command has ended: {driver.communicate()}")
+            time.sleep(0.05)
+        if moment in (0.3, 0.7):
+            driver.kill()
+            driver.communicate()
+            driver = started(words, cluster.address)
+            done["commands"] += 1
+        elif moment == 0.5:
+            cluster.remove_node(nodes.pop(), allow_graceful=False)
+            nodes.append(cluster.add_node(**options))
+            done["nodes"] += 1
+        else:
+            os.kill(chance.choice(judging), signal.SIGKILL)
+            done["workers"] += 1
+    output, errors = driver.communicate()
+    if not output.startswith("{"):
+        raise SystemExit(f"the command failed: {output[:2000]} {errors}")
+    lost, doubled, different = differences(plain, "out")
+    summary = json.loads(output)
+    cluster.shutdown()
+    yield "photographs of the faults", str(count), ""
+    yield from ((f"{name} killed", str(number), "") for name, number in done.items())
+    yield "lost", str(lost), ""
+    yield "doubled", str(doubled), ""
+    yield "different", str(different), ""
+    yield "damaged", str(sum(bool(row["error"]) for row in plain)), ""
+    yield "error rows", str(summary["counts"]["error"]), ""
+    yield "exit code", str(driver.returncode), ""
+
+
+def started(words: Sequence[Any], address: str) -> subprocess.Popen[str]:
+    return subprocess.Popen([*words, "--ray", address], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def progress(out: str) -> int:
+    """How many verdicts there are."""
+    import pyarrow.parquet as pq
+
+    return sum(pq.read_metadata(path).num_rows for path in Path(out).glob("part-*"))
+
+
+def differences(plain: Sequence[dict[str, Any]], out: str) -> tuple[int, int, int]:
+    """How many photographs have no row, how many more than one, and how many another one than one process gives."""
+    import pyarrow.parquet as pq
+
+    rows = pq.read_table(out).to_pylist()
+    found = {row["path"]: row | {"error": row["error"] or ""} for row in rows}
+    wanted = {row["path"]: row for row in plain}
+    different = sum(
+        any(found[path][name] != row[name] for name in SAME) for path, row in wanted.items() if path in found
+    )
+    return len(wanted.keys() - found.keys()), len(rows) - len(found), different
+
+
+def command(*words: Any, code: int = 0, on: "Memory | None" = None) -> subprocess.CompletedProcess[str]:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "kizu", *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    if on is not None:
+        on.driver = process.pid
+    output, errors = process.communicate()
+    if process.returncode != code:
+        raise SystemExit(f"{words}: {process.returncode}\n{errors}")
+    return subprocess.CompletedProcess(words, code, output, errors)
+
+
+def actors() -> list[int]:
+    """The processes, below this one, in which a model judges."""
+    parents: dict[int, int] = {}
+    titles: dict[int, bytes] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+                titles[int(entry.name)] = (entry / "cmdline").read_bytes()
+            except OSError:
+                continue
+    found = []
+    for process, title in titles.items():
+        above = process
+        while above != os.getpid() and above in parents:
+            above = parents[above]
+        if above == os.getpid() and title.startswith(b"ray::MapWorker"):
+            found.append(process)
+    return found
+
+
+class Memory:
+    """The resident set of a driver and its actors, sampled every second in a thread."""
+
+    def __init__(self) -> None:
+        self.driver = 0
+        self.samples: list[dict[str, int]] = []
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._sample)
+
+    def __enter__(self) -> "Memory":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def largest(self, role: str, quarter: int) -> int:
+        """Bytes of the largest process of a role in a quarter (from 0) of the time in which actors judge."""
+        judging = [sample for sample in self.samples if sample["actor"]]
+        ends = [round(len(judging) * part / 4) for part in (quarter, quarter + 1)]
+        return max(sample[role] for sample in judging[slice(*ends)])
+
+    def _sample(self) -> None:
+        while not self._over.wait(1.0):
+            sizes = [resident(process) for process in actors()]
+            self.samples.append({"driver": resident(self.driver), "actor": max(sizes, default=0)})
+
+
+def resident(process: int) -> int:
+    try:
+        return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0
+
+
+if __name__ == "__main__":
+    main()

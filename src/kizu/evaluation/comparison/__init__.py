@@ -1,0 +1,1 @@
+"""Runs side by side: finished ones, or every category × method × setting × seed."""
