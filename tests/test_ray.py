@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 import kizu
+from kizu.data.demo import render
 from kizu.inference.batch import image_paths, predict_files
 from kizu.testing import photograph as part
 from processes import kizu as run
@@ -76,26 +77,27 @@ def check_same(found, wanted):
         assert {name: said[name] for name in SAID} == plain, path
 
 
-def actors():
-    """The processes of this file's cluster in which a model judges: those below this process alone."""
+def workers(title):
+    """The processes of this file's cluster that are called so: those below this process alone."""
     parents, titles = {}, {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
-                stat = (entry / "stat").read_text()
+                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
                 titles[int(entry.name)] = (entry / "cmdline").read_bytes()
-            except OSError:
+            except OSError:  # it has ended
                 continue
-            parents[int(entry.name)] = int(stat.rpartition(")")[2].split()[1])
 
-    def ours(process):
-        while process in parents:
-            if process == os.getpid():
-                return True
+    def is_ours(process):
+        while process in parents and process != os.getpid():
             process = parents[process]
-        return False
+        return process == os.getpid()
 
-    return [process for process, title in titles.items() if title.startswith(b"ray::MapWorker") and ours(process)]
+    return [process for process, name in titles.items() if name.startswith(title) and is_ours(process)]
+
+
+def actors():
+    return workers(b"ray::MapWorker")
 
 
 def test_killed_workers_and_a_killed_command_lose_nothing_and_double_nothing(address, photographs):
@@ -129,6 +131,72 @@ def test_killed_workers_and_a_killed_command_lose_nothing_and_double_nothing(add
     Path("out", "other.parquet").write_bytes(b"")
     with pytest.raises(kizu.DataError, match=r"other\.parquet is damaged"):
         predict(EXPORTED, ["new"], "out")
+
+
+def table(folder):
+    return (Path(folder) / "matrix.csv").read_text()
+
+
+@pytest.mark.parametrize("killed", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_matrix_on_a_cluster_is_that_of_one_process(killed, address, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as Ray's workers have it
+    render("parts", train=24, good=8, each=2, size=96)
+    command = ["compare", "parts", "--methods", "patchcore", "--setting", "size=32", "--seeds", "3"]
+    comparing = [sys.executable, "-m", "kizu", *command, "--output", "disturbed", "--ray", address]
+    driver = subprocess.Popen(comparing, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    if killed:
+        wait_for(lambda: list(Path("disturbed").glob("*/*/*/*/unfinished")))
+        os.kill(workers(b"ray::_carried_out")[0], signal.SIGKILL)
+    run(*command, "--output", "whole")
+    output, errors = driver.communicate(timeout=100)
+    assert driver.returncode == 0, errors
+    assert output.startswith("category"), "Ray's remarks are among the results"
+    assert table("disturbed") == table("whole")
+
+
+@pytest.mark.slow
+def test_a_matrix_of_three_by_three_by_three_killed_and_resumed(address, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in "abc":
+        render(f"parts-{name}", train=24, good=8, each=2, size=96, seed=ord(name))
+    command = ["compare", *(f"parts-{name}" for name in "abc"), "--seeds", "0-2", "--ray", address]
+    command += [
+        "--methods",
+        "patchcore,simplenet,puad",
+        "--setting",
+        "patchcore: size=48",
+        "--setting",
+        "puad: size=48",
+    ]
+    command += ["--setting", "simplenet: size=48 meta_epochs=1 gan_epochs=1"]
+    comparing = [sys.executable, "-m", "kizu", *command, "--output", "disturbed"]
+    chance = random.Random(0)
+    driver = subprocess.Popen(comparing, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    for finished in (2, 5, 9, 14, 20):
+        wait_for(lambda count=finished: len(list(Path("disturbed").rglob("run.json"))) >= count, 600)
+        wait_for(lambda: workers(b"ray::_carried_out"))
+        os.kill(chance.choice(workers(b"ray::_carried_out")), signal.SIGKILL)
+        if finished in (5, 14):
+            driver.kill()
+            driver.wait()
+            driver = subprocess.Popen([*comparing, "--resume"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    assert driver.wait(900) == 0
+    run(*command, "--output", "whole")
+    assert table("disturbed") == table("whole")
+    assert table("whole").count(" ± ") == 3 * (9 + 3)
+
+
+@pytest.mark.slow
+def test_a_node_that_is_removed(real_data, tmp_path):
+    """Three nodes: workers are killed at random moments, a node goes, the command is killed; 5 % are damaged."""
+    benchmark = Path(__file__).parents[1] / "benchmarks" / "many_machines.py"
+    command = [sys.executable, benchmark, "--photographs", "1500", "--only", "faults"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    figures = dict(line.split(",")[:2] for line in done.stdout.splitlines() if "," in line)
+    assert [figures[name] for name in ("lost", "doubled", "different")] == ["0", "0", "0"]
+    assert figures["workers killed"] == "20" and figures["error rows"] == figures["damaged"] != "0"
 
 
 def wait_for(condition, seconds=60.0):

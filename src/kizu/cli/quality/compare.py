@@ -38,7 +38,8 @@ DISAGREEMENTS = "Photographs on which the verdicts differ; those first whose p-v
     "settings",
     multiple=True,
     metavar="'NAME=VALUE …'",
-    help="With --methods: each with these settings, as 'size=320 coreset=0.05'. Repeatable: each is a variant.",
+    help="With --methods: each with these settings, as 'size=320 false_alarms=0.05'; one alone, as 'patchcore: "
+    "coreset=0.05'. Repeatable: each is a variant.",
 )
 @click.option("--resume", is_flag=True, help="With --methods: fill the gaps of a comparison that was ended, or failed.")
 @ray_option

@@ -101,7 +101,8 @@ def _page(outcomes: "Sequence[Outcome]", pictures: int) -> "Page":
     best = _best(rows)
     shown = _disagreements(outcomes, pictures)
     sections = [
-        Section("Figures", MEANING, [{"category": r["category"], **r} for r in rows]),
+        Section("Image AUROC", MEANING, matrix.side_by_side_rows(outcomes)),
+        Section("All figures", "Runs that failed are left out.", rows),
         Section("Each run", "Its own report lies in its folder.", [_without(r, "run", "error") for r in cells]),
         Section(
             "Where they differ",
@@ -130,7 +131,7 @@ def _best(rows: Sequence[dict[str, str]]) -> str:
     if not known:
         return "No image AUROC is defined here: there are no defective images, or nothing could be trained."
     best = max(known, key=lambda row: float(row["image AUROC"].split()[0]))
-    return f"The highest image AUROC has {best['method']}: {best['image AUROC']}."
+    return f"Highest mean image AUROC: {best['image AUROC']}, {best['method']}."
 
 
 def _without(row: dict[str, str], *names: str) -> dict[str, str]:

@@ -27,6 +27,7 @@ __all__ = [
     "cell_rows",
     "cells_of",
     "one_after_another",
+    "side_by_side_rows",
     "summary_rows",
     "write_tables",
 ]
@@ -83,7 +84,7 @@ def cells_of(
     configs = [
         (method, setting, build(config_class(method), {**_values(setting), "seed": seed}))
         for method in dict.fromkeys(methods)
-        for setting in dict.fromkeys(settings or [""])
+        for setting in _settings_of(method, methods, settings)
         for seed in seeds
     ]
     cells = []
@@ -100,6 +101,18 @@ def cells_of(
     if not cells:
         raise OptionError("none of the data sets holds training images of good parts")
     return cells
+
+
+def _settings_of(method: str, methods: Sequence[str], settings: Sequence[str]) -> list[str]:
+    """Those that are for every method, and those that begin with this one's name; the defaults if there are none."""
+    chosen = []
+    for setting in settings:
+        name, colon, values = setting.partition(":")
+        if not (colon and name.strip() in methods):
+            chosen.append(setting.strip())
+        elif name.strip() == method:
+            chosen.append(values.strip())
+    return list(dict.fromkeys(chosen)) or [""]
 
 
 def _values(setting: str) -> dict[str, str]:
@@ -183,6 +196,15 @@ def summary_rows(outcomes: Sequence[Outcome]) -> list[dict[str, str]]:
                 {"category": "mean", "method": variant, **_means([o for o in outcomes if o.cell.variant == variant])}
             )
     return rows
+
+
+def side_by_side_rows(outcomes: Sequence[Outcome]) -> list[dict[str, str]]:
+    """The image AUROC: a row a category, a column a method."""
+    label = METRICS["image_auroc"]
+    rows: dict[str, dict[str, str]] = {}
+    for row in summary_rows(outcomes):
+        rows.setdefault(row["category"], {"category": row["category"]})[row["method"]] = row[label]
+    return list(rows.values())
 
 
 def _place(cell: Cell) -> str:
