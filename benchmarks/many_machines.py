@@ -2,7 +2,9 @@
 
 python benchmarks/many_machines.py                         both, 100,000 photographs
 python benchmarks/many_machines.py --photographs 10000     with fewer
-python benchmarks/many_machines.py --only faults
+python benchmarks/many_machines.py --only faults          or speed, or driver
+
+Each part that was measured replaces its rows in results/many_machines.csv.
 
 The photographs are links to real ones of a category, scaled to 256 pixels: distinct paths, as many as are wanted.
 Model: PatchCore with its defaults at 256 × 256, exported to ONNX.
@@ -34,6 +36,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from kizu.data.files import write_text
+
 HERE = Path(__file__).parent
 DATA = Path(os.environ.get("KIZU_TEST_DATA", HERE.parents[1] / "shared" / "data"))
 SIDE = 256
@@ -41,12 +45,14 @@ KILLS, DRIVERS = 20, 2
 DAMAGED = 20  # every so many-th photograph
 FAULTS_SHARE = 10  # of the photographs, one in so many
 SAME = ("score", "p_value", "verdict", "threshold", "zone", "regions", "error")
-HEADER = ("measure", "value", "unit")
+PARTS = ("speed", "driver", "faults")
+LISTED = 1_000_000  # paths of the driver's part
+HEADER = ("part", "measure", "value", "unit")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=["speed", "faults"])
+    parser.add_argument("--only", choices=PARTS)
     parser.add_argument("--photographs", type=int, default=100_000)
     parser.add_argument("--category", type=Path, default=DATA / "mvtec_ad" / "bottle", help="in MVTec's layout")
     parser.add_argument("--seed", type=int, default=0, help="of the moments at which something is killed")
@@ -55,16 +61,26 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         os.chdir(scratch)
         model = prepare(arguments.category)
-        rows: list[tuple[str, str, str]] = []
-        if arguments.only != "faults":
-            rows += speed(model, arguments.photographs)
-        if arguments.only != "speed":
-            rows += faults(model, arguments.photographs // FAULTS_SHARE, arguments.seed)
+        for part in PARTS if arguments.only is None else [arguments.only]:
+            if part == "speed":
+                rows = [*speed(model, arguments.photographs)]
+            elif part == "driver":
+                rows = [*driver(model)]
+            else:
+                rows = [*faults(model, arguments.photographs // FAULTS_SHARE, arguments.seed)]
+            record(arguments.output, part, rows)
+
+
+def record(path: Path, part: str, rows: list[tuple[str, str, str]]) -> None:
+    """Print the rows of a part, and put them into the table in place of those that it had."""
+    before = list(csv.reader(path.read_text().splitlines()))[1:] if path.exists() else []
+    table = {name: [row for row in before if row[0] == name] for name in PARTS}
+    table[part] = [[part, *row] for row in rows]
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([HEADER, *rows])
-    print(text.getvalue())
-    if arguments.only is None:
-        arguments.output.write_text(text.getvalue())
+    csv.writer(text, lineterminator="\n").writerows([HEADER, *(row for kept in table.values() for row in kept)])
+    write_text(path, text.getvalue())
+    for row in rows:
+        print("  ".join(row), flush=True)
 
 
 def prepare(category: Path) -> Path:
@@ -127,6 +143,47 @@ def speed(model: Path, count: int) -> Iterator[tuple[str, str, str]]:
             yield f"{role}, quarter {quarter + 1} of the time", f"{largest / 1e6:.0f}", "MB"
     parquet = sum(path.stat().st_size for turn in range(2) for path in Path(f"verdicts-{turn}").glob("*.parquet"))
     yield "Parquet", f"{parquet / count:.0f}", "bytes a photograph"
+
+
+def driver(model: Path) -> Iterator[tuple[str, str, str]]:
+    """What a million paths cost the driver, and where the time of a photograph goes."""
+    from kizu import load
+    from kizu.inference.batch import profile
+    from kizu.inference.processor import use
+
+    Path("list.txt").write_text(
+        "".join(f"s3://bucket/line-07/2031-05-14/{number:09}.png\n" for number in range(LISTED))
+    )
+    measured = json.loads(subprocess.run([sys.executable, "-c", LISTING], capture_output=True, check=True).stdout)
+    yield "listing a million paths", f"{measured['seconds']:.1f}", "seconds"
+    yield "leaving out a million that are done", f"{measured['filter']:.1f}", "seconds"
+    yield "a path in the driver, at most", f"{measured['bytes'] / LISTED:.0f}", "bytes"
+    use(1)
+    spent = profile(load(model), sorted(Path("real").iterdir()))
+    yield "decoding", f"{spent['decode']:.1f}", "ms a photograph"
+    yield "graph, one thread", f"{spent['graph']:.1f}", "ms a photograph"
+    sizes = [path.stat().st_size for path in Path("real").iterdir()]
+    yield "file", f"{sum(sizes) / len(sizes) / 1e3:.0f}", "kB a photograph"
+
+
+LISTING = """
+import json, re, time
+from pathlib import Path
+import pyarrow.compute as pc
+from kizu.ray.sources import photographs
+
+def peak():
+    return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+
+Path("/proc/self/clear_refs").write_text("5")  # the peak begins now
+before, start = peak(), time.monotonic()
+names = photographs([], "list.txt")
+seconds = time.monotonic() - start
+start = time.monotonic()
+missing = names.filter(pc.invert(pc.is_in(names, value_set=names)))
+assert not len(missing)
+print(json.dumps({"seconds": seconds, "filter": time.monotonic() - start, "bytes": peak() - before}))
+"""
 
 
 def faults(model: Path, count: int, seed: int) -> Iterator[tuple[str, str, str]]:

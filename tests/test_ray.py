@@ -209,7 +209,7 @@ def wait_for(condition, seconds=60.0):
 def test_a_pipeline_of_ones_own(address, photographs):
     files = ray.data.read_binary_files(str(photographs / "new"), include_paths=True)
     dataset = files.add_column("line", lambda table: len(table) * [4])
-    found = {row["path"]: row for row in judge(dataset, EXPORTED, actors=1).iter_rows()}
+    found = {row["path"]: row for row in judge(dataset, EXPORTED).iter_rows()}
     wanted = {str(Path(path).absolute()): verdict for path, verdict in expected().items()}
     check_same(found, wanted)
     assert {row["line"] for row in found.values()} == {4} and "bytes" not in next(iter(found.values()))

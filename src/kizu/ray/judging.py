@@ -90,6 +90,7 @@ class Judge:
 
     def __init__(self, model: ModelFiles, root: str, part: str | None) -> None:
         processor.use(1)
+        image.give_back_large()
         with model.folder() as folder:
             self.model = model_folder.load(folder)
         self.model.workers = 1
@@ -165,7 +166,7 @@ def judge(
     if part is not None:
         check_expression(part)
     shipped = model_files(model)
-    return in_pool(dataset, Judge, (shipped, os.getcwd(), part), shipped, actors, batch_size)  # noqa: PTH109
+    return in_pool(dataset, Judge, (shipped, os.getcwd(), part), shipped, actors, batch_size, alone=False)  # noqa: PTH109
 
 
 def in_pool(
@@ -175,10 +176,13 @@ def in_pool(
     model: ModelFiles,
     actors: int | None,
     batch_size: int | None,
+    *,
+    alone: bool,
 ) -> Any:
     """What actors `kind(*arguments)` make of the batches of a Ray Data set; each has a core, or a GPU too.
 
-    Ray starts an actor that dies again, and has it repeat what it was at.
+    Ray starts an actor that dies again, and has it repeat what it was at. Where the data set is not `alone` made of
+    what is there already, it begins with one actor: as many as there are cores would leave none for reading.
     """
     gpus = 0 if model.exported else int(require("ray").cluster_resources().get("GPU", 0))
     size = actors or gpus or num_cores()
@@ -187,7 +191,7 @@ def in_pool(
         fn_constructor_args=arguments,
         batch_size=batch_size,
         batch_format="pyarrow",
-        compute=require("ray.data").ActorPoolStrategy(min_size=1, initial_size=size, max_size=size),
+        compute=require("ray.data").ActorPoolStrategy(min_size=1, initial_size=size if alone else 1, max_size=size),
         num_cpus=1,
         num_gpus=1 if gpus else None,
     )

@@ -11,6 +11,7 @@ from typing import Any
 
 from kizu.data.progress import Progress, silent
 from kizu.errors import OutputError, require
+from kizu.inference.inspector import BATCH
 from kizu.ray import parts
 from kizu.ray.addresses import is_remote
 from kizu.ray.judging import Judge, ModelFiles, check_expression, in_pool, model_files, num_cores
@@ -82,7 +83,7 @@ def predict(
         return outcome
     start = time.monotonic()
     recorder = (shipped, os.getcwd(), part, folder, claim)  # noqa: PTH109
-    written = in_pool(_blocks(names, actors), Recorder, recorder, shipped, actors, None)
+    written = in_pool(_blocks(names, actors), Recorder, recorder, shipped, actors, None, alone=True)
     total = len(names)
     progress("Judging", 0, total)
     with _heard() as outcome.reasons:
@@ -121,7 +122,7 @@ def _blocks(names: Any, actors: int | None) -> Any:
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.max_errored_blocks = MAX_ERRORED  # counted as missing; more are a fault of something else
-    size = min(MOST, max(FEWEST, len(names) // ((actors or num_cores()) * PARTS_AN_ACTOR)))
+    size = min(MOST, max(FEWEST, len(names) // ((actors or num_cores()) * PARTS_AN_ACTOR))) // BATCH * BATCH
     tables = (pa.table({"path": names.slice(start, size)}) for start in range(0, len(names), size))
     return data.from_arrow_refs([ray.put(table) for table in tables])
 
