@@ -52,8 +52,9 @@ LONG = {
     "runtime.md",
     "serving.md",
     "watching.md",
+    "many-machines.md",
 }  # for `make test-all`
-LONG_PYTHON = {"missed-defects.md", "runtime.md", "simplenet.md"}  # likewise
+LONG_PYTHON = {"many-machines.md", "missed-defects.md", "runtime.md", "simplenet.md"}  # likewise
 SERVED = "127.0.0.1:8000"
 
 

@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,8 @@ from kizu.inference.batch import image_paths, predict_files
 from kizu.testing import photograph as part
 from processes import kizu as run
 
-ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'kizu[ray]'")
+if find_spec("ray") is None:  # which is imported by the cluster, after it has been told to keep to this machine
+    pytest.skip("Ray is not installed: pip install 'kizu[ray]'", allow_module_level=True)
 pa = pytest.importorskip("pyarrow", reason="pyarrow is not installed: pip install 'kizu[ray]'")
 pq = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed: pip install 'kizu[ray]'")
 
@@ -133,6 +136,24 @@ def test_killed_workers_and_a_killed_command_lose_nothing_and_double_nothing(add
         predict(EXPORTED, ["new"], "out")
 
 
+def test_a_cluster_of_ours_is_heard_on_this_machine_alone(address):
+    """No port of any of its processes is open to other machines, and nothing is reported."""
+    assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
+    ports = {}
+    for file in ("/proc/net/tcp", "/proc/net/tcp6"):
+        for line in Path(file).read_text().splitlines()[1:]:
+            local, _, state, *rest = line.split()[1:]
+            if state == "0A":
+                ports[rest[5]] = local.rpartition(":")[0]
+    heard = set()
+    for process in (*workers(b""), os.getpid()):
+        for link in Path(f"/proc/{process}/fd").glob("*"):
+            with suppress(OSError):
+                heard.add(ports.get(str(link.readlink()).removeprefix("socket:[").rstrip("]")))
+    heard.discard(None)
+    assert heard and heard <= {"0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000"}
+
+
 def table(folder):
     return (Path(folder) / "matrix.csv").read_text()
 
@@ -207,6 +228,8 @@ def wait_for(condition, seconds=60.0):
 
 
 def test_a_pipeline_of_ones_own(address, photographs):
+    import ray
+
     files = ray.data.read_binary_files(str(photographs / "new"), include_paths=True)
     dataset = files.add_column("line", lambda table: len(table) * [4])
     found = {row["path"]: row for row in judge(dataset, EXPORTED).iter_rows()}
