@@ -44,7 +44,7 @@ SIDE = 256
 KILLS, DRIVERS = 20, 2
 DAMAGED = 20  # every so many-th photograph
 FAULTS_SHARE = 10  # of the photographs, one in so many
-SAME = ("score", "p_value", "verdict", "threshold", "zone", "regions", "error")
+SAME = ("score", "p_value", "verdict", "threshold", "zone", "regions", "cannot_judge", "error")
 PARTS = ("speed", "driver", "faults")
 LISTED = 1_000_000  # paths of the driver's part
 HEADER = ("part", "measure", "value", "unit")
@@ -250,7 +250,7 @@ def differences(plain: Sequence[dict[str, Any]], out: str) -> tuple[int, int, in
     import pyarrow.parquet as pq
 
     rows = pq.read_table(out).to_pylist()
-    found = {row["path"]: row | {"error": row["error"] or ""} for row in rows}
+    found = {row["path"]: row | {name: row[name] or "" for name in ("cannot_judge", "error")} for row in rows}
     wanted = {row["path"]: row for row in plain}
     different = sum(
         any(found[path][name] != row[name] for name in SAME) for path, row in wanted.items() if path in found

@@ -32,7 +32,7 @@ from kizu.ray.sources import photographs as listed  # noqa: E402
 
 EXPORTED = Path(__file__).with_name("models_of_0_1") / "patchcore-exported"
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray[.].*")  # Ray's, of its own settings
-SAID = ("verdict", "score", "p_value", "threshold", "zone", "regions", "error")
+SAID = ("verdict", "score", "p_value", "threshold", "zone", "regions", "cannot_judge", "error")
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ def expected(photographs="new"):
 def check_same(found, wanted):
     assert found.keys() == wanted.keys()
     for path, verdict in wanted.items():
-        said = {**found[path], "error": found[path]["error"] or ""}
+        said = found[path] | {name: found[path][name] or "" for name in ("cannot_judge", "error")}
         plain = {name: json.loads(json.dumps(verdict[name])) for name in SAID}
         assert {name: said[name] for name in SAID} == plain, path
 
@@ -121,7 +121,8 @@ def test_killed_workers_and_a_killed_command_lose_nothing_and_double_nothing(add
     check_same(found, wanted)
     assert summary["before"] >= begun and summary["before"] + summary["now"] == len(wanted) == 253
     assert summary["counts"] == {
-        said: sum(verdict["verdict"] == said for verdict in wanted.values()) for said in ("pass", "stop", "error")
+        said: sum(verdict["verdict"] == said for verdict in wanted.values())
+        for said in ("pass", "stop", "ask", "error")
     }
     assert summary["counts"]["error"] == 12
     assert found["new/03-07.png"]["part"] == "07" and found["new/empty-1.png"]["part"] == "1"

@@ -104,7 +104,7 @@ def _predict_on_ray(model: str, images: tuple[str, ...], options: dict[str, Any]
     else:
         row = {
             "photographs": f"{sum(judged.counts.values()) + judged.missing:,}",
-            **{name: f"{count:,}" for name, count in judged.counts.items()},
+            **{name: f"{count:,}" for name, count in judged.counts.items() if count or name != "ask"},
             **({"given up": f"{judged.missing:,}"} if judged.missing else {}),
             "judged before": f"{judged.before:,}",
             "seconds": f"{judged.seconds:.1f}",

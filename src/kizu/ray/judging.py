@@ -129,6 +129,7 @@ class Judge:
                 name: values[name]
                 for name in ("verdict", "score", "p_value", "threshold", "zone", "regions", "seconds")
             },
+            "cannot_judge": verdict.cannot_judge or None,
             "error": verdict.error or None,
             "path": photograph.address,
             "content_hash": photograph.content_hash,
@@ -155,9 +156,9 @@ def judge(
     """A Ray Data set with the verdict of a model on each of its photographs, as a lazy `map_batches`.
 
     `dataset` has a column path, of paths or addresses that the workers read, or bytes, of encoded photographs, as
-    `ray.data.read_binary_files` gives them; bytes are dropped, all other columns kept. New columns: verdict (pass, stop
-    or error), score, p_value, threshold, zone, regions, error, content_hash, part, model, seconds. A photograph that
-    cannot be read is a row that says why.
+    `ray.data.read_binary_files` gives them; bytes are dropped, all other columns kept. New columns: verdict (pass,
+    stop, ask or error), score, p_value, threshold, zone, regions, cannot_judge, error, content_hash, part, model,
+    seconds. A photograph that cannot be read is a row that says why.
 
     `model` is a model's folder on this machine; its files travel to the workers. Each of the `actors` has a core and
     judges in one thread; by default there are as many as the cluster has cores, also as it grows. A trained model takes
@@ -223,6 +224,8 @@ def _schema(pa: Any) -> Any:
     corner = pa.list_(pa.int32())
     region = [("box", corner), ("area", pa.int64()), ("peak", pa.float64()), ("place", corner)]
     region += [("p_value", pa.float64()), ("contour", pa.list_(corner)), ("zone", pa.string())]
+    size = [*((name, pa.float64()) for name in ("area", "length", "width", "direction")), ("unit", pa.string())]
+    region += [("size", pa.struct(size)), ("matters", pa.bool_())]
     return pa.schema(
         [
             ("path", pa.large_string()),
@@ -234,6 +237,7 @@ def _schema(pa: Any) -> Any:
             ("threshold", pa.float64()),
             ("zone", pa.string()),
             ("regions", pa.list_(pa.struct(region))),
+            ("cannot_judge", pa.string()),
             ("model", pa.string()),
             ("seconds", pa.float64()),
             ("error", pa.string()),

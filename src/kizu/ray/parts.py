@@ -8,14 +8,16 @@ import hashlib
 import json
 import secrets
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from kizu.data import files
 from kizu.errors import DataError, OptionError, OutputError, require
+from kizu.inference.verdict import Verdict
 from kizu.ray.addresses import is_remote, located
 
-__all__ = ["begin", "judged", "write_part"]
+__all__ = ["VERDICTS", "begin", "judged", "write_part"]
 
+VERDICTS = get_args(Verdict.model_fields["verdict"].annotation)
 ABOUT = "_kizu.json"  # readers of Parquet folders skip names that begin with _
 BUCKETS = ("s3://", "gs://", "gcs://", "abfs://", "abfss://")
 FOREIGN = "holds tables that are not verdicts of kizu: choose another folder with `parquet`"
@@ -69,7 +71,7 @@ def write_part(table: Any, folder: str, claim: str) -> dict[str, Any]:
     Runs on any machine of a cluster. What goes wrong is returned as `problem`, in a sentence.
     """
     parquet, pa = require("pyarrow.parquet"), require("pyarrow")
-    counts = dict.fromkeys(("pass", "stop", "error"), 0)
+    counts = dict.fromkeys(VERDICTS, 0)
     for verdict in table["verdict"].to_pylist():
         counts[verdict] += 1
     digest = hashlib.blake2b("\0".join(table["path"].to_pylist()).encode(), digest_size=12).hexdigest()

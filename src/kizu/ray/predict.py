@@ -29,7 +29,7 @@ MAX_ERRORED = 16  # parts that the model fails on
 class Judged:
     """What became of the photographs that were asked for."""
 
-    counts: dict[str, int] = field(default_factory=lambda: {"pass": 0, "stop": 0, "error": 0})  # with the earlier ones
+    counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(parts.VERDICTS, 0))  # with the earlier ones
     before: int = 0  # that an earlier command had judged
     now: int = 0
     missing: int = 0  # given up: the model failed on their batch
