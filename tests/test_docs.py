@@ -255,3 +255,9 @@ def test_the_published_refusals_are_the_measured_ones():
     for kind in dict.fromkeys(row["photographs"] for row in rows):
         cells = [row["refused"] for row in rows if row["photographs"] == kind]
         assert f"| {kind.removeprefix('other good ones, learned from ')} | {' | '.join(cells)} |" in page
+
+
+def test_the_published_figures_of_a_cluster_are_the_measured_ones():
+    text = (ROOT / "docs" / "many-machines.md").read_text()
+    for row in csv.DictReader((ROOT / "benchmarks" / "results" / "many_machines.csv").read_text().splitlines()):
+        assert f"| {row['measure']} | {row['value']} {row['unit']}".rstrip() + " |" in text, row["measure"]

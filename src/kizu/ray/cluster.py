@@ -22,11 +22,11 @@ LOOPBACK_ONLY = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # Ray's switch, whose 0 kee
 
 def check_address(address: str) -> str:
     """The address of a cluster. Raises `OptionError` for what is none."""
-    if address in (LOCAL, "auto") or re.fullmatch(r"(ray://)?[\w.\[\]:-]+:\d+", address):
+    if address in (LOCAL, "auto") or re.fullmatch(r"[\w.\[\]:-]+:\d+", address):
         return address
     raise OptionError(
-        f"`ray={address}`: a cluster's address is HOST:PORT, ray://HOST:PORT, auto for one that runs on this machine, "
-        "or local for a new one; without an address this setting stands behind the photographs"
+        f"`ray={address}`: a cluster's address is HOST:PORT, auto for the one that this machine belongs to, or "
+        "local for a new one; without an address this setting stands behind the photographs"
     )
 
 
@@ -65,7 +65,7 @@ def cluster(address: str = "") -> Iterator[Any]:
 
 def _reach(address: str) -> None:
     """Raise `OSError` where nothing listens at HOST:PORT: Ray itself tries for minutes."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
+    host, _, port = address.rpartition(":")
     if host:
         socket.create_connection((host.strip("[]"), int(port)), timeout=PATIENCE).close()
 

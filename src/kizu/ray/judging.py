@@ -140,9 +140,8 @@ class Judge:
     def _part(self, address: str) -> str:
         """What tells the part: what the expression finds in the address, or the file's name without its ending."""
         found = self.part.search(address) if self.part else None
-        if found is None:
-            return PurePosixPath(address).stem
-        return str(found[1 if self.part is not None and self.part.groups else 0])
+        name = found[found.re.groups and 1] if found else None
+        return name or PurePosixPath(address).stem
 
 
 def judge(
