@@ -58,6 +58,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the moments at which something is killed")
     parser.add_argument("--output", type=Path, default=HERE / "results" / "many_machines.csv")
     arguments = parser.parse_args()
+    arguments.output = arguments.output.absolute()
     with tempfile.TemporaryDirectory() as scratch:
         os.chdir(scratch)
         model = prepare(arguments.category)
