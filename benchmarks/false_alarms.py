@@ -8,6 +8,7 @@ python benchmarks/false_alarms.py --learn 12 --copies 5               five photo
 python benchmarks/false_alarms.py --learn 40 --quarters               four photographs of each part, in splits by part
 python benchmarks/false_alarms.py --zones                             three zones inspected, each on its own, and one ig
 python benchmarks/false_alarms.py --sizes                             regions of 40 pixels and 8 in length stop a part
+python benchmarks/false_alarms.py --learn 60 --tiles                  photographs that are judged in tiles, four of each
 python benchmarks/false_alarms.py --quick                             a rendered category, a few splits
 
 All good images of a category, training and test, are one pool. A split learns from some of them and judges the rest,
@@ -19,6 +20,8 @@ learns from one of them, and a row for `keep_copies=True`.
 
 With quarters, each photograph is cut into four, which are four photographs of one part: a row for `fit` as it counts
 parts (`group_by`), where a part is stopped if any of its photographs is, and one where each photograph is alone.
+
+With tiles, each photograph is larger than the network's input, and judged in four tiles that overlap by a fifth.
 
 Rules: `kizu` is what `fit` promises, of the score and of any marked pixel; `quantile` the 1 − α quantile of the scores
 of the training images themselves; `drift` the share of sequences of good parts that raise an alarm, and of those that
@@ -109,6 +112,7 @@ def main() -> None:
         "--zones", action="store_true", help="of the frame: left, middle and right; the foot is ignored"
     )
     parser.add_argument("--sizes", action="store_true", help="smaller regions than those of SIZES do not matter")
+    parser.add_argument("--tiles", action="store_true", help="judge each photograph in four tiles")
     parser.add_argument("--size", type=int, default=160, help="of the photographs as the network sees them")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="of each category; the next call goes on")
     parser.add_argument("--quick", action="store_true")
@@ -124,6 +128,7 @@ def main() -> None:
     name = f"false_alarms_{options.method}" + (f"_copies_{options.copies}" if options.copies > 1 else "")
     name += ("_quarters" if options.quarters else "") + ("_zones" if options.zones else "")
     name += "_sizes" if options.sizes else ""
+    name += "_tiles" if options.tiles else ""
     kept = RESULTS / f".{name}_{options.size}.jsonl"  # every score of every training, to go on from
     resumable = not (options.quick or settings)
     before = kept.read_text().splitlines() if kept.exists() and resumable else []
@@ -165,7 +170,8 @@ def fits(
 ) -> Iterator[dict[str, Any]]:
     """What each training says: the scores behind its level, of its own images, of the other good ones, of defects."""
     rules = {**({"zones": ZONES} if options.zones else {}), **(SIZES if options.sizes else {})}
-    config = build(CONFIGS[options.method], settings | rules)
+    tiles = {"tile": options.size, "overlap": options.size // 5} if options.tiles else {}
+    config = build(CONFIGS[options.method], settings | rules | tiles)
     samples = data.select(category)
     parts = 4 if options.quarters else 1  # photographs of each part
     good, bad = (
@@ -207,9 +213,11 @@ def saved_again(photos: Sequence[npt.NDArray[np.uint8]], times: int) -> list[npt
 
 
 def pixels(samples: Sequence[Any], config: Any, quarters: bool = False) -> npt.NDArray[np.uint8]:
-    """(N, 3, h, w) as the network sees them; or each cut into four, which follow one another."""
+    """(N, 3, h, w) as the network sees them, or sees four tiles of; or each cut into four, which follow one another."""
     height, width = config.size
     scaling = Preprocessing((2 * height, 2 * width)) if quarters else Preprocessing(config.size, config.resize)
+    if config.tile is not None:
+        scaling = Preprocessing((2 * height - config.overlap, 2 * width - config.overlap))
     whole = np.concatenate([batch.pixels for batch in batches(samples, scaling)])
     if not quarters:
         return whole
@@ -221,6 +229,9 @@ def judged(detector: Detector, photos: npt.NDArray[np.uint8], each: int = 1) -> 
     """Scores and the largest values of the maps; the highest of so many photographs of each part."""
     scores: list[float] = []
     peaks: list[float] = []
+    if detector.config.tile is not None:
+        predictions = [detector.predict(photo.transpose(1, 2, 0)) for photo in photos]
+        return [p.score for p in predictions], [float(p.input_map.max()) for p in predictions]
     for start in range(0, len(photos), 16):
         seen = [detector.preprocessing(photo.transpose(1, 2, 0)) for photo in photos[start : start + 16]]
         some, maps = detector.score_images(np.ascontiguousarray(np.stack(seen).transpose(0, 3, 1, 2)))

@@ -49,6 +49,7 @@ LONG = {
     "verdicts.md",
     "metrics.md",
     "efficientad.md",
+    "large-photographs.md",
     "runtime.md",
     "serving.md",
     "watching.md",

@@ -31,6 +31,7 @@ def describe_model(folder: Path) -> dict[str, Any]:
             else "images that only the published program saw",
             "backbone": f"{about['backbone']['name']} (weights {about['backbone']['weights']})",
             "input": " × ".join(map(str, config["size"])) + " pixels (height × width)",
+            **_tiles(about["config"]),
             "threshold": f"a part is stopped when its score is above {threshold.value:.6g}"
             if math.isfinite(threshold.value)
             else "none: nothing is stopped",
@@ -62,6 +63,16 @@ def _sizes(about: dict[str, Any]) -> dict[str, Any]:
     """What is too small to matter, for a model that has such rules."""
     sentence = what_matters(build(OtherConfig, about["config"]))
     return {"sizes": sentence} if sentence else {}
+
+
+def _tiles(config: dict[str, Any]) -> dict[str, str]:
+    """How a model that judges photographs in tiles cuts and sees them."""
+    if not config.get("tile"):
+        return {}
+    height, width = config["tile"]
+    share = max(config["size"][0] / height, config["size"][1] / width)
+    sides = f"{height} × {width} pixels of the photograph, {config['overlap']} of them in common with the next"
+    return {"tiles": f"{sides}, seen at {share:.3g} of its resolution"}
 
 
 def _zones(about: dict[str, Any]) -> dict[str, Any]:

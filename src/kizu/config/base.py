@@ -35,6 +35,8 @@ def _names(value: Any) -> Any:
 
 
 Side = Annotated[int, Field(ge=32, le=4096)]
+TileSide = Annotated[int, Field(ge=32, le=16384)]
+Tile = Annotated[tuple[TileSide, TileSide], BeforeValidator(_pair)]
 Size = Annotated[tuple[Side, Side], BeforeValidator(_pair)]
 Names = Annotated[tuple[str, ...], BeforeValidator(_names)]
 Numbers = Annotated[tuple[int, ...], BeforeValidator(_names)]
@@ -67,6 +69,12 @@ class Config(Augmented):
         le=8192,
         description="Scale the shorter side to this, then crop the centre to `size`. Default: no crop.",
     )
+    tile: Tile | None = Field(
+        None,
+        description="Judge large photographs in tiles of so many pixels, each scaled to `size`: 320, or height x width."
+        " Default: as a whole.",
+    )
+    overlap: int = Field(32, ge=0, le=4096, description="With `tile`: pixels that neighbouring tiles have in common.")
     align: bool = Field(
         False,
         description="Find how the part lies in each photograph, and turn and shift it to one common pose first.",
@@ -130,6 +138,19 @@ class Config(Augmented):
     def _crop_fits(self) -> "Config":
         if self.resize is not None and self.resize < min(self.size):
             raise ValueError(f"`resize={self.resize}` is smaller than `size={min(self.size)}`")
+        return self
+
+    @model_validator(mode="after")
+    def _tiles_fit(self) -> "Config":
+        if self.tile is None:
+            return self
+        other = "resize" if self.resize is not None else "align" if self.align else "zones" if self.zones else ""
+        if other:
+            raise ValueError(f"`tile` cannot be used with `{other}`, which is of photographs that are seen as a whole")
+        if 2 * self.overlap > min(self.tile):
+            raise ValueError(f"`overlap={self.overlap}` is more than half of `tile={min(self.tile)}`")
+        if any(side % 4 for side in self.size):
+            raise ValueError(f"`tile` needs a size of multiples of 4, not `size={self.size[0]}x{self.size[1]}`")
         return self
 
 

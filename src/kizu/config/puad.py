@@ -73,6 +73,10 @@ class PUADConfig(Config):
                 "PUAD scores a photograph as a whole, and `min_area`, `min_length` and `max_count` are of marked "
                 f"regions: use {self.base}"
             )
+        if self.tile is not None:
+            raise ValueError(
+                "`tile`: PUAD judges the photograph as a whole; choose PatchCore, SimpleNet or EfficientAD"
+            )
         if self.exact and self.balance != 0.5:
             raise ValueError("`exact=True` adds both scores with equal weight: it goes with no `balance`")
         return self

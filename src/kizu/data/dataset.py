@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kizu.data.folders import Folder, Names, is_mask_folder, walk
 from kizu.data.layouts import EXPECTED, RECOGNISERS
 from kizu.data.layouts.contents import Contents
+from kizu.data.layouts.folders import Folder, Names, is_mask_folder, walk
 from kizu.data.layouts.plain import sole_folder, unnamed_folder
 from kizu.data.masks import Saturations, read_saturations
 from kizu.data.photographs import is_photograph

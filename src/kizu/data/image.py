@@ -1,11 +1,9 @@
 """Read, resize, colour and write images. The one place where a file becomes RGB uint8."""
 
 import base64
-import ctypes
 import io
 import logging
 import os
-import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,11 +15,13 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFile, ImageFont, PngImagePlugin, UnidentifiedImageError
 
-from kizu.data import files
+from kizu.data import decoders, files
 from kizu.errors import BadImage
 
-__all__ = ["MAX_PIXELS", "MIN_SIDE", "RGB", "SUFFIXES", "WHITE", "Float", "Source", "data_uri", "encode", "framed"]
+__all__ = ["MAX_LARGE_PIXELS", "MAX_PIXELS", "MIN_SIDE", "RGB", "SUFFIXES", "WHITE", "Float", "Source", "data_uri"]
 __all__ += [
+    "encode",
+    "framed",
     "from_data_uri",
     "give_back_large",
     "heat",
@@ -57,8 +57,6 @@ SMALL_SIDE = 400  # pixels of the longer side of a picture on a page
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 MARK = "kizu picture"
 MARK_WITHIN = 128  # bytes from the start of a file
-MAX_PAGES = 16  # that are looked at
-REDUCED = 254  # TIFF's tag NewSubfileType, whose lowest bit says that a page is a smaller copy of another one
 EXIF_ORIENTATION = 0x0112  # 5 to 8: turned by a quarter
 EXIF_DETAILS, EXIF_TAKEN, EXIF_FRACTION = 0x8769, 0x9003, 0x9291  # a table; in it the time and parts of its second
 _TURNS = {
@@ -70,7 +68,9 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-MAX_PIXELS = 89_478_485  # Pillow's own limit against decompression bombs: about 9,459 × 9,459
+MAX_PIXELS = decoders.USUAL_LIMIT
+MAX_LARGE_PIXELS = 2**28  # of a photograph that is seen in tiles, such as a strip of 4,000 × 60,000
+BAND = 2**22  # pixels that are converted at a time
 WHITE = 65535  # the largest value of 16 bits
 STUCK = 1e-4  # share of a camera's pixels that may always be white
 TOO_BRIGHT = 0.05  # share of the pixels above white: with fewer it is a glare, with more another camera setting
@@ -81,22 +81,22 @@ warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")  # rema
 logging.getLogger("PIL").addHandler(logging.NullHandler())  # what it logs of damage it raises too
 warnings.simplefilter("error", Image.DecompressionBombWarning)
 
-_heard = threading.local()  # `lines`: what libtiff said of the image that this thread decodes
 
-
-def read(source: Source, white: int = WHITE) -> RGB:
+def read(source: Source, white: int = WHITE, *, large: bool = False) -> RGB:
     """Turn a file, encoded bytes, array, tensor (C, H, W) or PIL image into RGB uint8 of shape (H, W, 3).
 
     EXIF orientation is applied, alpha dropped, grey repeated over the channels, CMYK and palettes converted.
     Values of more than 8 bits are divided by what makes `white` 255, floats in [0, 1] multiplied by 255.
 
-    Raises `BadImage` when it is broken, empty, smaller than 8 × 8 or larger than `MAX_PIXELS`.
+    Raises `BadImage` when it is broken, empty, smaller than 8 × 8 or larger than `MAX_PIXELS`; of one that may be
+    `large`, than `MAX_LARGE_PIXELS`, and no side is too short. While it is decoded, a pixel takes 7 bytes of memory,
+    afterwards 3.
     """
-    return read_at_least(source, white=white)[0]
+    return read_at_least(source, white=white, large=large)[0]
 
 
 def read_at_least(
-    source: Source, size: tuple[int, int] | None = None, white: int = WHITE
+    source: Source, size: tuple[int, int] | None = None, white: int = WHITE, *, large: bool = False
 ) -> tuple[RGB, tuple[int, int]]:
     """As `read`, and the photograph's own (height, width).
 
@@ -105,15 +105,15 @@ def read_at_least(
     name = name_of(source)
     source = _known(source, name)
     if isinstance(source, np.ndarray):
-        rgb = _from_array(source, name, white)
+        rgb = _from_array(source, name, white, large)
         return rgb, (rgb.shape[0], rgb.shape[1])
-    with _open(source, name) as image, _decoding(name):
+    with _open(source, name, large) as image, _decoding(name):
         shape = image.height, image.width
         if _orientation(image) >= 5:
             shape = shape[1], shape[0]
         if size is not None and isinstance(image, ImageFile.ImageFile):
             image.draft(None, (max(size), max(size)))  # square: EXIF may yet turn it
-        return np.ascontiguousarray(_to_rgb(image, name, white)), shape
+        return np.ascontiguousarray(_to_rgb(image, name, white, large)), shape
 
 
 def highest(source: Source) -> int | None:
@@ -125,7 +125,7 @@ def highest(source: Source) -> int | None:
     source = _known(source, name)
     if isinstance(source, np.ndarray):
         return _highest(source) if source.dtype.kind in "ui" and source.dtype.itemsize > 1 and source.size else None
-    with _open(source, name) as image, _decoding(name):
+    with _open(source, name, large=True) as image, _decoding(name):
         return _highest(np.asarray(image)) if image.mode.startswith("I") else None
 
 
@@ -142,18 +142,18 @@ def opened(source: Source) -> Iterator[Image.Image]:
         yield image
 
 
-def size_of(source: Source) -> tuple[int, int]:
+def size_of(source: Source, *, large: bool = False) -> tuple[int, int]:
     """Height and width as stored (before EXIF rotation), from the header alone where there is one."""
     if isinstance(source, np.ndarray):
         return int(source.shape[0]), int(source.shape[1])
-    with _open(source, name_of(source)) as image:
+    with _open(source, name_of(source), large) as image:
         return image.height, image.width
 
 
 def taken_at(source: Source) -> str | None:
     """When a photograph was taken, by its EXIF data: text that sorts by time. None where they do not say."""
     try:
-        with _open(source, name_of(source)) as image:
+        with _open(source, name_of(source), large=True) as image:
             exif = image.getexif().get_ifd(EXIF_DETAILS)
             when, fraction = exif.get(EXIF_TAKEN), exif.get(EXIF_FRACTION, "")
     except Exception:  # of whatever the bytes are
@@ -163,7 +163,7 @@ def taken_at(source: Source) -> str | None:
 
 def suffix_of(source: Source) -> str | None:
     """How the name of a file with this content ends; None for a format that is not among `SUFFIXES`."""
-    with _open(source, name_of(source)) as image:
+    with _open(source, name_of(source), large=True) as image:
         return _ENDINGS.get(image.format or "")
 
 
@@ -314,7 +314,9 @@ def _known(source: Any, name: str) -> Source:
     raise BadImage(name, f"is a {kind}, not a path, encoded bytes, an array, a tensor or a PIL image", "unsupported")
 
 
-def _open(source: Source, name: str) -> Image.Image:
+def _open(source: Source, name: str, large: bool = False) -> Image.Image:
+    """The image with its header read, of so many pixels at most as a `large` one, or another, may have."""
+    limit = MAX_LARGE_PIXELS if large else MAX_PIXELS
     try:
         if isinstance(source, Image.Image):
             image: Image.Image = source.copy()
@@ -322,7 +324,8 @@ def _open(source: Source, name: str) -> Image.Image:
             if not isinstance(source, bytes):
                 files.check_regular(source, MAX_FILE_BYTES)  # type: ignore[arg-type]
             file: Any = io.BytesIO(source) if isinstance(source, bytes) else source
-            image = Image.open(file, formats=_decoders())
+            with decoders.opening(limit):
+                image = Image.open(file, formats=_decoders())
     except FileNotFoundError:
         raise BadImage(name, "does not exist (was it moved or deleted meanwhile?)") from None
     except PermissionError:
@@ -330,7 +333,7 @@ def _open(source: Source, name: str) -> Image.Image:
     except IsADirectoryError:
         raise BadImage(name, _about_folder(source)) from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise _too_large(name) from None
+        raise _too_large(name, limit) from None
     except UnidentifiedImageError:
         empty = isinstance(source, bytes) and not source
         if isinstance(source, str | os.PathLike):
@@ -340,8 +343,8 @@ def _open(source: Source, name: str) -> Image.Image:
         raise BadImage(name, "is not an image, or in a format that is not supported", "unsupported") from None
     except Exception as error:  # decoders raise whatever the bytes lead them to
         raise BadImage(name, f"cannot be opened ({_reason(error)})") from None
-    if image.width * image.height > MAX_PIXELS:
-        raise _too_large(name)
+    if image.width * image.height > limit:
+        raise _too_large(name, limit)
     return image
 
 
@@ -356,42 +359,21 @@ def _about_folder(source: Source) -> str:
 @contextmanager
 def _decoding(name: str) -> Iterator[None]:
     """Whatever a decoder raises, or libtiff prints of an image that it made up in part, says that it is damaged."""
-    _heard.lines = []
+    heard = decoders.heard()
     try:
         yield
     except BadImage:
         raise
     except Exception as error:
-        reason = _heard.lines[0] if _heard.lines else _reason(error)
+        reason = heard[0] if heard else _reason(error)
         raise BadImage(name, f"is damaged and cannot be decoded ({reason})") from None
-    if _heard.lines:
-        raise BadImage(name, f"is damaged and cannot be decoded whole ({_heard.lines[0]})")
+    if heard:
+        raise BadImage(name, f"is damaged and cannot be decoded whole ({heard[0]})")
 
 
 def _reason(error: Exception) -> str:
     first = (getattr(error, "strerror", None) or str(error)).strip().partition("\n")[0]
     return first if first and isinstance(error, OSError | ValueError | SyntaxError) else type(error).__name__
-
-
-def _is_reduced(page: Image.Image) -> bool:
-    """Whether this page of a TIFF says that it is a smaller copy of something else."""
-    return page.format == "TIFF" and bool(page.tag_v2.get(REDUCED, 0) & 1)  # type: ignore[attr-defined]
-
-
-def _has_pages(image: ImageFile.ImageFile) -> bool:
-    """Whether there is more in a file than a picture and smaller copies of it."""
-    if image.format != "TIFF":
-        return image.format != "MPO" and getattr(image, "is_animated", False)
-    try:
-        for number in range(1, MAX_PAGES):
-            image.seek(number)
-            if not _is_reduced(image):
-                return True
-    except Exception:  # there is no further page, or none that can be read
-        pass
-    finally:
-        image.seek(0)
-    return False
 
 
 @cache
@@ -410,45 +392,56 @@ def _orientation(image: Image.Image) -> int:
     return int(value) if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
-def _too_large(name: str) -> BadImage:
-    return BadImage(name, f"has more than {MAX_PIXELS / 1e6:.0f} megapixels: scale or cut it first", "too-large")
+def _too_large(name: str, limit: int) -> BadImage:
+    way_out = "cut it first" if limit > MAX_PIXELS else "scale or cut it first, or have it judged in tiles (`tile=320`)"
+    return BadImage(name, f"has more than {limit / 1e6:.0f} megapixels: {way_out}", "too-large")
 
 
-def _to_rgb(image: Image.Image, name: str, white: int) -> RGB:
+def _to_rgb(image: Image.Image, name: str, white: int, large: bool) -> RGB:
     if isinstance(image, ImageFile.ImageFile):
-        if _is_reduced(image):
+        if decoders.is_reduced(image):
             raise BadImage(name, "holds only a small copy of a raw photograph: convert it first", "unsupported")
-        if _has_pages(image):
+        if decoders.has_pages(image):
             raise BadImage(name, "holds several pages or frames: save each as a file of its own", "unsupported")
         image.load()  # some formats turn the image themselves
         if (turn := _TURNS.get(_orientation(image))) is not None:
             image = image.transpose(turn)
-    if min(image.size) < MIN_SIDE:
+    if min(image.size) < MIN_SIDE and not large:
         raise BadImage(name, f"is only {image.width}×{image.height} pixels; at least {MIN_SIDE}×{MIN_SIDE} are needed")
     if image.mode == "F" or image.mode.startswith("I"):
-        return _from_array(np.asarray(image), name, white)
+        return _from_array(np.asarray(image), name, white, large)
+    if image.width * image.height <= BAND:
+        return _band_of(image)
+    rgb = np.empty((image.height, image.width, 3), np.uint8)
+    rows = max(1, BAND // image.width)
+    for top in range(0, image.height, rows):
+        rgb[top : top + rows] = _band_of(image.crop((0, top, image.width, min(top + rows, image.height))))
+    return rgb
+
+
+def _band_of(image: Image.Image) -> RGB:
     if image.mode in ("P", "PA", "LA", "La"):
         image = image.convert("RGBA")
     return np.asarray(image.convert("RGB"))
 
 
-def _from_array(array: npt.NDArray[Any], name: str, white: int) -> RGB:
+def _from_array(array: npt.NDArray[Any], name: str, white: int, large: bool = False) -> RGB:
     if array.ndim == 2:
         array = array[:, :, None]
     if array.ndim != 3 or array.shape[2] not in (1, 3, 4):
         raise BadImage(name, f"is an array of shape {array.shape}; expected (H, W), (H, W, 3) or (H, W, 4)")
-    if min(array.shape[:2]) < MIN_SIDE:
+    limit = MAX_LARGE_PIXELS if large else MAX_PIXELS
+    if min(array.shape[:2]) < (1 if large else MIN_SIDE):
         raise BadImage(
             name,
             f"is only {array.shape[1]}×{array.shape[0]} pixels; at least {MIN_SIDE}×{MIN_SIDE} are needed",
         )
-    if array.shape[0] * array.shape[1] > MAX_PIXELS:
-        raise _too_large(name)
+    if array.shape[0] * array.shape[1] > limit:
+        raise _too_large(name, limit)
     array = array[:, :, :3]
     if array.dtype.kind == "f":
         if not np.isfinite(array).all() or array.min() < 0 or array.max() > 1:
             raise BadImage(name, "holds floats outside 0…1: scale them to that range first")
-        array = np.rint(array * 255)
     elif array.dtype.kind in "ui" and array.dtype.itemsize > 1:
         if array.min() < 0 or array.max() > 65535:
             raise BadImage(name, "holds integers outside 0…65535, the range of 16-bit images")
@@ -457,10 +450,23 @@ def _from_array(array: npt.NDArray[Any], name: str, white: int) -> RGB:
                 f"has values up to {array.max():,}, and the model learned from photographs of up to {white:,}: set "
             )
             raise BadImage(name, f"{reason}the camera to as many bits as before, or train again")
-        array = np.minimum(array.astype(np.uint32), white) * 255 // white
     elif array.dtype != np.uint8:
         raise BadImage(name, f"is an array of {array.dtype}; expected uint8, uint16 or float")
-    return np.ascontiguousarray(np.broadcast_to(array.astype(np.uint8), (*array.shape[:2], 3)))
+    if array.dtype == np.uint8 and array.shape[2] == 3:
+        return array.copy()
+    rgb = np.empty((*array.shape[:2], 3), np.uint8)
+    rows = max(1, BAND // array.shape[1])
+    for top in range(0, len(array), rows):
+        rgb[top : top + rows] = _in_8_bits(array[top : top + rows], white)
+    return rgb
+
+
+def _in_8_bits(array: npt.NDArray[Any], white: int) -> npt.NDArray[np.uint8]:
+    if array.dtype.kind == "f":
+        array = np.rint(array * 255)
+    elif array.dtype.itemsize > 1:
+        array = np.minimum(array.astype(np.uint32), white) * 255 // white
+    return array.astype(np.uint8)
 
 
 def _palette() -> RGB:
@@ -473,28 +479,4 @@ def _palette() -> RGB:
     return np.stack([np.interp(ramp, stops, colours[:, c]) for c in range(3)], axis=1).astype(np.uint8)
 
 
-def _listen_to_libtiff() -> Any:
-    """Have libtiff, which Pillow brings along, tell its errors here. Where it cannot be found it goes on printing them.
-
-    Returned is what libtiff calls from then on, in any thread: it must never be freed.
-    """
-    try:
-        set_handler = ctypes.CDLL(Image.core.__file__).TIFFSetErrorHandler  # type: ignore[attr-defined]
-        fill_in = ctypes.CDLL(None).vsnprintf
-    except (AttributeError, OSError, TypeError):
-        return None
-
-    def hear(place: bytes | None, template: bytes, values: int) -> None:
-        line = ctypes.create_string_buffer(200)
-        fill_in(line, ctypes.c_size_t(len(line)), template, ctypes.c_void_p(values))
-        heard = _heard.__dict__.setdefault("lines", [])
-        if len(heard) < 10:
-            heard.append(f"{(place or b'libtiff').decode('ascii', 'replace')}: {line.value.decode('ascii', 'replace')}")
-
-    handler = ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_void_p)(hear)
-    set_handler(handler)
-    return handler
-
-
 _PALETTE = _palette()
-_LIBTIFF_HANDLER = _listen_to_libtiff()  # here, where no two threads can be the first

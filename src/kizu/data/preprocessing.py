@@ -1,35 +1,34 @@
 """From photographs to fixed-size uint8 batches, and from maps back to photographs."""
 
 import hashlib
-import os
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
-from typing import Generic, Protocol, Self, TypeVar
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from kizu.data import image
 from kizu.data.geometry.alignment import Alignment, Pose, laid_back, moved, turned, within
+from kizu.data.geometry.tiling import Tiling
 from kizu.data.geometry.zones import Outlined, ZoneMap
 from kizu.errors import BadImage
 
-__all__ = ["Batch", "BitDepth", "Preprocessing", "Readable", "Stack", "batches", "digests", "shown"]
+__all__ = ["Batch", "BitDepth", "Preprocessing", "Readable", "batches", "digests", "shown", "whole"]
 
 
 class Readable(Protocol):
     """Anything that can be read as a photograph: a sample of a data set, or a `Photo`."""
 
     def read(
-        self, at_least: tuple[int, int] | None = None, white: int = image.WHITE
+        self, at_least: tuple[int, int] | None = None, white: int = image.WHITE, *, large: bool = False
     ) -> tuple[npt.NDArray[np.uint8], tuple[int, int]]:
         """RGB (H, W, 3), at `at_least` possibly smaller than the photograph, and the photograph's (height, width).
 
-        `white` is the value of more than 8 bits that becomes 255.
+        `white` is the value of more than 8 bits that becomes 255; what may be `large` is as `image.read` has it.
         """
         ...
 
@@ -38,6 +37,7 @@ Item = TypeVar("Item", bound=Readable)
 NEARLY_ALL = 0.95  # of the photographs
 USUAL_BITS = 8, 10, 12, 14, 16  # of cameras
 LOOKED_AT = 32  # photographs whose bits are looked at
+READ_AHEAD = 2**26  # pixels of a photograph, at most, beside which the next one is read
 HARDLY_ANYTHING = 128  # the highest value of 255 that is below this shows that a camera uses fewer bits
 _Prepared = tuple[npt.NDArray[np.uint8], Pose | None, tuple[int, int]]  # input, pose, shape of the photograph
 
@@ -49,6 +49,9 @@ class Preprocessing:
     Without `resize` the whole photograph is scaled to `size`, whatever its shape. With it, the shorter side is
     scaled to `resize` and the centre of `size` is cut out, as the papers do. With `alignment` the photograph is turned
     and shifted to one pose before. With `zones`, what lies in none is blank.
+
+    With `tiling` the network sees tiles of the photograph at its own resolution, and what is said here of the input is
+    of a small picture of the whole, by which photographs are told apart.
     """
 
     size: tuple[int, int]
@@ -56,6 +59,14 @@ class Preprocessing:
     alignment: Alignment | None = None
     zones: ZoneMap | None = None
     white: int = image.WHITE  # the value that becomes 255, of photographs of more than 8 bits
+    tiling: Tiling | None = None
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> Self:
+        """As a method's settings say, without what is learned from photographs."""
+        (height, width), tile = config["size"], config.get("tile")
+        tiling = None if tile is None else Tiling((tile[0], tile[1]), config["overlap"], (height, width))
+        return cls((height, width), config["resize"], tiling=tiling)
 
     @property
     def enough(self) -> tuple[int, int]:
@@ -67,11 +78,20 @@ class Preprocessing:
         self, item: Readable, at_least: tuple[int, int] | None = None
     ) -> tuple[npt.NDArray[np.uint8], tuple[int, int]]:
         """A photograph (H, W, 3), with its whole range of values, and its own (height, width)."""
+        if self.tiling is not None:
+            return item.read(None, self.white, large=True)
         return item.read(at_least) if self.white == image.WHITE else item.read(at_least, self.white)
 
     def __call__(self, rgb: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
         """(H, W, 3) uint8 → (height, width, 3) uint8."""
         return self.posed(rgb)[0]
+
+    def inputs(self, rgb: npt.NDArray[np.uint8], size: int = 8) -> Iterator[npt.NDArray[np.uint8]]:
+        """All that the network sees of a photograph (H, W, 3): (1, 3, h, w), or up to `size` of its tiles at a time."""
+        if self.tiling is None:
+            yield self(rgb).transpose(2, 0, 1)[None].copy()
+        else:
+            yield from self.tiling.grid((rgb.shape[0], rgb.shape[1])).batches(rgb, size)
 
     def posed(self, rgb: npt.NDArray[np.uint8], pose: Pose | None = None) -> tuple[npt.NDArray[np.uint8], Pose | None]:
         """The network's input, and the pose that the part is in: as given, or found, if the alignment looks for one."""
@@ -125,7 +145,9 @@ class Preprocessing:
         return replace(self, zones=ZoneMap.of(zones, frame, scaled, *self._corner(scaled), self.size))
 
     def pixel(self, shape: tuple[int, int]) -> tuple[float, float]:
-        """How many pixels of a photograph of `shape` one of the network's input shows: (high, wide)."""
+        """How many pixels (high, wide) of a photograph of `shape` one of the network's input shows, or a cell."""
+        if self.tiling is not None:
+            return self.tiling.grid(shape).cell
         scaled = self._scaled(shape)
         return shape[0] / scaled[0], shape[1] / scaled[1]
 
@@ -159,7 +181,7 @@ class BitDepth:
                 if source is not None:
                     values.append(image.highest(source) or 0)
                     if not isinstance(source, np.ndarray) and _loses_bits(source):
-                        colours.append(int(image.read(source).max()))
+                        colours.append(int(image.read(source, large=True).max()))
             except BadImage:
                 continue
         return cls(_bits(max(values)), max(values), min(colours) < HARDLY_ANYTHING)
@@ -198,7 +220,7 @@ def _bits(highest: int) -> int | None:
 def shown(source: image.Source) -> npt.NDArray[np.uint8]:
     """A photograph (H, W, 3) for people to look at, whatever bits its camera uses. Raises `BadImage`."""
     bits = _bits(image.highest(source) or 0)
-    return image.read(source, image.WHITE if bits is None else 2**bits - 1)
+    return image.read(source, image.WHITE if bits is None else 2**bits - 1, large=True)
 
 
 @dataclass
@@ -211,81 +233,6 @@ class Batch(Generic[Item]):
     poses: list[Pose | None] = field(default_factory=list)  # that their parts were found in
     failures: list[tuple[Item, BadImage]] = field(default_factory=list)
     was_read: list[bool] = field(default_factory=list)  # of each photograph, in order
-
-
-class Stack:
-    """Photographs of one size, appended once, read in order; what exceeds `memory` bytes lies in a temporary file."""
-
-    def __init__(self, most: int, size: tuple[int, int], memory: int) -> None:
-        self._shape = (3, *size)
-        self._bytes = 3 * size[0] * size[1]
-        self._count = 0
-        self._digest = hashlib.blake2b(digest_size=16)
-        self.digests: list[str] = []  # of each photograph, to know it again
-        self.shapes: list[tuple[int, int]] = []  # (height, width) of each as it was read
-        fits = most * self._bytes <= memory
-        self._array = np.empty((most, *self._shape), np.uint8) if fits else None
-        self._file = None if fits else tempfile.TemporaryFile(prefix="kizu")  # noqa: SIM115
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._file is not None:
-            self._file.close()
-
-    def append(self, pixels: npt.NDArray[np.uint8], shapes: Sequence[tuple[int, int]] | None = None) -> None:
-        """Add photographs (B, 3, h, w), each read from one of (height, width); without `shapes`, as large as here."""
-        self.shapes += [self._shape[1:]] * len(pixels) if shapes is None else shapes
-        self._digest.update(pixels.data)
-        self.digests += digests(pixels)
-        if self._array is not None:
-            self._array[self._count : self._count + len(pixels)] = pixels
-        elif self._file is not None:
-            self._file.seek(0, os.SEEK_END)
-            self._file.write(pixels.data)
-        self._count += len(pixels)
-
-    def batch(self, start: int, stop: int) -> npt.NDArray[np.uint8]:
-        """Photographs start … stop - 1, (B, 3, h, w)."""
-        stop = min(stop, self._count)
-        if self._array is not None:
-            return self._array[start:stop]
-        assert self._file is not None
-        self._file.seek(start * self._bytes)
-        content = bytearray(self._file.read((stop - start) * self._bytes))
-        return np.frombuffer(content, np.uint8).reshape(-1, *self._shape)
-
-    def take(self, numbers: Sequence[int]) -> npt.NDArray[np.uint8]:
-        """Photographs of these numbers, (B, 3, h, w)."""
-        if list(numbers) == list(range(numbers[0], numbers[0] + len(numbers))):
-            return self.batch(numbers[0], numbers[-1] + 1)
-        return np.concatenate([self.batch(number, number + 1) for number in numbers])
-
-    def keep(self, numbers: Sequence[int]) -> None:
-        """Forget all photographs but those of these numbers, which rise."""
-        self._digest = hashlib.blake2b(digest_size=16)
-        for place, number in enumerate(numbers):
-            photo = self.batch(number, number + 1)
-            self._digest.update(photo.data)
-            if self._array is not None:
-                self._array[place] = photo[0]
-            elif self._file is not None and place != number:
-                self._file.seek(place * self._bytes)
-                self._file.write(photo.data)
-        self.digests = [self.digests[number] for number in numbers]
-        self.shapes = [self.shapes[number] for number in numbers]
-        self._count = len(numbers)
-        if self._file is not None:
-            self._file.truncate(self._count * self._bytes)
-
-    @property
-    def hash(self) -> str:
-        """Of the pixels, in order."""
-        return self._digest.hexdigest()
 
 
 def digests(pixels: npt.NDArray[np.uint8]) -> list[str]:
@@ -341,3 +288,32 @@ def _gather(now: Sequence[tuple[Item, Callable[[], _Prepared]]], size: tuple[int
     if pixels:
         batch.pixels = np.ascontiguousarray(np.stack(pixels).transpose(0, 3, 1, 2))
     return batch
+
+
+def whole(
+    items: Iterable[Item], preprocessing: Preprocessing
+) -> Iterator[tuple[Item, npt.NDArray[np.uint8] | BadImage]]:
+    """Photographs (H, W, 3) in their order, or what is wrong with them, for a model that sees them in tiles.
+
+    The next one is read while one is in use, unless that one is very large: two of these need much memory.
+    """
+
+    def read(item: Item) -> npt.NDArray[np.uint8] | BadImage:
+        try:
+            return preprocessing.read(item)[0]
+        except BadImage as error:
+            return error
+
+    source = iter(items)
+    item = next(source, None)
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="decode") as thread:
+        photo = None if item is None else read(item)
+        while item is not None and photo is not None:
+            following = next(source, None)
+            at_once = isinstance(photo, BadImage) or photo.size <= 3 * READ_AHEAD
+            future = thread.submit(read, following) if following is not None and at_once else None
+            yield item, photo
+            photo = None
+            if following is not None:
+                photo = read(following) if future is None else future.result()
+            item = following

@@ -48,11 +48,11 @@ class Sample:
         return self.path if self.index is None else None
 
     def read(
-        self, at_least: tuple[int, int] | None = None, white: int = WHITE
+        self, at_least: tuple[int, int] | None = None, white: int = WHITE, *, large: bool = False
     ) -> tuple[npt.NDArray[np.uint8], tuple[int, int]]:
         """The image as RGB uint8 (H, W, 3), no smaller than `at_least`, and its own (H, W). Raises `BadImage`."""
         if self.index is None:
-            return read_at_least(self.path, at_least, white)
+            return read_at_least(self.path, at_least, white, large=large)
         try:
             with self.path.open("rb") as file:
                 file.seek(self.index * CIFAR_RECORD + 1)

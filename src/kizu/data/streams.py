@@ -38,7 +38,7 @@ class Picture:
     crop: tuple[int, ...] | None = None
 
     def read(
-        self, at_least: tuple[int, int] | None = None, white: int = image.WHITE
+        self, at_least: tuple[int, int] | None = None, white: int = image.WHITE, *, large: bool = False
     ) -> tuple[npt.NDArray[np.uint8], tuple[int, int]]:
         if self.crop is None:
             return image.read_at_least(self.path, at_least, white)
@@ -58,7 +58,7 @@ class Texture:
     seed: int
 
     def read(
-        self, at_least: tuple[int, int] | None = None, white: int = image.WHITE
+        self, at_least: tuple[int, int] | None = None, white: int = image.WHITE, *, large: bool = False
     ) -> tuple[npt.NDArray[np.uint8], tuple[int, int]]:
         """RGB (320, 320, 3) and its (height, width)."""
         picture = _draw(self.seed % NUM_TEXTURES)

@@ -25,14 +25,16 @@ from kizu.calibration.sizes import what_matters
 from kizu.calibration.threshold import images_needed, refuse
 from kizu.config import BackboneConfig, Config, build
 from kizu.data import dataset, files, image
+from kizu.data.geometry.tiling import TileGrid
 from kizu.data.image import Float
-from kizu.data.preprocessing import Preprocessing, Readable, Stack, batches
+from kizu.data.preprocessing import Preprocessing, Readable
 from kizu.data.progress import Progress, silent
 from kizu.detectors.augmentation import Augmentation
 from kizu.detectors.fitting import AfterRound, FitContext, FitResult, Outcomes, View, captures_of, ignore_round, timed
 from kizu.detectors.own_rates import with_own_rates
 from kizu.detectors.ram import budget
-from kizu.errors import BadImage, DataError, ModelError, OptionError
+from kizu.detectors.stack import Stack, TiledStack, Tiles, read_all, show_the_same
+from kizu.errors import DataError, ModelError, OptionError
 from kizu.features.anomaly_map import learn_units
 from kizu.features.backbone import weights_hash
 from kizu.features.safe_load import refuse_not_finite
@@ -62,7 +64,7 @@ class Detector(Inspector):
     def __init__(self, config: Config | None = None, **settings: Any) -> None:
         """From a config, or from its fields as keyword arguments. Raises `OptionError` for a wrong one."""
         self.config: Any = config if config is not None else build(self.config_class, settings)
-        super().__init__(Preprocessing(self.config.size, self.config.resize), self.config.false_alarms)
+        super().__init__(Preprocessing.of(self.config.model_dump()), self.config.false_alarms)
         self.augmentation = Augmentation.of(self.config)
         self.graph: nn.Module | None = None
         # with `workers`, where and how fast it works; prediction needs them as well as a fit, which has its own context
@@ -123,13 +125,14 @@ class Detector(Inspector):
             by = "none" if group_by is None and keep_copies else group_by
             numbers = self._grouped(by, every, kept, [photos, others])
             items, groups = [every[n] for n in kept[: len(photos)]], [numbers[: len(photos)], numbers[len(photos) :]]
-            if self.grouped and not len(others) and not self.leaves_groups_out:
+            apart = self.grouped or self.preprocessing.tiling is not None  # what is learned from together
+            if apart and not len(others) and not self.leaves_groups_out:
                 others, items, groups = self._hold_groups_out(photos, items, groups[0])
                 open_files.enter_context(others)
             context = FitContext(
-                photos=photos,
-                held_out=others,
-                groups=groups[0] if self.grouped else None,
+                photos=photos.seen if self.leaves_groups_out else open_files.enter_context(photos.seen.at_most()),
+                held_out=others.seen,
+                groups=photos.of_each_seen(groups[0]) if apart else None,
                 view=view,
                 memory_bytes=memory_bytes,
                 progress=progress,
@@ -137,7 +140,8 @@ class Detector(Inspector):
                 after_round=after_round or ignore_round,
                 seconds=self.seconds,
             )
-            return self._learn_from(context, items, groups, copies)
+            self.captures = captures_of(self.config, [photos, others])
+            return self._learn_from(context, photos, items, groups, copies)
 
     def _look(self, good: Sequence[Readable], progress: Progress) -> View:
         """Set how photographs are seen, before any is read for learning."""
@@ -154,11 +158,15 @@ class Detector(Inspector):
         return min([budget(memory), *free])
 
     def _learn_from(
-        self, context: FitContext, items: list[Readable], groups: Sequence[Sequence[int]], copies: list[str]
+        self,
+        context: FitContext,
+        photos: Stack,
+        items: list[Readable],
+        groups: Sequence[Sequence[int]],
+        copies: list[str],
     ) -> Self:
         """Learn, remember from what, and set the thresholds; `groups` of the photos, and of those held out."""
         self.check_promise(len({*groups[0]}), len({*groups[1]}))
-        self.captures = captures_of(self.config, [context.photos, context.held_out])
         result = self.learn(context)
         numbers = (groups[1] if len(context.held_out) else groups[0]) if self.grouped else None
         result = with_own_rates(result.of_groups(numbers), self.config, numbers)
@@ -166,8 +174,8 @@ class Detector(Inspector):
         self.measure_on(self.measured_on, result.map_levels)
         self.training = {"images": 0, "names": [], "digests": [], "suspects": [], "copies": copies}
         self.good_items, self.thumbnails = [], []
-        self.remember(context.photos, items, result.loo_scores)
-        self.training["hash"] = context.photos.hash
+        self.remember(photos, items, result.loo_scores)
+        self.training["hash"] = photos.hash
         return self.adopt(result)
 
     def _grouped(
@@ -205,12 +213,12 @@ class Detector(Inspector):
         Returns these photos, the items that stay, and the groups of those that stay and of those taken.
         """
         every = sorted({*groups})
+        if len(every) == 1:
+            raise DataError("One photograph cannot be learned from and set the threshold: give more.")
         most = max(1, min(images_needed(self.config.false_alarms), len(every) // 4))
         aside = {*np.random.default_rng(self.config.seed).permutation(every)[:most].tolist()}
         chosen, rest = ([n for n, group in enumerate(groups) if (group in aside) is kind] for kind in (True, False))
-        held_out = Stack(len(chosen), self.preprocessing.size, len(chosen) * photos.batch(0, 1).nbytes)
-        for number in chosen:
-            held_out.append(photos.batch(number, number + 1), photos.shapes[number : number + 1])
+        held_out = photos.part(chosen)
         photos.keep(rest)
         return held_out, [items[n] for n in rest], [[groups[n] for n in rest], [groups[n] for n in chosen]]
 
@@ -243,7 +251,7 @@ class Detector(Inspector):
             if len(photos) == 0:
                 raise DataError("There is no photograph of a good part to set the threshold with.")
             groups = self._grouped(None, items, kept, [photos])
-            return self.adopt(self.score_held_out(self.graph, photos, progress).of_groups(groups))
+            return self.adopt(self.score_held_out(self.graph, photos.seen, progress).of_groups(groups))
 
     def leave_out_copies(
         self, photos: Stack, others: Stack | None, items: Sequence[Readable], hint: str = ""
@@ -253,7 +261,9 @@ class Detector(Inspector):
         `items` are what all are read from; returns the numbers of those that stay.
         """
         stacks = [photos] if others is None else [photos, others]
-        first = first_of_each_part(stack.batch(n, n + 1)[0] for stack in stacks for n in range(len(stack)))
+        places = [(stack, n) for stack in stacks for n in range(len(stack))]
+        first = first_of_each_part(stack.batch(n, n + 1)[0] for stack, n in places)
+        first = [o if n == o or show_the_same(*places[n], *places[o]) else n for n, o in enumerate(first)]
         copies = [number for number, original in enumerate(first) if number != original]
         if not copies:
             return range(len(items))
@@ -278,9 +288,11 @@ class Detector(Inspector):
         self.training["digests"] += photos.digests
         self.training["suspects"] += [{**asdict(outlier), "number": before + outlier.number} for outlier in outliers]
         self.good_items += [None if path_of(item) is None else item for item in items]
+        if isinstance(photos, TiledStack):
+            self.training.setdefault("shapes", []).extend(list(grid.shape) for grid in photos.tiles.grids)
         if self.keeps_thumbnails:
-            for start in range(0, len(photos), BATCH):
-                pictures = photos.batch(start, start + BATCH).transpose(0, 2, 3, 1)
+            for start in range(0, len(photos.seen), BATCH):
+                pictures = photos.seen.batch(start, start + BATCH).transpose(0, 2, 3, 1)
                 self.thumbnails += [image.encode(picture, "JPEG", quality=85) for picture in pictures]
 
     @property
@@ -411,27 +423,35 @@ class Detector(Inspector):
     ) -> FitResult:
         """A finished graph, and what it says of photos, or of `only` these, that it did not learn from.
 
+        Of tiles, all are scored, and each photograph has one score.
         `default_median` stands for the typical value of a good pixel where there are no photos.
         """
         found = self.outcomes(
-            lambda: (graph(pixels) for _, pixels in self.stream(photos, "Threshold", progress, only=only))
+            lambda: (graph(pixels) for _, pixels in self.stream(photos, "Threshold", progress, only=only)),
+            photos.grids if isinstance(photos, Tiles) else None,
         )
+        all_scored = only is None or isinstance(photos, Tiles)
         return FitResult(
             graph,
             found.scores,
             found.peaks,
             found.median(default_median),
             self.facts if facts is None else facts,
-            scored_indices=list(range(len(photos)) if only is None else only),
+            scored_indices=list(range(len(found.scores)) if all_scored else only or ()),
             again=partial(self.score_held_out, graph, photos, silent, only=only, default_median=default_median),
             map_levels=self.map_levels,
         )
 
-    def outcomes(self, batches: Callable[[], Iterable[tuple[Tensor, Tensor]]]) -> Outcomes:
-        """What is kept of scores (B,) and maps (B, 1, H, W) of good images; the first say where sizes begin."""
+    def outcomes(
+        self, batches: Callable[[], Iterable[tuple[Tensor, Tensor]]], grids: Sequence[TileGrid] | None = None
+    ) -> Outcomes:
+        """What is kept of scores (B,) and maps (B, 1, H, W) of good images; the first say where sizes begin.
+
+        Where these are of tiles, `grids` are those of each photograph.
+        """
         if self.measured_on is not None and self.map_levels is None:
             self.measure_on(self.measured_on, Outcomes.levels(batches()))
-        return Outcomes.of(batches(), self.size_rules)
+        return Outcomes.of(batches(), self.size_rules, grids)
 
     def stream(
         self, photos: Stack, stage: str, progress: Progress, *, only: Sequence[int] | None = None, copies: int = 0
@@ -464,23 +484,7 @@ class Detector(Inspector):
         progress: Progress = silent,
     ) -> tuple[Stack, list[Readable]]:
         """All photographs, scaled, and what they are from. Raises `DataError` with a list of the unreadable ones."""
-        items = items_of(good)
-        photos = Stack(len(items), self.preprocessing.size, memory_bytes)
-        items_read: list[Readable] = []
-        errors: list[BadImage] = []
-        for batch in batches(items, self.preprocessing, workers=self.workers):
-            photos.append(batch.pixels, batch.shapes)
-            items_read += batch.items
-            errors += [error for _, error in batch.failures]
-            progress("Reading", len(items_read) + len(errors), len(items))
-        if errors and not skip_bad:
-            photos.__exit__()
-            listing = "\n".join(f"  {error}" for error in errors)
-            raise DataError(
-                f"{len(errors)} of {len(items)} training images cannot be used (`skip_bad=True` leaves them out):\n"
-                f"{listing}"
-            )
-        return photos, items_read
+        return read_all(items_of(good), self.preprocessing, memory_bytes, skip_bad, self.workers, progress)
 
 
 def items_of(good: str | os.PathLike[str] | Iterable[Any]) -> list[Readable]:

@@ -19,10 +19,12 @@ from kizu.calibration.groups import highest
 from kizu.calibration.sizes import Levels, SizeRules
 from kizu.calibration.threshold import percent
 from kizu.data.geometry.alignment import Alignment
-from kizu.data.image import WHITE
-from kizu.data.preprocessing import BitDepth, Preprocessing, Readable, Stack
+from kizu.data.geometry.tiling import TiledMap, TileGrid
+from kizu.data.image import WHITE, Float
+from kizu.data.preprocessing import BitDepth, Preprocessing, Readable
 from kizu.data.progress import Progress, silent
 from kizu.detectors.ram import release
+from kizu.detectors.stack import Stack
 from kizu.errors import BadImage, OptionError
 from kizu.features.anomaly_map import units_of
 
@@ -55,9 +57,23 @@ class Outcomes:
     medians: list[float] = field(default_factory=list)  # and its median
 
     @classmethod
-    def of(cls, batches: Iterable[tuple[Tensor, Tensor]], rules: SizeRules | None) -> Self:
-        """Of scores (B,) and maps (B, 1, H, W); with rules for sizes, the scores follow from the maps."""
+    def of(
+        cls,
+        batches: Iterable[tuple[Tensor, Tensor]],
+        rules: SizeRules | None,
+        grids: Sequence[TileGrid] | None = None,
+    ) -> Self:
+        """Of scores (B,) and maps (B, 1, H, W); with rules for sizes, the scores follow from the maps.
+
+        Of tiles, of which `grids` has those of each photograph, it is of their photographs, by the map of each.
+        """
         outcomes = cls()
+        if grids is not None:
+            for values, score in _of_photographs(batches, grids):
+                outcomes.scores.append(score if rules is None else rules.score(values))
+                outcomes.peaks.append(float(values.max()))
+                outcomes.medians.append(float(np.median(values)))
+            return outcomes
         for scores, maps in batches:
             outcomes.scores.extend((scores if rules is None else rules.scores(maps.numpy(force=True))).tolist())
             outcomes.peaks.extend(maps.flatten(1).amax(1).tolist())
@@ -78,6 +94,18 @@ class Outcomes:
 
 def ignore_round(graph: nn.Module, number: int) -> None:
     """Nobody looks at the rounds."""
+
+
+def _of_photographs(
+    batches: Iterable[tuple[Tensor, Tensor]], grids: Sequence[TileGrid]
+) -> Iterator[tuple[Float, float]]:
+    """The map of each photograph and its score, of the maps of their tiles, in order."""
+    maps = (anomaly_map for _, maps in batches for anomaly_map in maps[:, 0].numpy(force=True))
+    for grid in grids:
+        tiled_map = TiledMap(grid)
+        for anomaly_map in islice(maps, len(grid)):
+            tiled_map.lay(anomaly_map)
+        yield tiled_map.values, tiled_map.score
 
 
 def gpu_device(number: int) -> torch.device:
@@ -222,7 +250,7 @@ def _first_shape(preprocessing: Preprocessing, items: Sequence[Readable]) -> tup
 class FitContext:
     """The photographs of one fit, and the conditions that hold while it lasts."""
 
-    photos: Stack  # good images to learn from
+    photos: Stack  # good images to learn from; of large photographs the tiles
     held_out: Stack  # good images that set the threshold and teach nothing; may be empty
     memory_bytes: int  # that working data should stay below
     progress: Progress = silent

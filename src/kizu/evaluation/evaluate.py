@@ -154,7 +154,7 @@ def evaluate(
     predictions: list[tuple[Sample, Prediction]] = []
     targets = _map_names(samples, maps / category / "test", root) if maps else {}
     start = time.perf_counter()
-    for sample, outcome in detector.judge(samples):
+    for sample, outcome in detector.judge(samples, progress=progress):
         name = sample.name(root)
         if isinstance(outcome, BadImage):
             scores.append(ImageScore(name, sample.defect, None, outcome.reason))
@@ -321,7 +321,10 @@ def _pictures(predictions: "Sequence[tuple[Sample, Prediction]]", root: Path, se
 
 def _picture(sample: Sample, prediction: "Prediction", root: Path, why: str) -> Picture:
     photo = image.small(prediction.photograph(), PICTURE_SIDE)
-    anomaly_map = image.resize_map(prediction.anomaly_map, photo.shape[:2])
+    if prediction.detector.preprocessing.tiling is None:
+        anomaly_map = image.resize_map(prediction.anomaly_map, photo.shape[:2])
+    else:  # the map over all of a large photograph is not made for a small picture
+        anomaly_map = prediction.map_of(photo.shape[:2])
     low, high = prediction.detector.heat_map_range
     glow = image.overlay(photo, anomaly_map, low, high, prediction.detector.pixel_threshold)
     shown, heat, overlay = (image.data_uri(part) for part in (photo, image.heat(anomaly_map, low, high), glow))

@@ -86,8 +86,10 @@ class _CorruptedPhoto:
     step: float
     seed: tuple[int, ...]
 
-    def read(self, at_least: tuple[int, int] | None = None, white: int = WHITE) -> tuple[RGB, tuple[int, int]]:
-        rgb, shape = self.item.read(at_least, white)
+    def read(
+        self, at_least: tuple[int, int] | None = None, white: int = WHITE, *, large: bool = False
+    ) -> tuple[RGB, tuple[int, int]]:
+        rgb, shape = self.item.read(at_least, white, large=True) if large else self.item.read(at_least, white)
         return self.change(rgb, self.step, np.random.default_rng(self.seed)), shape
 
 

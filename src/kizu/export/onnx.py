@@ -18,13 +18,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from kizu.data import files
-from kizu.data.preprocessing import batches
+from kizu.data.preprocessing import batches, whole
 from kizu.data.progress import Progress, silent
 from kizu.data.streams import drawn, endless
 from kizu.detectors.base import Detector
 from kizu.detectors.loading import load as load_trained
 from kizu.detectors.patchcore.memory_bank import Bank
-from kizu.errors import ModelError, OptionError, require
+from kizu.errors import BadImage, ModelError, OptionError, require
 from kizu.export.precision import MIN_HALVED_SIZE, halve, quantise
 from kizu.inference import model_folder, model_json
 from kizu.inference.engines import open_graph
@@ -125,7 +125,7 @@ class _Verdict(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         scores, maps, extras = self.detector.forward_with_extras(images)
         exact = scores.double()
-        if self.detector.size_rules is not None:  # the score that counts follows from the map, outside of the graph
+        if not self.detector.graph_decides:  # the score that counts follows from the map, outside of the graph
             return scores, maps, *extras.values()
         reached = (self.good >= exact[:, None]).sum(1).double() if len(self.good) else torch.zeros_like(exact)
         return scores, (1 + reached) / (1 + len(self.good)), exact > self.level, maps, *extras.values()
@@ -178,14 +178,30 @@ def _photographs(detector: Detector, given: Iterable[Any]) -> Pixels:
     """At most `MAX_PHOTOS` photographs, or else thumbnails, as the network sees them (N, 3, H, W)."""
     items = [readable(item) for item in given]
     pixels: list[Pixels] = [np.empty((0, 3, *detector.preprocessing.size), np.uint8)]
+    if detector.preprocessing.tiling is not None and items:
+        return _tiles(detector, [items[number] for number in _spread(items, MAX_PHOTOS)])
     for batch in batches([items[number] for number in _spread(items, MAX_PHOTOS)], detector.preprocessing):
         if batch.failures:
             raise batch.failures[0][1]
         pixels.append(batch.pixels)
     if not items:
-        pictures = (detector.picture(number) for number in _spread(detector.thumbnails, MAX_PHOTOS))
-        pixels += [picture.transpose(2, 0, 1)[None] for picture in pictures if picture is not None]
+        picture = detector.picture if detector.preprocessing.tiling is None else detector.picture_of_tile
+        pictures = (picture(number) for number in _spread(detector.thumbnails, MAX_PHOTOS))
+        pixels += [seen.transpose(2, 0, 1)[None] for seen in pictures if seen is not None]
     return np.concatenate(pixels)
+
+
+def _tiles(detector: Detector, items: Sequence[Any]) -> Pixels:
+    """At most `MAX_PHOTOS` tiles of large photographs (N, 3, H, W), of each as many, spread over it."""
+    pixels: list[Pixels] = []
+    for _, photo in whole(items, detector.preprocessing):
+        if isinstance(photo, BadImage):
+            raise photo
+        assert detector.preprocessing.tiling is not None
+        grid = detector.preprocessing.tiling.grid((photo.shape[0], photo.shape[1]))
+        numbers = _spread(range(len(grid)), max(1, MAX_PHOTOS // len(items)))
+        pixels += [grid.seen(photo, number).transpose(2, 0, 1) for number in dict.fromkeys(numbers)]
+    return np.stack(pixels)
 
 
 def _drawn(detector: Detector) -> Pixels:
@@ -213,7 +229,7 @@ def _write_graph(detector: Detector, file: Path) -> list[str]:
     module = _Verdict(detector).eval()
     example = torch.zeros(2, 3, *detector.preprocessing.size, dtype=torch.uint8)
     with torch.no_grad():
-        own = OWN_VERDICTS if detector.size_rules is None else ()
+        own = OWN_VERDICTS if detector.graph_decides else ()
         names = ["score", *own, "map", *detector.forward_with_extras(example)[2]]
     try:
         with warnings.catch_warnings(), torch.no_grad():

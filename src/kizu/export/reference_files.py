@@ -126,6 +126,8 @@ def write_reference(
         raise ModelError("The published systems do not align photographs: train without `align=True`.")
     if detector.preprocessing.zones is not None:
         raise ModelError("The published systems know no zones: train without `zones`.")
+    if detector.preprocessing.tiling is not None:
+        raise ModelError("The published systems do not judge in tiles: train without `tile`.")
     folder = Path(folder)
     if isinstance(detector, PatchCore):
         return _write_patchcore(detector, folder)

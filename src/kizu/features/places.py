@@ -59,6 +59,19 @@ class Places(nn.Module):
         chosen = places if self.nearest is None else self.nearest[places]
         return chosen + positions * len(self)
 
+    def patch_ids(self, image_ids: Tensor, *, of_copies: bool) -> Tensor:
+        """(B,) → (B · P,): a number for each patch, of its image and place.
+
+        In a varied copy, a patch lies somewhere else than in its image: all of its patches have a place past the last.
+        """
+        numbers, past = self.numbers().to(image_ids.device), self.grid[0] * self.grid[1]
+        return (image_ids[:, None] * (past + 1) + (torch.full_like(numbers, past) if of_copies else numbers)).flatten()
+
+    def images_and_places(self, patch_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Image and place (N,) of patches, by their numbers (N,)."""
+        past = self.grid[0] * self.grid[1]
+        return patch_ids // (past + 1), patch_ids % (past + 1)
+
     def numbers(self) -> Tensor:
         """(P,): row · columns + column of each place."""
         return torch.arange(len(self)) if self.chosen is None else self.chosen

@@ -84,7 +84,7 @@ def predict_files(
     why_files = _output_names(paths, why, "-why.png") if why else {}
     verdicts: dict[Path, FileVerdict] = {}
     last = time.perf_counter()
-    for photo, outcome in model.judge([Photo(path) for path in paths]):
+    for photo, outcome in model.judge([Photo(path) for path in paths], progress=progress):
         path = Path(photo.name)
         nearest: list[NearestPatch] = []
         if isinstance(outcome, Prediction):
@@ -104,7 +104,10 @@ def predict_files(
 
 
 def profile(model: "Inspector", paths: Sequence[Path], max_images: int = 20) -> dict[str, float]:
-    """Milliseconds an image, one image at a time: decoding, each part of a trained model's graph, and the rest."""
+    """Milliseconds an image, one image at a time: decoding, each part of a trained model's graph, and the rest.
+
+    Of an image that is judged in tiles it is all of them.
+    """
     graph = model.graph
     spent: dict[str, float] = {}
     total = 0.0
@@ -112,9 +115,10 @@ def profile(model: "Inspector", paths: Sequence[Path], max_images: int = 20) -> 
         for number, path in enumerate([paths[0], *paths[:max_images]]):
             start = time.perf_counter()
             rgb, _ = model.preprocessing.read(Photo(path), model.preprocessing.enough)
-            pixels = model.preprocessing(rgb).transpose(2, 0, 1)[None]
+            pixels = list(model.preprocessing.inputs(rgb))
             decoded = time.perf_counter()
-            model(pixels.copy())
+            for batch in pixels:
+                model(batch)
             if number == 0:  # the first image comes twice, because it warms up
                 spent.clear()
                 spent["decode"] = 0.0

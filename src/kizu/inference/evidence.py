@@ -78,6 +78,14 @@ def places(prediction: "Prediction") -> list[tuple[int, tuple[int, int]]]:
     """Number and place (x, y) of each marked region; where nothing is marked, number 0 and the map's highest place."""
     if prediction.regions:
         return [(number, region.place) for number, region in enumerate(prediction.regions, 1)]
+    if prediction.detector.preprocessing.tiling is not None:  # its whole map would be large
+        grid = prediction.detector.preprocessing.tiling.grid(prediction.shape)
+        row, column = divmod(int(prediction.input_map.argmax()), prediction.input_map.shape[1])
+        y, x = (
+            min(int((cell + 0.5) * size), side - 1)
+            for cell, size, side in zip((row, column), grid.cell, grid.shape, strict=True)
+        )
+        return [(0, (x, y))]
     y, x = divmod(int(prediction.anomaly_map.argmax()), prediction.shape[1])
     return [(0, (x, y))]
 

@@ -42,9 +42,7 @@ class Exported(Inspector):
     """A model that `kizu export` wrote. It judges as the trained one does, and cannot learn or be changed."""
 
     def __init__(self, folder: Path, about: dict[str, Any], run: Run, tables: Arrays) -> None:
-        config = about["config"]
-        size = config["size"]
-        super().__init__(Preprocessing((size[0], size[1]), config["resize"]), about["threshold"]["rate"])
+        super().__init__(Preprocessing.of(about["config"]), about["threshold"]["rate"])
         self.method: str = about["method"]
         self.folder, self.about = folder, about
         self.export: dict[str, Any] = about["export"]
@@ -100,7 +98,7 @@ class Exported(Inspector):
         names = [name for bank in banks for name in (bank.entries, bank.distances)]
         outputs = self.outputs(np.ascontiguousarray(seen.transpose(2, 0, 1)[None]), names)
         share = place[0] / seen.shape[1], place[1] / seen.shape[0]
-        return nearest_patch(dict(zip(names, outputs, strict=True)), self._tables, share, self.training["names"])
+        return nearest_patch(dict(zip(names, outputs, strict=True)), self._tables, share, self.names)
 
     def verify(self, max_cases: int | None = None) -> Difference:
         """Judge the photographs inside again, all or the first `max_cases`, and compare with what torch said.

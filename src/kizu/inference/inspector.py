@@ -15,8 +15,10 @@ from kizu.calibration.captures import Captures
 from kizu.calibration.sizes import Levels, Ruler, SizeRules
 from kizu.calibration.threshold import Threshold, by_hand, calibrate, from_finite, pixel_threshold_at
 from kizu.data.geometry.alignment import Alignment
+from kizu.data.geometry.tiling import TiledMap
 from kizu.data.image import Float, Source, read, resize
-from kizu.data.preprocessing import Batch, Preprocessing, Readable, batches, digests
+from kizu.data.preprocessing import Batch, Preprocessing, Readable, batches, digests, whole
+from kizu.data.progress import Progress, silent
 from kizu.data.sample import Sample
 from kizu.errors import BadImage, OptionError
 from kizu.inference.evidence import MAX_REGIONS, crop, places
@@ -49,7 +51,7 @@ class Inspector(ABC):
         self.captures: Captures | None = None  # how good photographs are taken, where others are not judged
         self.training: dict[str, Any] = {}
         self.facts: dict[str, Any] = {}
-        self.thumbnails: list[bytes] = []  # of the training images, encoded, if they are kept
+        self.thumbnails: list[bytes] = []  # of the training images, or their tiles, encoded, if they are kept
         self.good_items: list[Readable | None] = []  # the training images, as long as their files are at hand
         self.remarks: list[str] = []  # on the settings, for the user
         self.curves: dict[str, list[float]] = {}  # of training, a value a round
@@ -109,6 +111,11 @@ class Inspector(ABC):
         level = self.facts.get("zones", {}).get("level")
         return threshold if level is None else replace(threshold, value=max(level, threshold.value))
 
+    @property
+    def graph_decides(self) -> bool:
+        """Whether a graph's score is what is compared with the threshold, and not one that follows from its maps."""
+        return self.size_rules is None and self.preprocessing.tiling is None
+
     def calibrated_pixels(self, rate: float) -> float:
         """The pixel threshold that the good images give; with rules for sizes the threshold, whose scores are levels of
         the map.
@@ -146,6 +153,8 @@ class Inspector(ABC):
         if self.measured_on is None or self.map_levels is None:
             return None
         size: float | None = self.config.pixel_size
+        if self.preprocessing.tiling is not None:  # of photographs of any size, taken from as far
+            shape = self.measured_on
         high, wide = ((size or 1.0) * learned / side for learned, side in zip(self.measured_on, shape, strict=True))
         return Ruler((high, wide), "px" if size is None else "mm", self.map_levels)
 
@@ -178,12 +187,24 @@ class Inspector(ABC):
         return (outcome for _, outcome in judged)
 
     def judge(
-        self, items: Iterable[Item], *, batch_size: int = BATCH, workers: int | None = None
+        self,
+        items: Iterable[Item],
+        *,
+        batch_size: int = BATCH,
+        workers: int | None = None,
+        progress: Progress = silent,
     ) -> Iterator[tuple[Item, Prediction | BadImage]]:
         """Judge many photographs, in their order, read in threads ahead of the network.
 
-        One that cannot be read comes with its error and stops no other.
+        One that cannot be read comes with its error and stops no other. `progress` hears of the tiles of each that is
+        judged in tiles.
         """
+        if self.preprocessing.tiling is not None:
+            for item, photo in whole(items, self.preprocessing):
+                outcome = photo if isinstance(photo, BadImage) else self._judged_in_tiles(item, photo, progress)
+                del photo  # before the next one is read
+                yield item, outcome
+            return
         for batch in batches(items, self.preprocessing, batch_size=batch_size, workers=workers or self.workers):
             outcomes, failures = self._judged(batch), iter(batch.failures)
             for was_read in batch.was_read:
@@ -200,6 +221,26 @@ class Inspector(ABC):
             why = "" if self.captures is None else self.captures.reason(pixels, shape)
             yield item, Prediction(score, self.threshold.value, anomaly_map, shape, item, self, parts, pose, why)
 
+    def _judged_in_tiles(
+        self, item: Readable, photo: npt.NDArray[np.uint8], progress: Progress
+    ) -> Prediction | BadImage:
+        """The verdict on a photograph (H, W, 3), by the map that those of its tiles make together."""
+        assert self.preprocessing.tiling is not None
+        grid = self.preprocessing.tiling.grid((photo.shape[0], photo.shape[1]))
+        tiled_map, done = TiledMap(grid), 0
+        for pixels in grid.batches(photo, BATCH):
+            for outcome in self._scored(pixels):
+                if isinstance(outcome, str):
+                    return BadImage(name_of(item), outcome)
+                tiled_map.lay(outcome[1])
+            done += len(pixels)
+            progress(f"Tiles: {name_of(item)}", done, len(grid))
+        values = tiled_map.values
+        score = tiled_map.score if self.size_rules is None else self.size_rules.score(values)
+        seen = self.preprocessing(photo).transpose(2, 0, 1) if self.captures is not None else photo
+        why = "" if self.captures is None else self.captures.reason(seen, grid.shape)
+        return Prediction(score, self.threshold.value, values, grid.shape, item, self, cannot_judge=why)
+
     def _scored(self, pixels: npt.NDArray[np.uint8]) -> list[tuple[float, Float, dict[str, Any]] | str]:
         """For each image its score, map and parts, or why it has none.
 
@@ -212,7 +253,7 @@ class Inspector(ABC):
             if len(pixels) == 1:
                 raise
             return self._scored_one_by_one(pixels)
-        if self.size_rules is not None and np.isfinite(maps).all():
+        if self.size_rules is not None and self.preprocessing.tiling is None and np.isfinite(maps).all():
             scores = self.size_rules.scores(maps)
         rows = zip(scores.tolist(), maps[:, 0], parts, strict=True)
         return [row if math.isfinite(row[0]) and np.isfinite(row[1]).all() else NO_SCORE for row in rows]
@@ -234,9 +275,49 @@ class Inspector(ABC):
         """Scores and maps as of a call, and what each score is made of: an empty dict, unless a method says more."""
         return *self(pixels), [{} for _ in pixels]
 
+    @property
+    def tiles(self) -> list[tuple[int, int]]:
+        """Of each tile that the model learned from, the number of its photograph, and its number among those of it."""
+        tiling, shapes = self.preprocessing.tiling, self.training.get("shapes", [])
+        if tiling is None:
+            return []
+        return [(photo, tile) for photo, (h, w) in enumerate(shapes) for tile in range(len(tiling.grid((h, w))))]
+
+    @property
+    def names(self) -> list[str]:
+        """What the pictures that the network learned from are called: the training images, or those of their tiles."""
+        names: list[str] = self.training["names"]
+        return names if self.preprocessing.tiling is None else [names[photo] for photo, _ in self.tiles]
+
+    def _of_photograph(self, nearest: NearestPatch) -> NearestPatch:
+        """A patch of a tile as one of its photograph."""
+        tiling = self.preprocessing.tiling
+        if tiling is None:
+            return nearest
+        photo, tile = self.tiles[nearest.number]
+        height, width = self.training["shapes"][photo]
+        if nearest.place is None:
+            return replace(nearest, number=photo)
+        top, left = tiling.grid((height, width)).corner(tile)
+        x, y = left + nearest.place[0] * tiling.tile[1], top + nearest.place[1] * tiling.tile[0]
+        return replace(nearest, number=photo, place=(min(x / width, 1.0), min(y / height, 1.0)))
+
+    def picture_of_tile(self, number: int) -> npt.NDArray[np.uint8] | None:
+        """A tile that was learned from, as the network sees it; None where neither thumbnail nor file is at hand."""
+        if number < len(self.thumbnails):
+            return resize(read(self.thumbnails[number]), self.preprocessing.size)
+        photo, tile = self.tiles[number]
+        item = self.good_items[photo] if photo < len(self.good_items) else None
+        assert self.preprocessing.tiling is not None
+        try:
+            pixels = None if item is None else self.preprocessing.read(item)[0]
+        except BadImage:
+            return None
+        return None if pixels is None else self.preprocessing.tiling.grid(pixels.shape[:2]).seen(pixels, tile)
+
     def picture(self, number: int) -> npt.NDArray[np.uint8] | None:
         """A training image as the network sees it, from the model's thumbnails or its own file; None if neither is."""
-        if number < len(self.thumbnails):
+        if number < len(self.thumbnails) and self.preprocessing.tiling is None:
             return resize(read(self.thumbnails[number]), self.preprocessing.size)
         item = self.good_items[number] if number < len(self.good_items) else None
         try:
@@ -262,17 +343,22 @@ class Inspector(ABC):
         """
         height, width = self.preprocessing.size
         photo, _ = self.preprocessing.read(prediction.item, self.preprocessing.enough)
-        seen, pose = self.preprocessing.posed(photo, prediction.pose)
+        tiling = self.preprocessing.tiling
+        seen, pose = (photo, None) if tiling is not None else self.preprocessing.posed(photo, prediction.pose)
         evidence = []
         for region, place in places(prediction)[:max_regions]:
-            x, y = self.preprocessing.locate(place, prediction.shape, pose)
+            if tiling is None:
+                x, y = self.preprocessing.locate(place, prediction.shape, pose)
+            else:
+                tile, (x, y) = (grid := tiling.grid(prediction.shape)).tile_at(place)
+                seen = grid.seen(photo, tile)
             nearest = self.nearest_good(seen, (x, y))
             if nearest is None:
                 return []
-            match = self.picture(nearest.number)
+            match = self.picture(nearest.number) if tiling is None else self.picture_of_tile(nearest.number)
             if match is not None and nearest.place is not None:  # otherwise all of it is shown
                 match = crop(match, nearest.place[0] * width, nearest.place[1] * height)
-            evidence.append(Evidence(region, nearest, crop(seen, x, y), match))
+            evidence.append(Evidence(region, self._of_photograph(nearest), crop(seen, x, y), match))
         return evidence
 
     def known(self, items: Iterable[Item]) -> list[Item]:

@@ -69,6 +69,7 @@ class _Training(_Open):
     names: list[str]
     digests: list[str]
     copies: list[str] = []
+    shapes: list[Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=2, max_length=2)]] = []
     suspects: list[_Suspect]
     hash: str
 
@@ -84,6 +85,8 @@ class _Config(_Open):
     resize: int | None = Field(ge=8, le=65536)
     align: bool = False
     cannot_judge: Literal["ask", "stop", "pass"] | None = None
+    tile: list[Annotated[int, Field(ge=32, le=16384)]] | None = Field(None, min_length=2, max_length=2)
+    overlap: int = Field(32, ge=0, le=4096)
 
 
 class _Alignment(_Saved):
@@ -184,6 +187,8 @@ class _Model(_Saved):
             raise ValueError("a model that aligns photographs has a reference, and no other has one")
         if (self.config.cannot_judge is None) != (self.captures is None):
             raise ValueError("a model that refuses photographs knows how good ones are taken, and no other does")
+        if self.config.tile is not None and len(self.training.shapes) != self.training.images:
+            raise ValueError("a model of photographs in tiles knows the height and width of each")
         threshold = self.threshold
         follows = calibrate(self.calibration_scores, threshold.rate)
         zones = _Zones.model_validate(self.facts["zones"]) if "zones" in self.facts else None

@@ -17,13 +17,14 @@ from kizu.data.image import Float, Source
 from kizu.data.preprocessing import Readable
 from kizu.data.sample import Sample
 from kizu.errors import BadImage
-from kizu.inference.regions import MarkedRegion, find_regions
+from kizu.inference.regions import MarkedRegion, find_regions, find_regions_in_cells
 
 if TYPE_CHECKING:
     from kizu.inference.inspector import Inspector
 
 __all__ = ["Evidence", "NearestPatch", "Photo", "Prediction", "name_of", "path_of", "readable"]
 
+MAX_OVERLAY = 4_000_000  # pixels of the picture of a photograph that is judged in tiles
 RGB = npt.NDArray[np.uint8]  # (H, W, 3)
 HALF = 0.5
 
@@ -47,8 +48,10 @@ class Photo:
     def __hash__(self) -> int:
         return hash(self.name)
 
-    def read(self, at_least: tuple[int, int] | None = None, white: int = image.WHITE) -> tuple[RGB, tuple[int, int]]:
-        return image.read_at_least(self.source, at_least, white)
+    def read(
+        self, at_least: tuple[int, int] | None = None, white: int = image.WHITE, *, large: bool = False
+    ) -> tuple[RGB, tuple[int, int]]:
+        return image.read_at_least(self.source, at_least, white, large=large)
 
     @property
     def name(self) -> str:
@@ -84,7 +87,7 @@ class Prediction:
 
     score: float
     threshold: float
-    input_map: Float  # (h, w), of the network's input
+    input_map: Float  # (h, w), of the network's input; of a photograph that is judged in tiles, in cells of it
     shape: tuple[int, int]  # of the photograph
     item: Readable
     detector: "Inspector"
@@ -145,7 +148,10 @@ class Prediction:
 
     def map_of(self, size: tuple[int, int]) -> Float:
         """The anomaly map scaled to another (height, width), and not kept."""
-        return self.detector.preprocessing.restore(self.input_map, size, self.pose)
+        preprocessing = self.detector.preprocessing
+        if preprocessing.tiling is not None:
+            return preprocessing.tiling.grid(self.shape).over(self.input_map, size)
+        return preprocessing.restore(self.input_map, size, self.pose)
 
     @property
     def marked(self) -> npt.NDArray[np.bool_]:
@@ -158,6 +164,17 @@ class Prediction:
         threshold = self.detector.pixel_threshold
         if not self.input_map.max() > threshold:
             return []
+        preprocessing = self.detector.preprocessing
+        if preprocessing.tiling is not None:
+            rules = self.detector.size_rules
+            return find_regions_in_cells(
+                preprocessing.tiling.grid(self.shape),
+                self.input_map,
+                threshold,
+                self.detector.map_peaks,
+                ruler=self.detector.ruler(self.shape),
+                large_enough=None if rules is None else rules.large_enough(self.input_map, threshold),
+            )
         found = find_regions(
             self.anomaly_map,
             threshold,
@@ -165,7 +182,6 @@ class Prediction:
             ruler=self.detector.ruler(self.shape),
             large_enough=self._large_enough(threshold),
         )
-        preprocessing = self.detector.preprocessing
         if preprocessing.zones is None:
             return found
         places = [preprocessing.locate(region.place, self.shape, self.pose) for region in found]
@@ -199,11 +215,18 @@ class Prediction:
         return self.detector.explain(self)
 
     def overlay(self) -> RGB:
-        """The photograph, its map glowing over it, contours and numbered boxes where it is marked. (H, W, 3) uint8."""
-        glow = image.overlay(
-            self.photograph(), self.anomaly_map, *self.detector.heat_map_range, self.detector.pixel_threshold
-        )
-        return image.framed(glow, [region.box for region in self.regions], sum(r.matters for r in self.regions))
+        """The photograph, its map glowing over it, contours and numbered boxes where it is marked. (H, W, 3) uint8.
+
+        Of a photograph that is judged in tiles it has 4 megapixels at most.
+        """
+        photo, boxes = self.photograph(), [region.box for region in self.regions]
+        if self.detector.preprocessing.tiling is not None:
+            share = min(1.0, (MAX_OVERLAY / (self.shape[0] * self.shape[1])) ** 0.5)
+            photo = image.small(photo, round(max(self.shape) * share))
+            boxes = [tuple(round(length * share) for length in box) for box in boxes]
+        anomaly_map = self.anomaly_map if photo.shape[:2] == self.shape else self.map_of(photo.shape[:2])
+        glow = image.overlay(photo, anomaly_map, *self.detector.heat_map_range, self.detector.pixel_threshold)
+        return image.framed(glow, boxes, sum(region.matters for region in self.regions))
 
 
 def readable(source: Source | Sample | Photo) -> Sample | Photo:

@@ -1,7 +1,8 @@
 """What is marked in a photograph: connected regions of the map above the pixel threshold."""
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 import numpy as np
@@ -11,8 +12,12 @@ from pydantic import Field
 from kizu.calibration.sizes import RegionSize, Ruler
 from kizu.calibration.threshold import p_value
 from kizu.data.geometry.outlines import contour, labelled
+from kizu.data.geometry.tiling import TileGrid
 
-__all__ = ["MarkedRegion", "find_regions"]
+__all__ = ["MarkedRegion", "find_regions", "find_regions_in_cells"]
+
+HALF = 0.5
+AROUND = 8  # cells on which the map between those of a region depends, and more
 
 
 @dataclass(frozen=True)
@@ -69,4 +74,49 @@ def find_regions(
                 matters=large_enough is None or bool((large_enough[rows, columns] & region).any()),
             )
         )
+    return sorted(regions, key=lambda region: (not region.matters, -region.peak))
+
+
+def find_regions_in_cells(
+    grid: TileGrid,
+    values: npt.NDArray[np.float32],
+    threshold: float,
+    good_peaks: Sequence[float],
+    *,
+    ruler: Ruler | None = None,
+    large_enough: npt.NDArray[np.bool_] | None = None,
+) -> list[MarkedRegion]:
+    """What `find_regions` finds in a map of cells (rows, columns) over a photograph, without making all of that map.
+
+    Between cells the map is interpolated, so that it is above the threshold only beside a cell that is. `large_enough`
+    is of cells too.
+    """
+    near = np.pad(values > threshold, 1)
+    near[1:-1] |= near[:-2] | near[2:]
+    near[:, 1:-1] |= near[:, :-2] | near[:, 2:]
+    labels, boxes = labelled(near[1:-1, 1:-1])
+    regions = []
+    for number, box in enumerate(boxes, 1):
+        rows, columns = (
+            slice(int(cells.start * size), min(math.ceil(cells.stop * size), side))
+            for cells, size, side in zip(box, grid.cell, grid.shape, strict=True)
+        )
+        around = tuple(slice(max(0, cells.start - AROUND), cells.stop + AROUND) for cells in box)
+        first = around[0].start, around[1].start
+        alone = np.where((labels[around] == 0) | (labels[around] == number), values[around], threshold)
+        part = grid.part_over(alone, rows, columns, first)
+        large = None
+        if large_enough is not None:
+            large = grid.part_over(large_enough[around].astype(np.float32), rows, columns, first) > HALF
+        for region in find_regions(part, threshold, good_peaks, ruler=ruler, large_enough=large):
+            left, top, width, height = region.box
+            at = columns.start, rows.start
+            regions.append(
+                replace(
+                    region,
+                    box=(left + at[0], top + at[1], width, height),
+                    place=(region.place[0] + at[0], region.place[1] + at[1]),
+                    contour=[(x + at[0], y + at[1]) for x, y in region.contour],
+                )
+            )
     return sorted(regions, key=lambda region: (not region.matters, -region.peak))

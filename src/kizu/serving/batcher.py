@@ -72,14 +72,14 @@ class Upload:
         """The block in which the photograph may take memory. Raises `BadImage` where its header cannot be read."""
         if self.gate is None:
             return nullcontext()
-        height, width = image.size_of(self.content)
+        height, width = image.size_of(self.content, large=True)
         return self.gate.hold(height * width)
 
     def read(
-        self, at_least: tuple[int, int] | None = None, white: int = image.WHITE
+        self, at_least: tuple[int, int] | None = None, white: int = image.WHITE, *, large: bool = False
     ) -> tuple[npt.NDArray[np.uint8], tuple[int, int]]:
         with self.at_work():
-            return image.read_at_least(self.content, at_least, white)
+            return image.read_at_least(self.content, at_least, white, large=large)
 
 
 @dataclass(frozen=True)

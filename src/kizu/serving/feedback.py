@@ -24,7 +24,7 @@ def collect(folder: Path, upload: Upload, label: Label) -> Path:
 
     Raises `BadImage` when it cannot be read.
     """
-    image.read(upload.content)
+    image.read(upload.content, large=True)
     digest = hashlib.blake2b(upload.content, digest_size=8).hexdigest()
     before = [path for other in ("good", "bad") for path in (folder / other).glob(f"*{digest}.*")]
     stem = re.sub(r"[^A-Za-z0-9_-]+", "-", Path(upload.name).stem).strip("-")[:40]

@@ -132,7 +132,7 @@ async def read_uploads(request: Request, limits: Limits) -> list[Upload]:
 def check(upload: Upload, limits: Limits) -> None:
     """Look at a photograph's header. Raises `Refusal` where it is no image, is damaged or has too many pixels."""
     try:
-        height, width = image.size_of(upload.content)
+        height, width = image.size_of(upload.content, large=True)
         if image.suffix_of(upload.content) is None:
             raise BadImage(upload.name, "is not an image in a format that is supported", "unsupported")
     except BadImage as error:

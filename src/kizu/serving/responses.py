@@ -129,7 +129,7 @@ def _pair(evidence: Evidence) -> Pair:
 
 
 def _shrunk(upload: Upload, side: int, white: int) -> npt.NDArray[np.uint8]:
-    rgb, (height, width) = upload.read((side, side), white)
+    rgb, (height, width) = upload.read((side, side), white, large=True)
     factor = min(1.0, side / max(height, width))
     return image.resize(rgb, (max(1, round(height * factor)), max(1, round(width * factor))))
 

@@ -214,7 +214,7 @@ class Service:
         """How many pixels the maps in the answer will have. Raises `Refusal` where they are too many."""
         if options.map == "none":
             return 0
-        shapes = (map_shape(image.size_of(upload.content), options.map_size) for upload in uploads)
+        shapes = (map_shape(image.size_of(upload.content, large=True), options.map_size) for upload in uploads)
         pixels = sum(height * width for height, width in shapes)
         if pixels > self.limits.map_pixels:
             sizes = (

@@ -4,9 +4,9 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
-from kizu.data.folders import Folder, Names
 from kizu.data.layouts.annotations import SUFFIXES, Annotated, Annotations, plain_name, read_annotations
 from kizu.data.layouts.contents import Contents, hold_out
+from kizu.data.layouts.folders import Folder, Names
 from kizu.data.sample import Sample
 from kizu.errors import DataError
 

@@ -10,8 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from kizu.data.folders import Folder, Names
 from kizu.data.image import SUFFIXES
+from kizu.data.layouts.folders import Folder, Names
 from kizu.data.masks import read_mask
 from kizu.data.sample import Sample
 from kizu.errors import BadImage, DataError

@@ -3,8 +3,8 @@
 import os
 from pathlib import Path
 
-from kizu.data.folders import Folder, Names, is_mask_folder
 from kizu.data.layouts.contents import Contents, MaskFiles, ambiguous, defective_by_mask, hold_out, listed
+from kizu.data.layouts.folders import Folder, Names, is_mask_folder
 from kizu.data.sample import Sample
 from kizu.errors import BadImage, DataError
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from kizu.data.folders import Folder, Names, is_mask_folder
 from kizu.data.layouts.contents import Contents, MaskFiles, ambiguous, defective_by_mask
+from kizu.data.layouts.folders import Folder, Names, is_mask_folder
 from kizu.data.masks import CONFIG_NAME
 from kizu.data.sample import CIFAR_RECORD, Sample
 from kizu.errors import BadImage, DataError

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from kizu.config import EfficientADConfig
-from kizu.data.preprocessing import Stack
 from kizu.data.progress import Progress
 from kizu.detectors.base import Detector
 from kizu.detectors.efficientad import teacher
@@ -35,6 +34,7 @@ from kizu.detectors.efficientad.training import (
     train,
 )
 from kizu.detectors.fitting import FitContext, FitResult, Split
+from kizu.detectors.stack import Stack
 from kizu.errors import ModelError
 from kizu.features import backbone
 

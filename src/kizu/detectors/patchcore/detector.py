@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from kizu.calibration.captures import Captures
 from kizu.calibration.threshold import images_needed
 from kizu.config import PatchCoreConfig
-from kizu.data.preprocessing import Readable, Stack
+from kizu.data.preprocessing import Readable
 from kizu.data.progress import Progress, silent
 from kizu.detectors.base import Detector
 from kizu.detectors.fitting import FitContext, FitResult, captures_of
@@ -26,10 +26,10 @@ from kizu.detectors.patchcore.graph import EnsembleGraph, PatchCoreGraph, seen_b
 from kizu.detectors.patchcore.leave_one_out import LeaveOneOut
 from kizu.detectors.patchcore.memory_bank import Bank
 from kizu.detectors.ram import budget, tidy
+from kizu.detectors.stack import Stack, Tiles
 from kizu.errors import DataError, ModelError
 from kizu.features import backbone
 from kizu.features.backbone import weights_hash
-from kizu.features.places import Places
 from kizu.inference.evidence import BankOutputs, nearest_patch
 from kizu.inference.prediction import NearestPatch
 
@@ -37,6 +37,8 @@ __all__ = ["PatchCore"]
 
 SCORED_IMAGES = 1000  # that set scales and threshold where their features must be computed again for it
 MAP_BATCH = 16  # maps made at a time
+MAX_TILES = 4000  # of large photographs, from which memory banks are chosen,
+MAX_ENTRIES = 20_000  # and the entries of each: a tile of a material is like many others
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class _Member:
     graph: PatchCoreGraph
     scored: tuple[Tensor, Tensor]  # scores (M,) and patch scores (M, h, w) of the images that set the threshold
     loo_scores: Tensor  # (L,) of training images, each as if it were new,
-    image_ids: range  # and which these are
+    image_ids: Sequence[int]  # and which these are
     facts: dict[str, Any]
     again: Callable[[], tuple[Tensor, Tensor]]  # `scored` once more, for a graph that was changed meanwhile
 
@@ -64,13 +66,19 @@ class PatchCore(Detector):
             first, graphs, scored = members[0], [m.graph for m in members], [m.scored for m in members]
             image_ids = first.image_ids
             scored_indices = range(len(context.held_out)) if len(context.held_out) else image_ids
+            scored_in = context.held_out if len(context.held_out) else context.photos
+            result_of = partial(
+                self._result,
+                scored_indices=scored_indices,
+                loo_indices=image_ids,
+                scored_in=scored_in,
+                learned_in=context.photos,
+            )
             if len(members) == 1:
                 loo_scores, facts = first.loo_scores, first.facts
-                result = self._result(first.graph, graphs, scored, loo_scores, facts, scored_indices, image_ids)
+                result = result_of(first.graph, graphs, scored, loo_scores, facts)
                 if self.config.own_rates:
-                    result.again = lambda: self._result(
-                        first.graph, graphs, [first.again()], loo_scores, facts, scored_indices, image_ids
-                    )
+                    result.again = lambda: result_of(first.graph, graphs, [first.again()], loo_scores, facts)
                 return result
             ensemble = EnsembleGraph(graphs).to(self.device)
             ensemble.learn_stats(scored)
@@ -81,7 +89,7 @@ class PatchCore(Detector):
             comparable = all(member.image_ids == image_ids for member in members)
             loo_scores = torch.stack(scaled).mean(0) if comparable else scaled[0]
             facts = {"members": [member.facts for member in members]}
-            return self._result(ensemble, graphs, scored, loo_scores, facts, scored_indices, image_ids)
+            return result_of(ensemble, graphs, scored, loo_scores, facts)
 
     def _learn_member(self, config: PatchCoreConfig, context: FitContext) -> _Member:
         """One backbone's memory banks and scores: section 3.2 of the paper, and the threshold that it leaves open."""
@@ -98,9 +106,9 @@ class PatchCore(Detector):
             "radius": radii,
         }
         with context.timed("calibration"), tidy():
-            kept = all(coreset.holds_all for coreset in coresets)
-            image_ids = self._scored_ids(len(context.photos), kept)
-            leave_one_out = self._leave_one_out(graph, coresets, image_ids, context)
+            kept = all(coreset.holds_all for coreset in coresets) and _learned_tiles(context.photos) is None
+            image_ids = self._scored_ids(context.photos, kept)
+            leave_one_out = self._leave_one_out(graph, coresets if kept else [], image_ids, context)
             loo_scored = leave_one_out.scores(lambda done, total: context.progress("Threshold", done, total))
             graph.upsample.learn_units(loo_scored[1][loo_scored[0].isfinite()])
             if graph.upsample.zones is not None:
@@ -117,28 +125,38 @@ class PatchCore(Detector):
         """For each bank, the patch features of all photos and of their varied copies, as many as memory allows."""
         coresets: list[StreamingCoreset] = []
         photos, copies, seen = context.photos, self._copies(), 0
-        for image_ids, pixels in self.stream(photos, "Features", context.progress, copies=copies):
+        only = _learned_tiles(photos)
+        learned = len(photos) if only is None else len(only)
+        for image_ids, pixels in self.stream(photos, "Features", context.progress, only=only, copies=copies):
             layers_by_bank = graph.pooled_layers(pixels)
             if not coresets:
                 grids = [(layers[0].shape[2], layers[0].shape[3]) for layers in layers_by_bank]
                 graph.set_grids(grids, pixels.device, lambda upsample: upsample.inspect(context.zones, context.seen))
                 if not any(graph.config.patchsizes):
                     self.remarks += graph.taps[0][1].remarks(grids[0])
-                images = len(photos) * (1 + copies)
-                coresets = _streaming_coresets(graph, layers_by_bank, images, context.memory_bytes)
+                most = MAX_ENTRIES if isinstance(photos, Tiles) else None
+                coresets = _streaming_coresets(
+                    graph, layers_by_bank, learned * (1 + copies), context.memory_bytes, most
+                )
             for coreset, layers, places in zip(coresets, layers_by_bank, graph.places, strict=True):
-                coreset.add(layers, _patch_ids(image_ids, places, of_copies=seen >= len(photos)))
+                coreset.add(layers, places.patch_ids(image_ids, of_copies=seen >= learned))
             seen += len(image_ids)
         return coresets
 
     def _leave_one_out(
-        self, graph: PatchCoreGraph, coresets: Sequence[StreamingCoreset], image_ids: range, context: FitContext
+        self,
+        graph: PatchCoreGraph,
+        coresets: Sequence[StreamingCoreset],
+        image_ids: Sequence[int],
+        context: FitContext,
     ) -> LeaveOneOut:
-        """What scores training images, each as if it were new; the banks learn their scales."""
-        kept = all(coreset.holds_all for coreset in coresets)
+        """What scores training images, each as if it were new; the banks learn their scales.
+
+        Where the `coresets` hold all features they need not be computed again.
+        """
 
         def features(numbers: Sequence[int]) -> list[Tensor]:
-            if kept:  # originals come first
+            if coresets:  # originals come first
                 first, last = numbers[0], numbers[-1] + 1
                 patches = [coreset.rows.patches for coreset in coresets]
                 return [coreset.rows.span(first * p, last * p) for coreset, p in zip(coresets, patches, strict=True)]
@@ -159,33 +177,48 @@ class PatchCore(Detector):
         scored: Sequence[tuple[Tensor, Tensor]],
         loo_scores: Tensor,
         facts: dict[str, Any],
+        *,
         scored_indices: Sequence[int],
         loo_indices: Sequence[int],
+        scored_in: Stack,
+        learned_in: Stack,
     ) -> FitResult:
         """What follows from the members' scores (M,) and patch scores of good images of `scored_indices`.
 
         `loo_scores` are those of the training images `loo_indices`, as if each were new. Maps are made a few at a
-        time.
+        time. Of what is in a stack of tiles, the result is of their photographs.
         """
         known = scored[0][0].isfinite()  # an image that alone filled the bank has nothing else to be compared with
+        known_indices = [scored_indices[row] for row in known.nonzero()[:, 0].tolist()]
+        pairs = zip(loo_indices, loo_scores.tolist(), strict=True)
+        known_loo_scores = {index: score for index, score in pairs if math.isfinite(score)}
+        grids = None
+        if isinstance(scored_in, Tiles) and isinstance(learned_in, Tiles):
+            known_loo_scores = learned_in.by_photograph(known_loo_scores)
+            known_indices = list(scored_in.by_photograph(dict.fromkeys(known_indices, 0.0)))
+            grids = [scored_in.grids[number] for number in known_indices]
 
         def batches() -> Iterator[tuple[Tensor, Tensor]]:
             for batch in known.nonzero()[:, 0].split(MAP_BATCH):
                 each = [(s[batch], member.upsample(g[batch])) for member, (s, g) in zip(members, scored, strict=True)]
                 yield graph.combine(each) if isinstance(graph, EnsembleGraph) else each[0]
 
-        found = self.outcomes(batches)
-        pairs = zip(loo_indices, loo_scores.tolist(), strict=True)
-        known_loo_scores = {index: score for index, score in pairs if math.isfinite(score)}
-        known_indices = [scored_indices[row] for row in known.nonzero()[:, 0].tolist()]
+        found = self.outcomes(batches, grids)
         median = found.median(0.0)
         result = FitResult(graph, found.scores, found.peaks, median, facts, known_loo_scores, known_indices)
         return replace(result, map_levels=self.map_levels)
 
-    def _scored_ids(self, images: int, kept: bool) -> range:
-        """The training images that are scored as if they were new: all whose features are kept, else enough of them."""
-        enough = max(SCORED_IMAGES, images_needed(self.config.false_alarms))
-        return range(0, images, 1 if kept else max(1, images // enough))
+    def _scored_ids(self, photos: Stack, kept: bool) -> Sequence[int]:
+        """The training images that are scored as if they were new: all whose features are kept, else enough of them.
+
+        Of photographs in tiles, all tiles of enough of them.
+        """
+        needed = images_needed(self.config.false_alarms)
+        if not isinstance(photos, Tiles):
+            enough = max(SCORED_IMAGES, needed)
+            return range(0, len(photos), 1 if kept else max(1, len(photos) // enough))
+        enough = max(needed, SCORED_IMAGES * len(photos.grids) // max(1, len(photos)))
+        return photos.numbers_of(range(0, len(photos.grids), 1 if kept else max(1, len(photos.grids) // enough)))
 
     @property
     def keeps_thumbnails(self) -> bool:
@@ -224,7 +257,7 @@ class PatchCore(Detector):
             for tensors in (extras, self.export_tables())
         )
         share = place[0] / seen.shape[1], place[1] / seen.shape[0]
-        return nearest_patch(outputs, tables, share, self.training["names"])
+        return nearest_patch(outputs, tables, share, self.names)
 
     def search_seconds(self, pixels: npt.NDArray[np.uint8]) -> float:
         """What the search takes of the time for a batch (B, 3, H, W); it grows with the bank."""
@@ -256,29 +289,33 @@ class PatchCore(Detector):
         items = self._leave_out_known(photos, items)
         if len(photos) == 0:
             raise DataError("The model has learned from all of these images already: give new ones.")
-        before = self.training["images"]
+        owners, tiles = [photo for photo, _ in self.tiles] or list(range(self.training["images"])), photos.seen
+        before = len(owners)
         with torch.inference_mode(), photos:
             seen = 0
-            for image_ids, pixels in self.stream(photos, "Features", progress, copies=self._copies()):
+            for image_ids, pixels in self.stream(tiles, "Features", progress, copies=self._copies()):
                 banks = []
                 for bank, rows, places in zip(graph.banks, graph.rows(graph.embed(pixels)), graph.places, strict=True):
-                    patch_ids = _patch_ids(image_ids + before, places, of_copies=seen >= len(photos))
-                    banks.append(bank.exchanged(rows, *_images_and_places(patch_ids, places)))
+                    patch_ids = places.patch_ids(image_ids + before, of_copies=seen >= len(tiles))
+                    banks.append(bank.exchanged(rows, *places.images_and_places(patch_ids)))
                 seen += len(image_ids)
                 graph.set_banks(banks)
 
             def features(numbers: Sequence[int]) -> list[Tensor]:
-                pixels = self.pixels(photos, [number - before for number in numbers])
+                pixels = self.pixels(tiles, [number - before for number in numbers])
                 return graph.rows(graph.embed(pixels))
 
             grouped = self.grouped
             groups = self._grouped(None, items, range(len(items)), [photos])
             self.grouped |= grouped
-            all_groups = [*range(before), *(before + group for group in groups)] if self.grouped else None
-            leave_one_out = LeaveOneOut(graph, range(before, before + len(photos)), features, all_groups)
+            every = [*owners, *(before + group for group in photos.of_each_seen(groups))]
+            all_groups = every if self.grouped or isinstance(tiles, Tiles) else None
+            leave_one_out = LeaveOneOut(graph, range(before, before + len(tiles)), features, all_groups)
             scored = leave_one_out.scores(lambda done, total: progress("Threshold", done, total))
-            added = range(len(photos))
-            result = self._result(graph, [graph], [scored], scored[0], self.facts, added, added)
+            of_added = {"scored_indices": range(len(tiles)), "loo_indices": range(len(tiles))}
+            result = self._result(
+                graph, [graph], [scored], scored[0], self.facts, scored_in=tiles, learned_in=tiles, **of_added
+            )
             if self.grouped:
                 result = result.of_groups(groups)
             self.remember(photos, items, result.loo_scores)
@@ -328,7 +365,9 @@ class PatchCore(Detector):
             merged.captures = Captures.joined(captures)
         graph = PatchCoreGraph(first.config, graphs[0].backbone)
         starts = [sum(part.training["images"] for part in parts[:number]) for number in range(len(parts))]
-        banks = [Bank.joined(shards, starts) for shards in zip(*(graph.banks for graph in graphs), strict=True)]
+        first_tiles = [sum(len(part.tiles) for part in parts[:number]) for number in range(len(parts))]
+        first_images = starts if first.preprocessing.tiling is None else first_tiles
+        banks = [Bank.joined(shards, first_images) for shards in zip(*(graph.banks for graph in graphs), strict=True)]
         inspected = graphs[0].upsample
         graph.set_grids(graphs[0].grids, banks[0].entries.device, lambda upsample: upsample.inherit(inspected))
         graph.set_banks(banks)
@@ -344,6 +383,8 @@ class PatchCore(Detector):
                 for outlier in part.training["suspects"]
             ],
         }
+        if first.preprocessing.tiling is not None:
+            merged.training["shapes"] = [shape for part in parts for shape in part.training["shapes"]]
         if all(part.thumbnails for part in parts):
             merged.thumbnails = [picture for part in parts for picture in part.thumbnails]
         scores, peaks, repeated = _each_photograph_once(parts)
@@ -387,32 +428,33 @@ def _each_photograph_once(parts: Sequence[PatchCore]) -> tuple[list[float], list
     return scores, peaks, repeated
 
 
-def _patch_ids(image_ids: Tensor, places: Places, *, of_copies: bool) -> Tensor:
-    """(B,) → (B · P,): a number for each patch, of its image and place.
-
-    In a varied copy, a patch lies somewhere else than in its image: all of its patches have a place past the last.
-    """
-    numbers, past = places.numbers().to(image_ids.device), places.grid[0] * places.grid[1]
-    return (image_ids[:, None] * (past + 1) + (torch.full_like(numbers, past) if of_copies else numbers)).flatten()
-
-
-def _images_and_places(patch_ids: Tensor, places: Places) -> tuple[Tensor, Tensor]:
-    past = places.grid[0] * places.grid[1]
-    return patch_ids // (past + 1), patch_ids % (past + 1)
+def _learned_tiles(photos: Stack) -> list[int] | None:
+    """Of photographs in tiles, those that memory banks are chosen from, spread evenly over all; None: all."""
+    if not isinstance(photos, Tiles) or len(photos) <= MAX_TILES:
+        return None
+    return [int(number) for number in np.linspace(0, len(photos) - 1, MAX_TILES).round()]
 
 
 def _streaming_coresets(
-    graph: PatchCoreGraph, layers_by_bank: Sequence[Sequence[Tensor]], images: int, memory_bytes: int
+    graph: PatchCoreGraph,
+    layers_by_bank: Sequence[Sequence[Tensor]],
+    images: int,
+    memory_bytes: int,
+    most: int | None = None,
 ) -> list[StreamingCoreset]:
-    """One for each bank's layers: a third of the memory, shared by the size of their features."""
+    """One for each bank's layers: a third of the memory, shared by the size of their features.
+
+    A bank is to have `most` entries, or a smaller share of them.
+    """
     config = graph.config
     shapes = [[(layer.shape[1], layer.shape[2], layer.shape[3]) for layer in layers] for layers in layers_by_bank]
     device = layers_by_bank[0][0].device
     sizes = [FeatureTable.bytes(1, layers) for layers in shapes]
     shares = [int(memory_bytes / 3 * size / sum(sizes)) for size in sizes]
+    kept = [config.coreset if most is None else min(config.coreset, most / (images * len(p))) for p in graph.places]
     return [
-        StreamingCoreset(images, layers, config.coreset, share, config.sampler, config.seed, places.chosen, device)
-        for layers, share, places in zip(shapes, shares, graph.places, strict=True)
+        StreamingCoreset(images, layers, of_all, share, config.sampler, config.seed, places.chosen, device)
+        for layers, of_all, share, places in zip(shapes, kept, shares, graph.places, strict=True)
     ]
 
 
@@ -421,7 +463,7 @@ def _fill_banks(graph: PatchCoreGraph, coresets: Sequence[StreamingCoreset], con
     banks, radii = [], []
     for coreset, places in zip(coresets, graph.places, strict=True):
         entries, patch_ids, radius = coreset.choose(lambda done, total: context.progress("Memory bank", done, total))
-        banks.append(Bank.of(entries, *_images_and_places(patch_ids, places)))
+        banks.append(Bank.of(entries, *places.images_and_places(patch_ids)))
         radii.append(radius)
     graph.set_banks(banks)
     return radii

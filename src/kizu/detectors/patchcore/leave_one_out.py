@@ -39,6 +39,11 @@ class LeaveOneOut:
     ) -> None:
         self.graph, self.image_ids, self.features = graph, image_ids, features
         self.groups = None if groups is None else torch.tensor(groups, device=graph.banks[0].entries.device)
+        self.group_of = None if groups is None else list(groups)
+        self.members: dict[int, list[int]] = {}  # of each group, the positions of its images
+        for position, image_id in enumerate(image_ids):
+            self.members.setdefault(self._group(image_id), []).append(position)
+        self._last: tuple[int, list[Neighbours]] | None = None  # a group, and the neighbours of all its images
         self.stand_ins = [_StandIns(bank) for bank in graph.banks]
         self.kept: list[tuple[Tensor, Tensor]] = []  # distances and entries (M, P, n) of all images, for each bank
         self.loo_neighbours: list[list[Neighbours]] = []  # of each image, in each bank, among other images' entries
@@ -65,10 +70,11 @@ class LeaveOneOut:
             yield
 
     def _group(self, image_id: int) -> int:
-        return image_id if self.groups is None else int(self.groups[image_id])
+        return image_id if self.group_of is None else self.group_of[image_id]
 
     def _scores(self, progress: Callable[[int], None]) -> tuple[Tensor, Tensor]:
         like = self.graph.banks[0].entries
+        self._last = None
         scores = like.new_empty(len(self.loo_neighbours))
         grids = like.new_empty(len(self.loo_neighbours), *self.graph.grids[0])
         for start in range(0, len(self.image_ids), BATCH):
@@ -114,11 +120,14 @@ class LeaveOneOut:
         if self.groups is None:
             return others
         group = self._group(self.image_ids[position])
-        members = [place for place, image_id in enumerate(self.image_ids) if self._group(image_id) == group]
-        return [
-            near._replace(distances=distances[members].flatten(0, 1), entries=entries[members].flatten(0, 1))
-            for near, (distances, entries) in zip(others, self.kept, strict=True)
-        ]
+        if self._last is None or self._last[0] != group:
+            members = self.members[group]
+            of_group = [
+                near._replace(distances=distances[members].flatten(0, 1), entries=entries[members].flatten(0, 1))
+                for near, (distances, entries) in zip(others, self.kept, strict=True)
+            ]
+            self._last = group, of_group
+        return self._last[1]
 
 
 class _StandIns:

@@ -70,6 +70,7 @@ class Bank(nn.Module):
         self.register_buffer("centres", centres)
         self.register_buffer("sizes", sizes)
         self._index: tuple[Tensor, CellIndex | QuantisedIndex] | None = None
+        self._typical: tuple[Neighbours, bool, Tensor] | None = None  # without what was excluded last
         self.quantise: Callable[[Tensor, Tensor], QuantisedIndex] | None = None  # for a search that is not exact
 
     @classmethod
@@ -115,15 +116,15 @@ class Bank(nn.Module):
     @contextmanager
     def of_groups(self, groups: Tensor | None) -> Iterator[None]:
         """For a while, take the number of its group for the training image (N,) that each entry is from."""
-        if groups is None:
-            yield
-            return
-        images, self._index = self.images, None
-        self.images = groups[images]
+        images, self._typical = self.images, None
+        if groups is not None:
+            self.images, self._index = groups[images], None
         try:
             yield
         finally:
-            self.images, self._index = images, None
+            self._typical = None
+            if groups is not None:
+                self.images, self._index = images, None
 
     def index(self) -> CellIndex | QuantisedIndex:
         """The index of the present entries, made when first needed."""
@@ -173,6 +174,8 @@ class Bank(nn.Module):
         patches more. `exclude` are the neighbours of a training image that is to be scored as if it had not been
         learned from.
         """
+        if self._typical is not None and self._typical[0] is exclude and self._typical[1] is per_entry:
+            return self._typical[2]
         sums, counts = self.sums, self.counts
         if exclude is not None:
             known = exclude.distances[:, 0].isfinite()
@@ -184,4 +187,7 @@ class Bank(nn.Module):
         unknown = torch.where(known_any, self.sums.sum() / self.counts.sum().clamp(min=1), size)
         overall = torch.where(counts.sum() > 0, sums.sum() / counts.sum().clamp(min=1), unknown)
         overall = overall.clamp(min=MIN_SCALE * size)
-        return (sums + PRIOR * overall) / (counts + PRIOR) if per_entry else overall.expand_as(sums)
+        typical = (sums + PRIOR * overall) / (counts + PRIOR) if per_entry else overall.expand_as(sums)
+        if exclude is not None:  # many tiles of a photograph are scored without the same
+            self._typical = exclude, per_entry, typical
+        return typical

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from kizu.calibration.threshold import calibrate
 from kizu.config import PUADConfig
 from kizu.data import image
-from kizu.data.preprocessing import Stack
 from kizu.data.progress import Progress
 from kizu.detectors import detector_class
 from kizu.detectors.base import UNFITTED, Detector
 from kizu.detectors.fitting import FitContext, FitResult, Split
 from kizu.detectors.puad.gaussian import ROUNDING, Gaussian, cross_fitted
+from kizu.detectors.stack import Stack
 from kizu.errors import ModelError
 from kizu.inference.image_features import GlobalFeatures
 
@@ -105,6 +105,8 @@ class PUAD(Detector):
             raise ModelError("A base that aligns photographs cannot be given: let PUAD train it, with `align=True`.")
         if fitted_base is not None and fitted_base.preprocessing.zones is not None:
             raise ModelError("A base with zones cannot be given: let PUAD train it, with the same `zones`.")
+        if fitted_base is not None and fitted_base.preprocessing.tiling is not None:
+            raise ModelError("A base that judges in tiles cannot be given: PUAD judges the photograph as a whole.")
         self.fitted_base = fitted_base
 
     def learn(self, context: FitContext) -> FitResult:

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from kizu.calibration.threshold import images_needed
 from kizu.config import SimpleNetConfig
-from kizu.data.preprocessing import Stack
 from kizu.detectors.base import Detector
 from kizu.detectors.fitting import FitContext, FitResult, Split
 from kizu.detectors.loading import load
 from kizu.detectors.simplenet import published
 from kizu.detectors.simplenet.networks import SimpleNetGraph, first_layer
 from kizu.detectors.simplenet.training import DIVISION, ORDER, Training, generator
+from kizu.detectors.stack import Stack
 from kizu.errors import ModelError, OptionError
 from kizu.features import backbone
 from kizu.features.feature_store import FeatureStore
@@ -129,6 +129,8 @@ class SimpleNet(Detector):
             raise ModelError("There is nothing to save: call fit first.")
         if self.preprocessing.alignment is not None:
             raise ModelError("The published systems do not align photographs: train without `align=True`.")
+        if self.preprocessing.tiling is not None:
+            raise ModelError("The published systems do not judge in tiles: train without `tile`.")
         states = {"discriminator": self.graph.discriminator.state_dict()}
         if self.config.pre_proj:
             states["pre_projection"] = self.graph.projection.state_dict()

@@ -116,6 +116,8 @@ def choose(
     config = config or PatchCoreConfig()
     if not isinstance(config, BackboneConfig):
         raise OptionError("`auto`: settings are chosen for patchcore and simplenet, whose network is pretrained")
+    if config.tile is not None:
+        raise OptionError("`auto`: settings are chosen for photographs that are seen as a whole, without `tile`")
     progress = progress or silent
     limits = _Limits(milliseconds, None if minutes is None else time.monotonic() + 60 * minutes)
     given = {name: getattr(config, name) for name in config.model_fields_set if name in PatchCoreConfig.model_fields}

@@ -67,9 +67,11 @@ class Watcher:
                 continue
             row = new[id(photo)] = _row(arrival, Verdict.of(arrival.identity[0], outcome, model), name)
             if self._stopped_folder is not None and arrival.path is None and row["verdict"] == "stop":
-                image.write(self._stopped_folder / f"{arrival.identity[0]}.png", photo.read()[0], durable=True)
+                image.write(
+                    self._stopped_folder / f"{arrival.identity[0]}.png", photo.read(large=True)[0], durable=True
+                )
             if self._frames is not None and row["verdict"] != "error":
-                self._frames.write(arrival.identity[0], photo.read()[0])
+                self._frames.write(arrival.identity[0], photo.read(large=True)[0])
         judged = [arrival for arrival in batch if id(arrival.photo) in new]
         rows = self._ledger.append([new[id(arrival.photo)] for arrival in judged])
         self.errors += sum(row["verdict"] == "error" for row in rows)
