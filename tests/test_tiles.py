@@ -169,7 +169,7 @@ def test_what_is_too_small_does_not_matter_and_a_dark_photograph_is_not_judged()
     sized = kizu.PatchCore(**SMALL, pixel_size=0.1, min_area=0.2, cannot_judge="ask").fit(GOOD)
     bad = sized.predict(surface(51, spot=True))
     assert bad.verdict == "stop" and bad.regions[0].matters and bad.regions[0].size.unit == "mm"
-    assert 0.5 < bad.regions[0].size.length < 5
+    assert 1 < bad.regions[0].size.length <= 0.1 * np.hypot(*bad.regions[0].box[2:])
     assert sized.predict(surface(51, spot=True) // 3).verdict == "ask"
     lenient = kizu.PatchCore(**SMALL, min_area=20_000).fit(GOOD)
     assert not lenient.predict(surface(51, spot=True)).is_anomalous

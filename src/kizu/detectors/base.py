@@ -140,8 +140,7 @@ class Detector(Inspector):
                 after_round=after_round or ignore_round,
                 seconds=self.seconds,
             )
-            self.captures = captures_of(self.config, [photos, others])
-            return self._learn_from(context, photos, items, groups, copies)
+            return self._learn_from(context, [photos, others], items, groups, copies)
 
     def _look(self, good: Sequence[Readable], progress: Progress) -> View:
         """Set how photographs are seen, before any is read for learning."""
@@ -160,13 +159,14 @@ class Detector(Inspector):
     def _learn_from(
         self,
         context: FitContext,
-        photos: Stack,
+        stacks: Sequence[Stack],
         items: list[Readable],
         groups: Sequence[Sequence[int]],
         copies: list[str],
     ) -> Self:
         """Learn, remember from what, and set the thresholds; `groups` of the photos, and of those held out."""
         self.check_promise(len({*groups[0]}), len({*groups[1]}))
+        self.captures = captures_of(self.config, stacks)
         result = self.learn(context)
         numbers = (groups[1] if len(context.held_out) else groups[0]) if self.grouped else None
         result = with_own_rates(result.of_groups(numbers), self.config, numbers)
@@ -174,8 +174,8 @@ class Detector(Inspector):
         self.measure_on(self.measured_on, result.map_levels)
         self.training = {"images": 0, "names": [], "digests": [], "suspects": [], "copies": copies}
         self.good_items, self.thumbnails = [], []
-        self.remember(photos, items, result.loo_scores)
-        self.training["hash"] = photos.hash
+        self.remember(stacks[0], items, result.loo_scores)
+        self.training["hash"] = stacks[0].hash
         return self.adopt(result)
 
     def _grouped(
