@@ -60,10 +60,10 @@ class Fetched:
     def name(self) -> str:
         return self.address
 
-    def read(self, at_least: tuple[int, int] | None = None, white: int = image.WHITE) -> Hashed:
+    def read(self, at_least: tuple[int, int] | None = None, white: int = image.WHITE, *, large: bool = False) -> Hashed:
         content = self._read() if self.content is None else self.content
         self.content_hash = hashlib.blake2b(content, digest_size=16).hexdigest()
-        return image.read_at_least(content, at_least, white)
+        return image.read_at_least(content, at_least, white, large=large)
 
     def _read(self) -> bytes:
         try:
