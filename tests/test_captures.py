@@ -103,6 +103,10 @@ def test_saved_exported_updated_and_merged_models_refuse_alike(asking, tmp_path)
             assert (told.verdict, told.cannot_judge) == (one.verdict, one.cannot_judge)
     darker = [(0.7 * part(200 + n)).astype(np.uint8) for n in range(12)]
     assert "too dark" in again.predict(darker[0]).cannot_judge
+    brightness = again.captures.ranges["brightness"]
+    again.update([part(199)])  # one like the others changes next to nothing
+    assert again.captures.ranges["brightness"] == brightness
+    assert "too dark" in again.predict(darker[0]).cannot_judge
     again.update(darker[:10])
     assert again.predict(darker[11]).cannot_judge == ""
     both = kizu.PatchCore.merge([asking, detector_that("ask", seed=1)])
@@ -158,6 +162,11 @@ def test_the_commands_say_and_count_it(tmp_path):
     )  # fmt: skip
     assert "it is too dark" in watched.stdout
     assert "it is too dark" in (tmp_path / "watch.csv").read_text()
-    command("report", tmp_path / "rows.jsonl", "--output", tmp_path / "day.html")
-    page = (tmp_path / "day.html").read_text()
-    assert "1 photograph could not be judged" in page and "it is too dark" in page
+    for source in ("rows.jsonl", "watch.csv", "table.csv"):
+        command("report", tmp_path / source, "--output", tmp_path / "day.html")
+        page = (tmp_path / "day.html").read_text()
+        assert "1 photograph could not be judged" in page and "it is too dark" in page, source
+    drift = command("drift", run, tmp_path / "new")
+    assert "left out" in drift.stderr and "in 2 parts" in drift.stdout
+    checked = command("check", run, tmp_path / "good", "--json").stdout
+    assert "cannot judge" in checked

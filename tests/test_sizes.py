@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import time
 
 import numpy as np
 import pytest
@@ -47,21 +48,31 @@ SETTINGS = {
 }
 
 
+def longest_shadow(region, unit):
+    """Over sixteen directions."""
+    corners = [(y + down, x + right) for y, x in np.argwhere(region) for down in (0, 1) for right in (0, 1)]
+    angles = np.arange(16) * math.pi / 16
+    shadows = np.array(corners) * unit @ np.array([np.sin(angles), np.cos(angles)])
+    return float(np.ptp(shadows, axis=0).max())
+
+
 def brute_force(values, rule, unit):
-    """Level by level: the first with a region too many that is large enough and holds none that was so before."""
+    """Level by level: the first with a region too many that is large enough, or holds one that was before."""
     before = []
     for level in sorted(np.unique(values[values > LEVELS.lowest]), reverse=True):
         labels, count = ndimage.label(values >= level, EVERYWHERE)
+        large = 0
         for number in range(1, count + 1):
             region = labels == number
-            box = ndimage.find_objects(region.astype(int))[0]
             peak = values[region].max()
             share = min(1, 2 * (level - LEVELS.typical) / (peak - LEVELS.typical))
-            large = bool(share * region.sum() * unit[0] * unit[1] >= rule.min_area * (1 - 1e-9))
-            large = large and math.sqrt(share) * extent(region[box], unit).length >= rule.min_length * (1 - 1e-9)
-            if large and not any(region[place] for place in before):
+            area = share * region.sum() * unit[0] * unit[1]
+            length = math.sqrt(share) * longest_shadow(region, unit)
+            enough = area >= rule.min_area * (1 - 1e-9) and length >= rule.min_length * (1 - 1e-9)
+            if enough and not any(region[place] for place in before):
                 before.append(tuple(np.argwhere(region)[0]))
-        if len(before) > rule.max_count:
+            large += any(region[place] for place in before)
+        if large > rule.max_count:
             return float(level)
     return LEVELS.lowest
 
@@ -75,13 +86,43 @@ def test_the_score_is_the_highest_level_at_which_the_rule_stops_the_part(seed, r
     values = ndimage.gaussian_filter(np.random.default_rng(seed).normal(size=(14, 17)), 1).astype(np.float32)
     values = np.round(values * 20) / 20 if plateaus else values
     score = SizeRules([rule], unit, LEVELS).score(values)
-    if plateaus and rule.max_count:  # which of several regions of one level came first is nowhere said
-        assert score >= brute_force(values, rule, unit)
-    else:
-        assert score == brute_force(values, rule, unit)
+    assert score == brute_force(values, rule, unit)
     if rule.max_count == 0 and score > LEVELS.lowest:
         assert not SizeRules([rule], unit, LEVELS).large_enough(values, score).any()
         assert SizeRules([rule], unit, LEVELS).large_enough(values, math.nextafter(score, -1) - 1e-6).any()
+
+
+def test_regions_that_grew_together_at_the_threshold_are_one():
+    values = np.zeros((20, 30), np.float32)
+    values[5:9, 5:9], values[5:9, 15:19], values[6:8, 9:15] = 3, 2.5, 1
+    rules = SizeRules([SizeRule(4, 0, 1)], UNIT, LEVELS)
+    assert rules.score(values) == 2.5
+    assert (rules.score(values, 2.0), rules.score(values, 0.5)) == (2.5, 0.5)  # two are marked, and one is
+
+
+def test_a_zone_with_a_limit_of_its_own_counts_alone():
+    values = np.zeros((20, 40), np.float32)
+    values[5:8, 5:8], values[5:8, 30:33] = 1, 0.9
+    halves = np.repeat([[0] * 20 + [1] * 20], 20, axis=0)
+    left, right = (Zone(name=n, rings=(((a, 0), (b, 0), (b, 1)),)) for n, a, b in (("l", 0, 0.5), ("r", 0.5, 1)))
+    together = PatchCoreConfig(zones=(left, right), max_count=1)
+    assert SizeRules.of(together, UNIT, LEVELS, halves).score(values) == pytest.approx(0.9)
+    own = [zone.model_copy(update={"max_count": 1}) for zone in (left, right)]
+    apart = SizeRules.of(PatchCoreConfig(zones=tuple(own)), UNIT, LEVELS, halves)
+    assert apart.score(values) == LEVELS.lowest
+    assert what_matters(together) == "A part is stopped where more than one region is marked."
+    assert what_matters(PatchCoreConfig(zones=(left, own[1]), min_area=5)) == (
+        "In r, a part is stopped where more than one region of at least 5 px² is marked. Elsewhere, a part is stopped "
+        "where a region of at least 5 px² is marked. Smaller ones are shown and stop nothing."
+    )
+
+
+def test_a_wide_blob_takes_no_time():
+    rows, columns = np.mgrid[:320, :320]
+    blob = (3 * np.exp(-((rows - 160) ** 2 + (columns - 160) ** 2) / 2 / 38**2)).astype(np.float32)
+    start = time.perf_counter()
+    assert SizeRules([SizeRule(100, 85, 0)], UNIT, Levels(0, 0.1)).score(blob) > 0.1
+    assert time.perf_counter() - start < 5
 
 
 def test_without_a_limit_the_score_is_the_maps_maximum():
@@ -165,7 +206,9 @@ def test_saved_updated_and_exported_models_judge_alike(detector, tmp_path):
         assert again.pixel_threshold == again.threshold.value
         with pytest.raises(ModelError, match="same settings"):
             type(again).merge([detector, kizu.PatchCore(size=SIDE, coreset=0.2).fit(GOOD)])
-    moved = detector.with_threshold(detector.threshold.value * 2)
+    with pytest.raises(OptionError, match="no lower than"):
+        detector.with_threshold(detector.map_levels.lowest - 1)
+    moved = detector.with_threshold(detector.threshold.value + 1)
     assert moved.pixel_threshold == moved.threshold.value
     assert moved.with_threshold(None).threshold == detector.threshold
 

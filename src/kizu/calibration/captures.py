@@ -26,6 +26,8 @@ Range = tuple[float, float]
 
 VIEW, MAX_VIEWS = 32, 48  # pixels a side of a small good photograph, and how many of them are kept
 LEAST, FACTOR, FEW = 5.0, 1.5, 20.0  # deviations that a range spans, at least; of the farthest good one; more of few
+MOST = 4 * MAX_VIEWS  # of models that were merged or learned more
+WIDENED = 0.1  # of a range, beyond what it is widened for
 DARK, LIGHT = 5, 250  # grey levels up to which, and from which, a pixel is clipped
 ANYWHERE = 0.07  # of the side: where good photographs are moved by more, it says nothing that one is
 ONE_PART = 0.92  # likeness of good photographs of a part; others are of textures, which lie nowhere
@@ -113,6 +115,27 @@ class Captures:
             return f"{why} ({name} {_shown(name, values[name])}, of good photographs {_between(name, low, high)})"
         return ""
 
+    def widened(self, photos: Iterable[tuple[npt.NDArray[np.uint8], tuple[int, int]]]) -> "Captures":
+        """What covers these good photographs too, each end by no more than it takes and a little."""
+        ranges, views, lights = dict(self.ranges), [], []
+        for pixels, shape in photos:
+            view, values = _view(pixels), _statistics(pixels, shape)
+            values |= _content(view, self.views) | _farther(values, self.lights)
+            for name, (low, high) in ranges.items():
+                more = WIDENED * (high - low) if math.isfinite(high - low) else WIDENED * abs(values[name])
+                if values[name] < low:
+                    ranges[name] = values[name] - more, high
+                elif values[name] > high:
+                    ranges[name] = low, values[name] + more
+            if self.reason(pixels, shape):
+                views.append(view)
+                lights.append(_light(values))
+        if not views:
+            return Captures(ranges, self.views, self.lights)
+        return Captures(
+            ranges, np.concatenate([self.views, views])[:MOST], np.concatenate([self.lights, lights])[:MOST]
+        )
+
     @classmethod
     def joined(cls, parts: "Sequence[Captures]") -> "Captures":
         """What covers whatever one of these covers."""
@@ -121,7 +144,7 @@ class Captures:
             for name in STATISTICS
         }
         views, lights = (np.concatenate([getattr(part, name) for part in parts]) for name in ("views", "lights"))
-        chosen = _spread(len(views))
+        chosen = _spread(len(views), MOST)
         return cls(ranges, views[chosen], lights[chosen])
 
     def to_json(self) -> dict[str, Any]:
@@ -141,6 +164,8 @@ class Captures:
             for name, (low, high) in values["ranges"].items()
         }
         views, lights = _views_in(values["views"]), np.array(values["lights"], np.float64)
+        if any(low > high for low, high in ranges.values()):
+            raise ValueError("a range of good photographs ends before it begins")
         if ranges.keys() != STATISTICS.keys() or lights.shape != (len(views), sum(map(len, TOGETHER.values()))):
             raise ValueError("what is known of good photographs is not complete")
         return cls(ranges, views, lights)
@@ -158,14 +183,14 @@ def _views_in(text: str) -> npt.NDArray[np.uint8]:
     except BadImage as error:
         raise ValueError(f"the picture of good photographs {error.reason}") from None
     height, width = picture.shape[:2]
-    if width != VIEW or height % VIEW or height > VIEW * MAX_VIEWS:
+    if width != VIEW or height % VIEW or height > VIEW * MOST:
         raise ValueError(f"the picture of good photographs is {width}×{height} pixels large")
     return picture[..., 0].reshape(-1, VIEW, VIEW)
 
 
-def _spread(count: int) -> npt.NDArray[np.int64]:
-    """At most `MAX_VIEWS` of so many numbers, spread evenly over all."""
-    return np.unique(np.linspace(0, count - 1, min(MAX_VIEWS, count)).round().astype(np.int64))
+def _spread(count: int, most: int = MAX_VIEWS) -> npt.NDArray[np.int64]:
+    """At most so many of `count` numbers, spread evenly over all."""
+    return np.unique(np.linspace(0, count - 1, min(most, count)).round().astype(np.int64))
 
 
 def _range(name: str, values: npt.NDArray[np.float64]) -> Range:
@@ -271,6 +296,8 @@ def _shown(name: str, value: float) -> str:
     """As a person reads it."""
     if name in ("black", "white", "down", "right"):
         return f"{100 * value:.1f} %"
-    if name in ("proportions", "resolution", "contrast", "fine detail", "coarse detail"):
+    if name == "resolution":
+        return f"{math.exp(value):,.0f}"
+    if name in ("proportions", "contrast", "fine detail", "coarse detail"):
         return f"{math.exp(value):.3g}"
     return f"{value:.3g}"

@@ -40,7 +40,7 @@ class Zone(BaseModel):
             raise ValueError(f"a zone's name is a line of text without blanks around it, not {self.name!r}")
         if self.ignored and self.false_alarms is not None:
             raise ValueError(f"zone {self.name} is ignored: it stops no part, and has no rate of false alarms")
-        if self.ignored and not self.min_area is self.min_length is self.max_count is None:
+        if self.ignored and any(limit is not None for limit in (self.min_area, self.min_length, self.max_count)):
             raise ValueError(f"zone {self.name} is ignored: nothing in it matters, whatever its size")
         if any(abs(area(ring)) < 1e-9 for ring in self.rings):
             raise ValueError(f"zone {self.name} has an outline that covers nothing")

@@ -24,7 +24,7 @@ from kizu.calibration.outliers import find_outliers
 from kizu.calibration.sizes import what_matters
 from kizu.calibration.threshold import images_needed, refuse
 from kizu.config import BackboneConfig, Config, build
-from kizu.data import dataset, files, image
+from kizu.data import files, image
 from kizu.data.geometry.tiling import TileGrid
 from kizu.data.image import Float
 from kizu.data.preprocessing import Preprocessing, Readable
@@ -33,16 +33,16 @@ from kizu.detectors.augmentation import Augmentation
 from kizu.detectors.fitting import AfterRound, FitContext, FitResult, Outcomes, View, captures_of, ignore_round, timed
 from kizu.detectors.own_rates import with_own_rates
 from kizu.detectors.ram import budget
-from kizu.detectors.stack import Stack, TiledStack, Tiles, read_all, show_the_same
+from kizu.detectors.stack import Stack, TiledStack, Tiles, items_of, read_all, show_the_same
 from kizu.errors import DataError, ModelError, OptionError
 from kizu.features.anomaly_map import learn_units
 from kizu.features.backbone import weights_hash
 from kizu.features.safe_load import refuse_not_finite
 from kizu.inference import model_folder, model_json
 from kizu.inference.inspector import BATCH, Inspector
-from kizu.inference.prediction import name_of, path_of, readable
+from kizu.inference.prediction import name_of, path_of
 
-__all__ = ["UNFITTED", "Detector", "items_of"]
+__all__ = ["UNFITTED", "Detector"]
 
 BATCH_SIZE = {"cpu": 4, "cuda": 32}  # while learning: on a CPU more images are no faster and take more memory
 CALIBRATION_BYTES = 1 << 30  # of photographs kept in memory to set a threshold by
@@ -133,7 +133,7 @@ class Detector(Inspector):
                 photos=photos.seen if self.leaves_groups_out else open_files.enter_context(photos.seen.at_most()),
                 held_out=others.seen,
                 groups=photos.of_each_seen(groups[0]) if apart else None,
-                view=view,
+                view=self._measured(view, [photos, others]),
                 memory_bytes=memory_bytes,
                 progress=progress,
                 checkpoint=None if checkpoint is None else Path(checkpoint),
@@ -149,6 +149,11 @@ class Detector(Inspector):
         self.preprocessing = view.preprocessing
         self.measure_on(view.measured_on)
         self.remarks += [*view.remarks, *filter(None, [what_matters(self.config)])]
+        return view
+
+    def _measured(self, view: View, stacks: Sequence[Stack]) -> View:
+        view = view.measured_by([shape for stack in stacks for shape in stack.shapes], self.remarks)
+        self.measure_on(view.measured_on)
         return view
 
     def _memory_bytes(self, memory: str | int | None) -> int:
@@ -450,7 +455,8 @@ class Detector(Inspector):
         Where these are of tiles, `grids` are those of each photograph.
         """
         if self.measured_on is not None and self.map_levels is None:
-            self.measure_on(self.measured_on, Outcomes.levels(batches()))
+            zones = self.preprocessing.zones
+            self.measure_on(self.measured_on, Outcomes.levels(batches(), None if zones is None else zones.numbers))
         return Outcomes.of(batches(), self.size_rules, grids)
 
     def stream(
@@ -485,13 +491,3 @@ class Detector(Inspector):
     ) -> tuple[Stack, list[Readable]]:
         """All photographs, scaled, and what they are from. Raises `DataError` with a list of the unreadable ones."""
         return read_all(items_of(good), self.preprocessing, memory_bytes, skip_bad, self.workers, progress)
-
-
-def items_of(good: str | os.PathLike[str] | Iterable[Any]) -> list[Readable]:
-    """Whatever `fit` takes, as a list of things to read."""
-    if isinstance(good, str | os.PathLike):
-        data = dataset.find(Path(good))
-        if len(data.categories) > 1:
-            raise DataError(f"{good} holds {len(data.categories)} categories; fit one: {', '.join(data.categories)}")
-        return list(data.select(split="train"))
-    return [readable(item) for item in good]

@@ -2,6 +2,7 @@
 
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
@@ -35,6 +36,7 @@ __all__ = [
     "Outcomes",
     "Split",
     "View",
+    "captured",
     "captures_of",
     "gpu_device",
     "ignore_round",
@@ -81,10 +83,11 @@ class Outcomes:
         return outcomes
 
     @staticmethod
-    def levels(batches: Iterable[tuple[Tensor, Tensor]]) -> Levels:
-        """Of the first maps (B, 1, H, W)."""
-        maps = [anomaly_map for _, maps in islice(batches, FEW) for anomaly_map in maps.flatten(1)] or [torch.zeros(1)]
-        medians, highs = ([float(values.quantile(share)) for values in maps] for share in (0.5, HIGH))
+    def levels(batches: Iterable[tuple[Tensor, Tensor]], zones: npt.NDArray[np.int64] | None) -> Levels:
+        """Of the first maps (B, 1, H, W), where pixels are in zones (H, W), negative in none."""
+        maps = [anomaly_map for _, maps in islice(batches, FEW) for anomaly_map in maps[:, 0].numpy(force=True)]
+        inspected = [values if zones is None else values[zones >= 0] for values in maps] or [np.zeros(1)]
+        medians, highs = ([float(np.quantile(values, share)) for values in inspected] for share in (0.5, HIGH))
         return Levels(statistics.median(medians), statistics.median(highs))
 
     def median(self, default: float) -> float:
@@ -118,11 +121,14 @@ def gpu_device(number: int) -> torch.device:
 
 def captures_of(config: Any, stacks: Sequence[Stack]) -> Captures | None:
     """How the photographs of stacks were taken, where a config asks what to do with others."""
-    if config.cannot_judge is None:
-        return None
-    return Captures.learned(
-        (stack.batch(number, number + 1)[0], shape) for stack in stacks for number, shape in enumerate(stack.shapes)
-    )
+    return None if config.cannot_judge is None else Captures.learned(captured(stacks))
+
+
+def captured(stacks: Sequence[Stack]) -> Iterator[tuple[npt.NDArray[np.uint8], tuple[int, int]]]:
+    """Each photograph of stacks (3, h, w), and its own (height, width)."""
+    for stack in stacks:
+        for number, shape in enumerate(stack.shapes):
+            yield stack.batch(number, number + 1)[0], shape
 
 
 @contextmanager
@@ -223,6 +229,18 @@ class View:
             assert preprocessing.zones is not None
             preprocessing.zones.check()
         return cls(preprocessing, depth, one_pose, remarks, frame if sized else None)
+
+    def measured_by(self, shapes: Sequence[tuple[int, int]], remarks: list[str]) -> "View":
+        """The same with sizes measured on photographs of the most frequent shape; a remark where they differ."""
+        if self.measured_on is None:
+            return self
+        (usual, count), *others = Counter(shapes).most_common()
+        if others:
+            remarks.append(
+                f"Sizes are those on photographs of {usual[1]}×{usual[0]} pixels, which {count} of {len(shapes)} have: "
+                "the others are taken to show as much."
+            )
+        return replace(self, measured_on=usual)
 
     def facts(self, graph: nn.Module) -> dict[str, Any]:
         """What is worth knowing of it, once a graph has learned."""

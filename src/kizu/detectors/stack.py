@@ -4,18 +4,21 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import IO, Self
+from pathlib import Path
+from typing import IO, Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from kizu.calibration.groups import highest
+from kizu.data import dataset
 from kizu.data.geometry.tiling import TileGrid, Tiling
 from kizu.data.preprocessing import Preprocessing, Readable, batches, digests, whole
 from kizu.data.progress import Progress
 from kizu.errors import BadImage, DataError
+from kizu.inference.prediction import readable
 
-__all__ = ["Stack", "TiledStack", "Tiles", "read_all", "show_the_same"]
+__all__ = ["Stack", "TiledStack", "Tiles", "items_of", "read_all", "show_the_same"]
 
 MAX_TILES = 1000  # that a method learns from which sees each of them many times
 BATCH = 16  # tiles that are cut at a time
@@ -292,3 +295,13 @@ def show_the_same(stack: Stack, number: int, other: Stack, other_number: int) ->
 
 def _file() -> IO[bytes]:
     return tempfile.TemporaryFile(prefix="kizu")
+
+
+def items_of(good: str | os.PathLike[str] | Iterable[Any]) -> list[Readable]:
+    """Whatever `fit` takes, as a list of things to read."""
+    if isinstance(good, str | os.PathLike):
+        data = dataset.find(Path(good))
+        if len(data.categories) > 1:
+            raise DataError(f"{good} holds {len(data.categories)} categories; fit one: {', '.join(data.categories)}")
+        return list(data.select(split="train"))
+    return [readable(item) for item in good]

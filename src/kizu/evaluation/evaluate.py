@@ -309,7 +309,7 @@ def _map_names(samples: Sequence[Sample], folder: Path, root: Path) -> dict[Samp
 def _pictures(predictions: "Sequence[tuple[Sample, Prediction]]", root: Path, seed: int) -> list[Picture]:
     """The worst misses, the worst false alarms and a random sample of the rest."""
     by_score = sorted(predictions, key=lambda pair: pair[1].score)
-    misses = [pair for pair in by_score if pair[0].is_anomalous and not pair[1].is_anomalous]
+    misses = [pair for pair in by_score if pair[0].is_anomalous and pair[1].verdict == "pass"]
     alarms = [pair for pair in reversed(by_score) if not pair[0].is_anomalous and pair[1].is_anomalous]
     shown = {"miss": misses[: PICTURES["miss"]], "false alarm": alarms[: PICTURES["false alarm"]]}
     taken = {id(pair) for pairs in shown.values() for pair in pairs}

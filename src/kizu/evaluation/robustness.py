@@ -54,12 +54,13 @@ class Outcome:
     corruption: str
     step: str
     stopped: int
-    total: int
+    total: int  # of those that can be judged
     promised: float
+    refused: int = 0  # that cannot
 
     @property
     def rate(self) -> float:
-        return self.stopped / self.total
+        return self.stopped / max(1, self.total)
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -70,8 +71,10 @@ class Outcome:
     def verdict(self) -> str:
         """ "broken": more than promised with 95 % confidence; "in doubt": more in this sample; or "holds".
 
-        Fewer than `MIN_PHOTOS` say no more than "not refuted".
+        Fewer than `MIN_PHOTOS` say no more than "not refuted", and none that can be judged "cannot judge".
         """
+        if not self.total:
+            return "cannot judge"
         good = "holds" if self.total >= MIN_PHOTOS else "not refuted"
         lowest = 1 - upper(self.total - self.stopped, self.total, CONFIDENCE)
         return "broken" if lowest > self.promised else "in doubt" if self.rate > self.promised else good
@@ -112,14 +115,16 @@ def check_robustness(
             changed = [
                 _CorruptedPhoto(item, corruption.apply, step, (number, place)) for place, item in enumerate(items)
             ]
-            stopped = 0
+            stopped = refused = 0
             for _, outcome in detector.judge(changed):
                 if isinstance(outcome, BadImage):
                     raise outcome
-                stopped += outcome.is_anomalous
+                stopped += outcome.is_anomalous and not outcome.cannot_judge
+                refused += bool(outcome.cannot_judge)
             done += 1
             progress("Checking", done, total)
-            yield Outcome(corruption.name, corruption.label(step) if number else "", stopped, len(items), promised)
+            label = corruption.label(step) if number else ""
+            yield Outcome(corruption.name, label, stopped, len(items) - refused, promised, refused)
 
 
 def first_broken(outcomes: Sequence[Outcome]) -> dict[str, Outcome | None]:

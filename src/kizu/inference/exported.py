@@ -111,7 +111,7 @@ class Exported(Inspector):
         own = [name for name in OWN_VERDICTS if name in self.export["outputs"]]
         scores, maps, *outcomes = self.outputs(cases.images, ("score", "map", *own))
         if self.size_rules is not None:
-            scores = self.size_rules.scores(maps)
+            scores = self.size_rules.scores(maps, self.threshold.value)
         difference = cases.difference(scores, maps, self.threshold.value, tolerance)
         if not difference.within(tolerance):
             sentence = difference.sentence(tolerance)

@@ -99,6 +99,11 @@ class Inspector(ABC):
             changed.threshold = replace(self.calibrated(before.rate), grouped=before.grouped)
             changed.pixel_threshold = changed.calibrated_pixels(before.rate)
         else:
+            if self.size_rules is not None and value < self.size_rules.levels.lowest:
+                raise OptionError(
+                    f"`threshold={value:g}`: with rules for sizes it is no lower than "
+                    f"{self.size_rules.levels.lowest:.4g}, which places of good parts reach"
+                )
             changed.set_threshold(by_hand(value, self.threshold, self.calibration_scores, set_by))
         return changed
 
@@ -130,7 +135,7 @@ class Inspector(ABC):
     def pixel_threshold_at(self, value: float) -> float:
         """The pixel threshold that goes with another threshold."""
         if self.size_rules is not None:
-            return value
+            return max(value, self.size_rules.levels.lowest)
         return pixel_threshold_at(value, self.calibration_scores, self.map_peaks)
 
     def measure_on(self, frame: tuple[int, int] | None, levels: Levels | None = None) -> None:
@@ -165,7 +170,7 @@ class Inspector(ABC):
     def score_images(self, pixels: npt.NDArray[np.uint8]) -> tuple[Float, Float]:
         """As a call, but with scores as the threshold is for: with rules for sizes, those that follow from the maps."""
         scores, maps = self(pixels)
-        return (scores if self.size_rules is None else self.size_rules.scores(maps)), maps
+        return (scores if self.size_rules is None else self.size_rules.scores(maps, self.threshold.value)), maps
 
     @abstractmethod
     def save(self, folder: str | os.PathLike[str]) -> Path:
@@ -236,7 +241,7 @@ class Inspector(ABC):
             done += len(pixels)
             progress(f"Tiles: {name_of(item)}", done, len(grid))
         values = tiled_map.values
-        score = tiled_map.score if self.size_rules is None else self.size_rules.score(values)
+        score = tiled_map.score if self.size_rules is None else self.size_rules.score(values, self.threshold.value)
         seen = self.preprocessing(photo).transpose(2, 0, 1) if self.captures is not None else photo
         why = "" if self.captures is None else self.captures.reason(seen, grid.shape)
         return Prediction(score, self.threshold.value, values, grid.shape, item, self, cannot_judge=why)
@@ -254,7 +259,7 @@ class Inspector(ABC):
                 raise
             return self._scored_one_by_one(pixels)
         if self.size_rules is not None and self.preprocessing.tiling is None and np.isfinite(maps).all():
-            scores = self.size_rules.scores(maps)
+            scores = self.size_rules.scores(maps, self.threshold.value)
         rows = zip(scores.tolist(), maps[:, 0], parts, strict=True)
         return [row if math.isfinite(row[0]) and np.isfinite(row[1]).all() else NO_SCORE for row in rows]
 

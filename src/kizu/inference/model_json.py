@@ -85,6 +85,17 @@ class _Config(_Open):
     resize: int | None = Field(ge=8, le=65536)
     align: bool = False
     cannot_judge: Literal["ask", "stop", "pass"] | None = None
+    min_area: float | None = None
+    min_length: float | None = None
+    max_count: int | None = None
+    zones: list[dict[str, Any]] = []
+
+    @property
+    def rules_sizes(self) -> bool:
+        names = ("min_area", "min_length", "max_count")
+        every = [self.min_area, self.min_length, self.max_count, *(zone.get(n) for zone in self.zones for n in names)]
+        return any(limit is not None for limit in every)
+
     tile: list[Annotated[int, Field(ge=32, le=16384)]] | None = Field(None, min_length=2, max_length=2)
     overlap: int = Field(32, ge=0, le=4096)
 
@@ -115,7 +126,7 @@ class _Captures(_Saved):
 
 
 class _Frame(_Saved):
-    frame: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] = Field(strict=False)
+    frame: tuple[Annotated[int, Field(ge=1, le=10**7)], Annotated[int, Field(ge=1, le=10**7)]] = Field(strict=False)
 
 
 class _Sizes(_Frame):
@@ -194,6 +205,10 @@ class _Model(_Saved):
         zones = _Zones.model_validate(self.facts["zones"]) if "zones" in self.facts else None
         if "sizes" in self.facts:
             _Sizes.model_validate(self.facts["sizes"])
+        if self.config.rules_sizes and "sizes" not in self.facts:
+            raise ValueError("a model with rules for sizes knows the photographs that they are of")
+        if self.config.rules_sizes and self.map.level != self.threshold.value:
+            raise ValueError("with rules for sizes, the pixel threshold is the threshold")
         if not isinstance(self.facts.get("bits", 16), int) or not 8 <= self.facts.get("bits", 16) <= 16:
             raise ValueError("photographs have 8 to 16 bits")
         level = None if zones is None else zones.level  # of zones with promises of their own: no lower than follows

@@ -105,7 +105,8 @@ def _outcome_row(outcome: "Outcome") -> dict[str, str]:
     return {
         "change": outcome.corruption,
         "step": outcome.step or "–",
-        "stopped": f"{outcome.stopped} of {outcome.total}",
+        "stopped": f"{outcome.stopped} of {outcome.total}"
+        + (f", {outcome.refused} cannot be judged" if outcome.refused else ""),
         "stopped in the long run": f"{percent(low)} to {percent(high)}",
         "promise": outcome.verdict,
     }

@@ -62,10 +62,11 @@ def drift(
     with terminal.progress(options["quiet"] or options["as_json"]) as progress:
         rows = predict_files(detector, [path for path, _ in new], progress=progress("Drift"))
     for row, (_, digest) in zip(rows, new, strict=True):
-        if row.score is not None:
+        if row.score is not None and not row.cannot_judge:
             test.add(row.image, row.score, digest)
         elif not options["as_json"]:
-            click.echo(f"error  {row.image}: {row.error}", err=True)
+            what = f"error  {row.image}: {row.error}" if row.error else f"left out  {row.image}: {row.cannot_judge}"
+            click.echo(what, err=True)
     if history:
         write_history(history, test.steps)
     if output:

@@ -98,6 +98,7 @@ def _table(path: Path, photos: Sequence[Path]) -> Iterator[Judged]:
                     "image": name,
                     "verdict": row["verdict"],
                     **{key: _number(row[key]) for key in ("score", "p_value", "threshold")},
+                    "cannot_judge": files.from_cell(row.get("cannot_judge") or ""),
                     "error": files.from_cell(row.get("error") or ""),
                 }
             )

@@ -15,8 +15,8 @@ from typing import Any
 from kizu.calibration.threshold import one_in, percent, refuse
 from kizu.config import Augmented, BackboneConfig, Config, PatchCoreConfig, build
 from kizu.data.progress import Progress, silent
-from kizu.detectors.base import items_of
 from kizu.detectors.patchcore.detector import PatchCore
+from kizu.detectors.stack import items_of
 from kizu.errors import OptionError
 from kizu.evaluation.choice.candidates import (
     LARGER,

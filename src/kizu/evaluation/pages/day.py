@@ -50,12 +50,17 @@ def finding(judged: Sequence[Judged]) -> str:
 def drift_of(judged: Sequence[Judged], calibration: Sequence[float]) -> DriftTest:
     """Whether these scores look like those that set the threshold; each photograph counts once for each score."""
     test = DriftTest(calibration)
-    usual = [entry.verdict for entry in judged if not entry.verdict.cannot_judge]
+    usual = [entry.verdict for entry in judged if _is_judged(entry)]
     scores = dict.fromkeys((verdict.image, verdict.score) for verdict in usual)
     for name, score in scores:
         if score is not None:
             test.add(name, score)
     return test
+
+
+def _is_judged(entry: Judged) -> bool:
+    """Whether a promise covers it."""
+    return entry.verdict.verdict in ("pass", "stop") and not entry.verdict.cannot_judge
 
 
 def day_page(
@@ -132,7 +137,7 @@ def _hours(judged: Sequence[Judged]) -> Section | None:
     rows = []
     for label, entries in groups.items():
         counts = Counter(entry.verdict.verdict for entry in entries)
-        scores = [entry.verdict.score for entry in entries if entry.verdict.score is not None]
+        scores = [e.verdict.score for e in entries if e.verdict.score is not None and _is_judged(e)]
         rows.append(
             {
                 name: label,
@@ -210,7 +215,7 @@ def _doubtful(judged: Sequence[Judged], leave_out: Sequence[Judged]) -> list[Jud
     by_model: dict[str, list[Judged]] = {}
     for entry in judged:
         verdict = entry.verdict
-        if verdict.score is not None and verdict.threshold is not None and not verdict.cannot_judge:
+        if verdict.score is not None and verdict.threshold is not None and _is_judged(entry):
             by_model.setdefault(entry.model, []).append(entry)
     for entries in by_model.values():
         raw = [abs(float(e.verdict.score or 0) - float(e.verdict.threshold or 0)) for e in entries]

@@ -21,7 +21,8 @@ from kizu.serving.watch.ledger import Row, photograph_of, rows
 
 __all__ = ["Courier", "CsvSink", "HistorySink", "Sink", "Undelivered"]
 
-COLUMNS = ("number", "time", "image", "verdict", "score", "p_value", "threshold", "model", "error")
+EARLIER = ("number", "time", "image", "verdict", "score", "p_value", "threshold", "model", "error")  # of version 0.1
+COLUMNS = (*EARLIER, "zone", "cannot_judge")
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 60.0  # seconds between tries
 LAST_TRIES = 4  # in a row without success, once the end is near
 LOOK = 0.05  # seconds between looks whether the end is near
@@ -121,6 +122,7 @@ class CsvSink:
     def __init__(self, path: Path, ledger: Path) -> None:
         """Open a table of this ledger, or begin one. Raises `OptionError` for a table of something else."""
         self._file = GrowingFile(path, "csv")
+        self._columns: tuple[str, ...] = COLUMNS
         with self._file.closed_on_error():
             self.delivered = self._last_number(path, ledger)
 
@@ -128,8 +130,7 @@ class CsvSink:
         return True
 
     def deliver(self, row: Row) -> None:
-        told = row | {"error": row.get("error") or row.get("cannot_judge", "")}
-        self._file.append(_line([_cell(told.get(column)) for column in COLUMNS]), durable=False)
+        self._file.append(_line([_cell(row.get(column)) for column in self._columns]), durable=False)
 
     def close(self) -> None:
         self._file.close()
@@ -142,7 +143,9 @@ class CsvSink:
             self._file.drop_cut_line(_line(COLUMNS))
             self._file.append(_line(COLUMNS), durable=False)
             return 0
-        if lines[0] != list(COLUMNS):
+        if lines[0] == list(EARLIER):
+            self._columns = EARLIER
+        elif lines[0] != list(COLUMNS):
             raise OptionError(f"`csv={path}` is a table of something else: give another name")
         self._file.drop_cut_line(b"")
         if len(lines) == 1:
