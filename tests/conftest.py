@@ -12,7 +12,21 @@ from teachers import TEACHER, tiny
 DATA = Path(os.environ.get("KIZU_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 
-LONGEST = ("docs", "watch", "page", "export", "choice", "writing", "zones", "alignment", "embedded", "cli", "drawing")
+LONGEST = (
+    "docs",
+    "ray",
+    "watch",
+    "page",
+    "export",
+    "captures",
+    "choice",
+    "writing",
+    "zones",
+    "alignment",
+    "embedded",
+    "cli",
+    "drawing",
+)
 
 
 def pytest_collection_modifyitems(items):

@@ -119,6 +119,7 @@ def test_the_commands_say_and_keep_it(tmp_path):
     assert judged.stdout.startswith("stop") and "other.png: has values up to" in judged.stdout
 
 
+@pytest.mark.slow
 def test_an_exported_model_and_the_server_read_as_many_bits(tmp_path):
     pytest.importorskip("onnxscript")
     from kizu.export import export

@@ -13,8 +13,10 @@ from kizu.data import dataset
 from kizu.data.preprocessing import Preprocessing, batches
 from kizu.detectors.loading import load
 from kizu.errors import ModelError
+from kizu.evaluation.robustness import CORRUPTIONS, check_robustness
 from kizu.export import export
 from kizu.inference.exported import load as load_exported
+from kizu.inference.prediction import Photo
 from kizu.inference.verdict import Verdict
 from processes import kizu as command
 
@@ -168,5 +170,10 @@ def test_the_commands_say_and_count_it(tmp_path):
         assert "1 photograph could not be judged" in page and "it is too dark" in page, source
     drift = command("drift", run, tmp_path / "new")
     assert "left out" in drift.stderr and "in 2 parts" in drift.stdout
-    checked = command("check", run, tmp_path / "good", "--json").stdout
-    assert "cannot judge" in checked
+
+
+def test_what_cannot_be_judged_says_nothing_of_robustness(asking):
+    darker = next(corruption for corruption in CORRUPTIONS if corruption.name == "less light")
+    outcomes = list(check_robustness(asking, [Photo(photo) for photo in GOOD[:2]], [darker]))
+    assert outcomes[0].total == 2
+    assert any(outcome.refused == 2 and outcome.verdict == "cannot judge" for outcome in outcomes)

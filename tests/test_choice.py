@@ -113,6 +113,7 @@ def test_the_photographs_are_divided_and_each_part_is_in_one_half():
     assert len(material.defects) == len(material.kinds) == 16
 
 
+@pytest.mark.slow
 def test_equal_photographs_lead_to_equal_choices_and_what_was_given_stays():
     first, again = (kizu.choose(GOOD, SMALL) for _ in range(2))
     assert first.config == again.config and first.config.size == (64, 64)

@@ -11,7 +11,8 @@ from PIL import Image
 import kizu
 from kizu.calibration.copies import first_of_each_part
 from kizu.calibration.drift import Step, new_in_order
-from kizu.data.preprocessing import Stack, digests
+from kizu.data.preprocessing import digests
+from kizu.detectors.stack import Stack
 from processes import kizu as command
 from services import encoded, small_model
 from test_detectors import GOOD, SETTINGS, part

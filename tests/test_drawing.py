@@ -170,6 +170,7 @@ def test_what_was_saved_is_opened_again_and_nonsense_is_refused(sheet, tmp_path)
     assert again.is_disabled("#save")
 
 
+@pytest.mark.slow
 def test_the_server_has_the_same_page(sheet, tmp_path, page_file):
     with serving(small_model(tmp_path / "disc"), log=tmp_path / "log") as (_, url):
         page = sheet(url)

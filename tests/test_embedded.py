@@ -208,6 +208,7 @@ def test_puad_stands_on_it():
     assert detector.predict(part(80, spot=True)).score > max(detector.predict(photo).score for photo in GOOD)
 
 
+@pytest.mark.slow
 def test_real_bottles_in_a_few_steps(real_data):
     data = dataset.find(real_data / "mvtec_ad")
     detector = kizu.EfficientAD(size=128, steps=50).fit(data.select("bottle", "train")[::5])

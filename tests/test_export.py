@@ -41,7 +41,13 @@ print(json.dumps(told))
 """
 
 
-@pytest.fixture(scope="module", params=DETECTORS)
+FAST = ("patchcore", "puad")  # the others for `make test-all`
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(method, marks=() if method in FAST else pytest.mark.slow) for method in DETECTORS],
+)
 def pair(request, tmp_path_factory):
     """A detector and the folder that it is exported to."""
     if request.param == "patchcore":
@@ -151,6 +157,7 @@ def test_a_graph_that_does_not_reproduce_the_model_is_refused(exported_folder, o
         kizu.load(model)
 
 
+@pytest.mark.slow
 def test_a_graph_that_says_something_else_is_not_written(patchcore, tmp_path, monkeypatch):
     forward = kizu.PatchCore.forward_with_extras
 
@@ -218,6 +225,7 @@ def test_half_precision_is_smaller_measured_and_stated(patchcore, exported_folde
         export(patchcore, tmp_path / "blind", precision="int8")
 
 
+@pytest.mark.slow
 def test_eight_bits_that_change_verdicts_are_refused(patchcore, other, tmp_path, monkeypatch):
     monkeypatch.setattr(
         exporting, "quantise", lambda source, target, pixels: shutil.copyfile(other / "model.onnx", target)

@@ -233,6 +233,7 @@ def test_another_table_may_be_named(juice, tmp_path):
         dataset.find(tmp_path / "plain", defects_config=other)
 
 
+@pytest.mark.slow
 def test_an_evaluation_has_locos_metrics_and_its_maps_are_what_they_were_made_from(juice, tmp_path):
     from kizu import PatchCore
     from kizu.evaluation.tables import results_csv

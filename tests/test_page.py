@@ -254,6 +254,7 @@ def test_what_watch_judged_is_on_the_page_and_can_be_marked(browser, tmp_path):
     assert len(list((store / "feedback" / "disc" / "good").iterdir())) == 1
 
 
+@pytest.mark.slow
 def test_the_photograph_can_be_looked_at_pixel_by_pixel(browser, tmp_path):
     folder = small_model(tmp_path / "disc")
     with opened(browser, folder, log=tmp_path / "log", has_touch=True) as page:

@@ -59,6 +59,7 @@ def test_the_documents_show_the_example_as_it_is(name):
     assert len(text.splitlines()) <= 80
 
 
+@pytest.mark.slow
 def test_the_example_passes_its_own_test(installed, tmp_path):
     options = ["-q", "-p", "no:cacheprovider", "-W", "ignore:Module already imported"]
     run(installed, "-m", "pytest", *options, EXAMPLE / "test_mean_image.py", folder=tmp_path)

@@ -159,7 +159,8 @@ def table(folder):
     return (Path(folder) / "matrix.csv").read_text()
 
 
-@pytest.mark.parametrize("killed", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [False, True])
 def test_a_matrix_on_a_cluster_is_that_of_one_process(killed, address, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as Ray's workers have it

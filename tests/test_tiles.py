@@ -8,7 +8,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 from fastapi.testclient import TestClient
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -119,10 +119,12 @@ def test_regions_are_those_of_the_whole_map(seed, tile):
     shape = tuple(rng.integers(1, 300, 2).tolist())
     grid = Tiling(tile, 8, (64, 64)).grid(shape)
     values = rng.normal(size=grid.cells).astype(np.float32) ** 3
+    whole = grid.over(values, shape)
+    assume(np.abs(whole - 1).min() > 1e-4)  # no pixel is marked or not by rounding
     found = find_regions_in_cells(grid, values, 1.0, [2.0])
-    expected = find_regions(grid.over(values, shape), 1.0, [2.0])
+    expected = find_regions(whole, 1.0, [2.0])
     assert sorted(region.box for region in found) == sorted(region.box for region in expected)
-    assert [region.peak for region in found] == pytest.approx([region.peak for region in expected], rel=1e-5)
+    assert [region.peak for region in found] == pytest.approx([region.peak for region in expected], rel=1e-4)
     assert sum(region.area for region in found) == sum(region.area for region in expected)
 
 

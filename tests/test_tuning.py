@@ -45,6 +45,7 @@ def test_images_far_above_the_others_are_outliers_the_worst_first():
     assert find_outliers({0: 1.0, 1: 99.0}, names) == []  # two images say nothing of each other
 
 
+@pytest.mark.slow
 def test_an_exported_model_has_a_threshold_by_hand_too(exported_folder):
     model = kizu.load(exported_folder)
     changed = model.with_threshold(1e6)
