@@ -222,6 +222,7 @@ def test_each_method_aligns_alike_saved_pickled_and_loaded(method, tmp_path):
         assert other.predict(photo) == first and other.predict(photo).pose == first.pose
 
 
+@pytest.mark.slow
 def test_an_exported_model_aligns_alike(fitted, saved_and_exported):
     exported = kizu.load(saved_and_exported[1])
     for number, pose in enumerate(poses(4, seed=10)):

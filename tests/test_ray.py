@@ -104,6 +104,7 @@ def actors():
     return workers(b"ray::MapWorker")
 
 
+@pytest.mark.slow
 def test_killed_workers_and_a_killed_command_lose_nothing_and_double_nothing(address, photographs):
     command = ["predict", EXPORTED, "new", "--parquet", "out", "--part", r"-(\d+)", "--ray", address]
     driver = subprocess.Popen([sys.executable, "-m", "kizu", *command], stderr=subprocess.PIPE, text=True)

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -41,7 +40,7 @@ class ModelFiles:
     @contextmanager
     def folder(self) -> Iterator[Path]:
         """The files in a folder of this machine, for as long as it takes to load them."""
-        with TemporaryDirectory(prefix=files.UNFINISHED) as scratch:
+        with files.scratch_folder() as scratch:
             for name, content in require("ray").get(self.contents).items():
                 content.tofile(Path(scratch) / name)
             yield Path(scratch)
