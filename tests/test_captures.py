@@ -170,6 +170,10 @@ def test_the_commands_say_and_count_it(tmp_path):
         assert "1 photograph could not be judged" in page and "it is too dark" in page, source
     drift = command("drift", run, tmp_path / "new")
     assert "left out" in drift.stderr and "in 2 parts" in drift.stdout
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "new" / "2.png").rename(tmp_path / "bad" / "2.png")
+    tuned = command("tune", run, tmp_path / "new", tmp_path / "bad")
+    assert "left out" in tuned.stderr and "it is too dark" in tuned.stderr
 
 
 def test_what_cannot_be_judged_says_nothing_of_robustness(asking):

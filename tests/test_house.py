@@ -39,6 +39,13 @@ def test_rooms_are_small(room):
     assert len(entries) <= most, sorted(entries)
 
 
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_what_disappears_when_nobody_holds_it_is_made_in_one_place(path):
+    """Every command sweeps away what `files.UNFINISHED` begins with and no process holds."""
+    if name_of(path) != "data/files.py":
+        assert not re.search(r"prefix=(files\.)?UNFINISHED", path.read_text()), "use files.scratch_folder or new_folder"
+
+
 @pytest.mark.parametrize("path", [path for path in MODULES if "cli" not in path.parts], ids=name_of)
 def test_only_the_command_line_speaks_of_flags(path):
     for node in ast.walk(ast.parse(path.read_text())):

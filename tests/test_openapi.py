@@ -19,10 +19,8 @@ for kind in ("image/png", "image/jpeg", "application/octet-stream"):
     schemathesis.openapi.media_type(kind, PICTURES)
 
 
-@pytest.mark.parametrize(
-    "mode",
-    [pytest.param(mode, id=mode.value, marks=pytest.mark.slow) for mode in GenerationMode],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", GenerationMode, ids=lambda mode: mode.value)
 def test_the_server_does_what_its_document_says(tmp_path, mode):
     folder = small_model(tmp_path / "disc")
     tried = {}

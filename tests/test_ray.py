@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 import kizu
+from kizu.data import files
 from kizu.data.demo import render
 from kizu.inference.batch import image_paths, predict_files
 from kizu.testing import photograph as part
@@ -27,7 +28,7 @@ pa = pytest.importorskip("pyarrow", reason="pyarrow is not installed: pip instal
 pq = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed: pip install 'kizu[ray]'")
 
 from kizu.ray.cluster import cluster  # noqa: E402
-from kizu.ray.judging import judge  # noqa: E402
+from kizu.ray.judging import judge, model_files  # noqa: E402
 from kizu.ray.predict import predict  # noqa: E402
 from kizu.ray.sources import photographs as listed  # noqa: E402
 
@@ -136,6 +137,13 @@ def test_killed_workers_and_a_killed_command_lose_nothing_and_double_nothing(add
     Path("out", "other.parquet").write_bytes(b"")
     with pytest.raises(kizu.DataError, match=r"other\.parquet is damaged"):
         predict(EXPORTED, ["new"], "out")
+
+
+def test_a_model_on_its_way_is_not_swept_away_by_other_commands(address):
+    with model_files(EXPORTED).folder() as folder:
+        with files.scratch_folder():
+            pass
+        assert kizu.load(folder).method == "patchcore"
 
 
 def test_a_cluster_of_ours_is_heard_on_this_machine_alone(address):

@@ -21,7 +21,7 @@ from kizu.detectors.stack import read_all
 from kizu.errors import BadImage, DataError, OptionError
 from kizu.inference.batch import predict_files, profile
 from kizu.inference.prediction import Photo
-from kizu.inference.regions import find_regions, find_regions_in_cells
+from kizu.inference.regions import Marking, find_regions, find_regions_in_cells
 from kizu.serving.http import application
 from kizu.serving.limits import Limits
 from kizu.serving.service import Service
@@ -121,8 +121,8 @@ def test_regions_are_those_of_the_whole_map(seed, tile):
     values = rng.normal(size=grid.cells).astype(np.float32) ** 3
     whole = grid.over(values, shape)
     assume(np.abs(whole - 1).min() > 1e-4)  # no pixel is marked or not by rounding
-    found = find_regions_in_cells(grid, values, 1.0, [2.0])
-    expected = find_regions(whole, 1.0, [2.0])
+    found = find_regions_in_cells(grid, values, Marking(1.0, [2.0]))
+    expected = find_regions(whole, Marking(1.0, [2.0]))
     assert sorted(region.box for region in found) == sorted(region.box for region in expected)
     assert [region.peak for region in found] == pytest.approx([region.peak for region in expected], rel=1e-4)
     assert sum(region.area for region in found) == sum(region.area for region in expected)

@@ -68,7 +68,7 @@ def what_matters(config: Config) -> str:
         return ""
     unit = "px" if config.pixel_size is None else "mm"
     zones = [zone for zone in config.zones if not zone.ignored]
-    own = {zone.name: SizeRule.of(zone, config) for zone in zones if _has_limits(zone)}
+    own = {zone.name: SizeRule.of(zone, config) for zone in zones if zone.has_limits}
     general = {} if zones and len(own) == len(zones) else {"": SizeRule.of(config, config)}
     where = {name: f"In {name}, a" for name in own} | {"": "Elsewhere, a" if own else "A"}
     sentences = [
@@ -77,10 +77,6 @@ def what_matters(config: Config) -> str:
     if all(rule.min_area or rule.min_length for rule in (*own.values(), *general.values())):
         sentences.append("Smaller ones are shown and stop nothing.")
     return " ".join(sentences)
-
-
-def _has_limits(zone: Zone) -> bool:
-    return any(limit is not None for limit in (zone.min_area, zone.min_length, zone.max_count))
 
 
 class Levels(NamedTuple):
@@ -151,7 +147,7 @@ class SizeRules:
         `zones` (h, w) has the number of each pixel's zone, negative in none.
         """
         inspected = [zone for zone in config.zones if not zone.ignored]
-        own = [number for number, zone in enumerate(inspected) if _has_limits(zone)]
+        own = [number for number, zone in enumerate(inspected) if zone.has_limits]
         rules = [SizeRule.of(config, config), *(SizeRule.of(inspected[number], config) for number in own)]
         if zones is None or not own:
             return cls(rules[:1], unit, levels)

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
-from kizu.config.zones import Zones
+from kizu.config.zones import LIMITS, Zones
 from kizu.errors import OptionError, did_you_mean
 
 __all__ = ["Augmented", "BackboneConfig", "Config", "Names", "Numbers", "OtherConfig", "Size", "build"]
@@ -118,8 +118,12 @@ class Config(Augmented):
     @property
     def rules_sizes(self) -> bool:
         """Whether regions of some size stop a part, or more of them than some number, instead of any score."""
-        limits = ("min_area", "min_length", "max_count")
-        return any(getattr(settings, name) is not None for settings in (self, *self.zones) for name in limits)
+        return any(getattr(self, name) is not None for name in LIMITS) or any(zone.has_limits for zone in self.zones)
+
+    @property
+    def measures(self) -> bool:
+        """Whether marked regions are measured: rules are for their sizes, or a pixel's is known."""
+        return self.rules_sizes or self.pixel_size is not None
 
     @property
     def own_rates(self) -> dict[int, float]:

@@ -6,8 +6,9 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-__all__ = ["Zone", "Zones"]
+__all__ = ["LIMITS", "Zone", "Zones"]
 
+LIMITS = ("min_area", "min_length", "max_count")  # what says that something is too small to matter
 MAX_POINTS = 100_000  # of all zones together
 MAX_ZONES = 64
 
@@ -34,13 +35,18 @@ class Zone(BaseModel):
     min_length: float | None = Field(None, gt=0)
     max_count: int | None = Field(None, ge=0, le=1000)
 
+    @property
+    def has_limits(self) -> bool:
+        """Whether it says on its own what is too small to matter."""
+        return any(getattr(self, name) is not None for name in LIMITS)
+
     @model_validator(mode="after")
     def _covers_something(self) -> "Zone":
         if self.name != self.name.strip() or not self.name.isprintable():
             raise ValueError(f"a zone's name is a line of text without blanks around it, not {self.name!r}")
         if self.ignored and self.false_alarms is not None:
             raise ValueError(f"zone {self.name} is ignored: it stops no part, and has no rate of false alarms")
-        if self.ignored and any(limit is not None for limit in (self.min_area, self.min_length, self.max_count)):
+        if self.ignored and self.has_limits:
             raise ValueError(f"zone {self.name} is ignored: nothing in it matters, whatever its size")
         if any(abs(area(ring)) < 1e-9 for ring in self.rings):
             raise ValueError(f"zone {self.name} has an outline that covers nothing")

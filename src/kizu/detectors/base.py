@@ -147,12 +147,13 @@ class Detector(Inspector):
         with timed("alignment", self.seconds) if self.config.align else nullcontext():
             view = View.learned(self.config, self.preprocessing, good, progress)
         self.preprocessing = view.preprocessing
-        self.measure_on(view.measured_on)
         self.remarks += [*view.remarks, *filter(None, [what_matters(self.config)])]
         return view
 
     def _measured(self, view: View, stacks: Sequence[Stack]) -> View:
-        view = view.measured_by([shape for stack in stacks for shape in stack.shapes], self.remarks)
+        """The same, with the shape of photographs on which sizes are measured, where the settings speak of them."""
+        if self.config.measures:
+            view = view.measured_by([shape for stack in stacks for shape in stack.shapes], self.remarks)
         self.measure_on(view.measured_on)
         return view
 

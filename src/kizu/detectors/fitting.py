@@ -222,18 +222,15 @@ class View:
         if one_pose is not None:
             preprocessing = one_pose.preprocessing
             remarks.append(one_pose.remark)
-        sized = config.rules_sizes or config.pixel_size is not None
-        frame = _first_shape(preprocessing, items) if config.zones or sized else None
-        if config.zones and frame is not None:
+        frame = _first_shape(preprocessing, items) if config.zones else None
+        if frame is not None:
             preprocessing = preprocessing.outlined(config.zones, frame)
             assert preprocessing.zones is not None
             preprocessing.zones.check()
-        return cls(preprocessing, depth, one_pose, remarks, frame if sized else None)
+        return cls(preprocessing, depth, one_pose, remarks)
 
     def measured_by(self, shapes: Sequence[tuple[int, int]], remarks: list[str]) -> "View":
         """The same with sizes measured on photographs of the most frequent shape; a remark where they differ."""
-        if self.measured_on is None:
-            return self
         (usual, count), *others = Counter(shapes).most_common()
         if others:
             remarks.append(

@@ -110,8 +110,7 @@ class Exported(Inspector):
         cases = cases.take(range(len(cases.scores))[:max_cases])
         own = [name for name in OWN_VERDICTS if name in self.export["outputs"]]
         scores, maps, *outcomes = self.outputs(cases.images, ("score", "map", *own))
-        if self.size_rules is not None:
-            scores = self.size_rules.scores(maps, self.threshold.value)
+        scores = self.ruled(scores, maps)
         difference = cases.difference(scores, maps, self.threshold.value, tolerance)
         if not difference.within(tolerance):
             sentence = difference.sentence(tolerance)

@@ -90,7 +90,7 @@ class Inspector(ABC):
         """The same model with a threshold that was chosen by hand; its statement says so, and what follows from it.
 
         None is the one that the good images give. `set_by`, with the time, goes into the statement. The pixel threshold
-        moves with it. Raises `OptionError` for a value that is no finite number.
+        moves with it. Raises `OptionError` for a value that is no finite number, or too low for rules for sizes.
         """
         changed = object.__new__(type(self))
         changed.__dict__ |= self.__dict__  # with the graph as it is, which a copy of an exported model would open again
@@ -99,11 +99,6 @@ class Inspector(ABC):
             changed.threshold = replace(self.calibrated(before.rate), grouped=before.grouped)
             changed.pixel_threshold = changed.calibrated_pixels(before.rate)
         else:
-            if self.size_rules is not None and value < self.size_rules.levels.lowest:
-                raise OptionError(
-                    f"`threshold={value:g}`: with rules for sizes it is no lower than "
-                    f"{self.size_rules.levels.lowest:.4g}, which places of good parts reach"
-                )
             changed.set_threshold(by_hand(value, self.threshold, self.calibration_scores, set_by))
         return changed
 
@@ -122,13 +117,19 @@ class Inspector(ABC):
         return self.size_rules is None and self.preprocessing.tiling is None
 
     def calibrated_pixels(self, rate: float) -> float:
-        """The pixel threshold that the good images give; with rules for sizes the threshold, whose scores are levels of
-        the map.
-        """
+        """The pixel threshold that the good images give; with rules for sizes it is the threshold itself."""
         return calibrate(self.map_peaks, rate).value if self.size_rules is None else self.threshold.value
 
     def set_threshold(self, threshold: Threshold) -> None:
-        """Set the threshold, and the pixel threshold that goes with it."""
+        """Set the threshold, and the pixel threshold that goes with it.
+
+        Raises `OptionError` for one that is lower than rules for sizes look at.
+        """
+        if self.size_rules is not None and threshold.value < self.size_rules.levels.lowest:
+            raise OptionError(
+                f"`threshold={threshold.value:g}`: with rules for sizes it is no lower than "
+                f"{self.size_rules.levels.lowest:.4g}, which places of good parts reach"
+            )
         self.threshold = threshold
         self.pixel_threshold = self.pixel_threshold_at(threshold.value)
 
@@ -168,9 +169,18 @@ class Inspector(ABC):
         """The graph on a batch: (B, 3, h, w) uint8 → scores (B,), maps (B, 1, h, w)."""
 
     def score_images(self, pixels: npt.NDArray[np.uint8]) -> tuple[Float, Float]:
-        """As a call, but with scores as the threshold is for: with rules for sizes, those that follow from the maps."""
+        """As a call, but with scores as the threshold is for."""
         scores, maps = self(pixels)
-        return (scores if self.size_rules is None else self.size_rules.scores(maps, self.threshold.value)), maps
+        return self.ruled(scores, maps), maps
+
+    def ruled(self, scores: Float, maps: Float) -> Float:
+        """Scores (B,) as the threshold is for: with rules for sizes, those that follow from the maps (B, 1, h, w).
+
+        Of tiles they stay as they are: the rules are for the map of the whole photograph.
+        """
+        if self.size_rules is None or self.preprocessing.tiling is not None:
+            return scores
+        return self.size_rules.scores(maps, self.threshold.value)
 
     @abstractmethod
     def save(self, folder: str | os.PathLike[str]) -> Path:
@@ -258,8 +268,8 @@ class Inspector(ABC):
             if len(pixels) == 1:
                 raise
             return self._scored_one_by_one(pixels)
-        if self.size_rules is not None and self.preprocessing.tiling is None and np.isfinite(maps).all():
-            scores = self.size_rules.scores(maps, self.threshold.value)
+        if np.isfinite(maps).all():
+            scores = self.ruled(scores, maps)
         rows = zip(scores.tolist(), maps[:, 0], parts, strict=True)
         return [row if math.isfinite(row[0]) and np.isfinite(row[1]).all() else NO_SCORE for row in rows]
 

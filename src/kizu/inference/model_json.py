@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from kizu.calibration.captures import Captures
 from kizu.calibration.threshold import calibrate, from_finite
+from kizu.config.zones import LIMITS
 from kizu.data import files
 from kizu.data.geometry.alignment import reference_in
 from kizu.errors import ModelError
@@ -92,9 +93,7 @@ class _Config(_Open):
 
     @property
     def rules_sizes(self) -> bool:
-        names = ("min_area", "min_length", "max_count")
-        every = [self.min_area, self.min_length, self.max_count, *(zone.get(n) for zone in self.zones for n in names)]
-        return any(limit is not None for limit in every)
+        return any(settings.get(name) is not None for settings in (vars(self), *self.zones) for name in LIMITS)
 
     tile: list[Annotated[int, Field(ge=32, le=16384)]] | None = Field(None, min_length=2, max_length=2)
     overlap: int = Field(32, ge=0, le=4096)

@@ -17,7 +17,7 @@ from kizu.data.image import Float, Source
 from kizu.data.preprocessing import Readable
 from kizu.data.sample import Sample
 from kizu.errors import BadImage
-from kizu.inference.regions import MarkedRegion, find_regions, find_regions_in_cells
+from kizu.inference.regions import HALF, MarkedRegion, Marking, find_regions, find_regions_in_cells
 
 if TYPE_CHECKING:
     from kizu.inference.inspector import Inspector
@@ -26,7 +26,6 @@ __all__ = ["Evidence", "NearestPatch", "Photo", "Prediction", "name_of", "path_o
 
 MAX_OVERLAY = 4_000_000  # pixels of the picture of a photograph that is judged in tiles
 RGB = npt.NDArray[np.uint8]  # (H, W, 3)
-HALF = 0.5
 
 
 @dataclass(frozen=True)
@@ -164,37 +163,19 @@ class Prediction:
         threshold = self.detector.pixel_threshold
         if not self.input_map.max() > threshold:
             return []
-        preprocessing = self.detector.preprocessing
+        preprocessing, rules = self.detector.preprocessing, self.detector.size_rules
+        marking = Marking(threshold, self.detector.map_peaks, self.detector.ruler(self.shape))
+        large = None if rules is None else rules.large_enough(self.input_map, threshold)
         if preprocessing.tiling is not None:
-            rules = self.detector.size_rules
-            return find_regions_in_cells(
-                preprocessing.tiling.grid(self.shape),
-                self.input_map,
-                threshold,
-                self.detector.map_peaks,
-                ruler=self.detector.ruler(self.shape),
-                large_enough=None if rules is None else rules.large_enough(self.input_map, threshold),
-            )
-        found = find_regions(
-            self.anomaly_map,
-            threshold,
-            self.detector.map_peaks,
-            ruler=self.detector.ruler(self.shape),
-            large_enough=self._large_enough(threshold),
-        )
+            return find_regions_in_cells(preprocessing.tiling.grid(self.shape), self.input_map, marking, large)
+        if large is not None:
+            large = preprocessing.restore(large.astype(np.float32), self.shape, self.pose) > HALF
+        found = find_regions(self.anomaly_map, marking, large)
         if preprocessing.zones is None:
             return found
         places = [preprocessing.locate(region.place, self.shape, self.pose) for region in found]
         names = [preprocessing.zones.name_at(*place) for place in places]
         return [replace(region, zone=name) for region, name in zip(found, names, strict=True)]
-
-    def _large_enough(self, threshold: float) -> npt.NDArray[np.bool_] | None:
-        """(H, W): what is marked and large enough to matter; None: all is."""
-        rules = self.detector.size_rules
-        if rules is None:
-            return None
-        large = rules.large_enough(self.input_map, threshold).astype(np.float32)
-        return self.detector.preprocessing.restore(large, self.shape, self.pose) > HALF
 
     @property
     def zone(self) -> str:

@@ -14,9 +14,9 @@ from kizu.calibration.threshold import p_value
 from kizu.data.geometry.outlines import contour, labelled
 from kizu.data.geometry.tiling import TileGrid
 
-__all__ = ["MarkedRegion", "find_regions", "find_regions_in_cells"]
+__all__ = ["HALF", "MarkedRegion", "Marking", "find_regions", "find_regions_in_cells"]
 
-HALF = 0.5
+HALF = 0.5  # of a pixel: where a mask that was scaled still holds
 AROUND = 8  # cells on which the map between those of a region depends, and more
 
 
@@ -40,23 +40,25 @@ class MarkedRegion:
     matters: Annotated[bool, Field(description="whether it is large enough to stop a part")] = True
 
 
+@dataclass(frozen=True)
+class Marking:
+    """What is marked, and what is said of it."""
+
+    threshold: float  # what lies above it in a map is marked
+    good_peaks: Sequence[float]  # the largest map values of good images, for the p-values
+    ruler: Ruler | None = None  # measures the regions
+
+
 def find_regions(
-    values: npt.NDArray[np.float32],
-    threshold: float,
-    good_peaks: Sequence[float],
-    *,
-    ruler: Ruler | None = None,
-    large_enough: npt.NDArray[np.bool_] | None = None,
+    values: npt.NDArray[np.float32], marking: Marking, large_enough: npt.NDArray[np.bool_] | None = None
 ) -> list[MarkedRegion]:
-    """Regions of a map (H, W) above `threshold`; pixels that touch at a corner belong together.
+    """The marked regions of a map (H, W); pixels that touch at a corner belong together.
 
-    Those that matter come first, and of these the one with the highest peak.
-
-    `good_peaks` are the largest map values of good images, for the p-values. With a `ruler` they are measured.
-    Those regions matter that have pixels of the mask `large_enough` (H, W); without it all do.
+    Those matter that have pixels of the mask `large_enough` (H, W); without it all do. They come first, and of these
+    the one with the highest peak.
     """
-    labels, boxes = labelled(values > threshold)
-    regions = []
+    labels, boxes = labelled(values > marking.threshold)
+    regions, ruler = [], marking.ruler
     for number, (rows, columns) in enumerate(boxes, 1):
         region = labels[rows, columns] == number
         inside = np.where(region, values[rows, columns], -np.inf)
@@ -68,22 +70,19 @@ def find_regions(
                 area=int(region.sum()),
                 peak=peak,
                 place=(left + int(x), top + int(y)),
-                p_value=p_value(peak, good_peaks),
+                p_value=p_value(peak, marking.good_peaks),
                 contour=[(left + a, top + b) for a, b in contour(region)],
-                size=None if ruler is None else ruler.measure(values[rows, columns], region, threshold),
+                size=None if ruler is None else ruler.measure(values[rows, columns], region, marking.threshold),
                 matters=large_enough is None or bool((large_enough[rows, columns] & region).any()),
             )
         )
-    return sorted(regions, key=lambda region: (not region.matters, -region.peak))
+    return _in_order(regions)
 
 
 def find_regions_in_cells(
     grid: TileGrid,
     values: npt.NDArray[np.float32],
-    threshold: float,
-    good_peaks: Sequence[float],
-    *,
-    ruler: Ruler | None = None,
+    marking: Marking,
     large_enough: npt.NDArray[np.bool_] | None = None,
 ) -> list[MarkedRegion]:
     """What `find_regions` finds in a map of cells (rows, columns) over a photograph, without making all of that map.
@@ -91,7 +90,7 @@ def find_regions_in_cells(
     Between cells the map is interpolated, so that it is above the threshold only beside a cell that is. `large_enough`
     is of cells too.
     """
-    near = np.pad(values > threshold, 1)
+    near = np.pad(values > marking.threshold, 1)
     near[1:-1] |= near[:-2] | near[2:]
     near[:, 1:-1] |= near[:, :-2] | near[:, 2:]
     labels, boxes = labelled(near[1:-1, 1:-1])
@@ -103,12 +102,12 @@ def find_regions_in_cells(
         )
         around = tuple(slice(max(0, cells.start - AROUND), cells.stop + AROUND) for cells in box)
         first = around[0].start, around[1].start
-        alone = np.where((labels[around] == 0) | (labels[around] == number), values[around], threshold)
+        alone = np.where((labels[around] == 0) | (labels[around] == number), values[around], marking.threshold)
         part = grid.part_over(alone, rows, columns, first)
         large = None
         if large_enough is not None:
             large = grid.part_over(large_enough[around].astype(np.float32), rows, columns, first) > HALF
-        for region in find_regions(part, threshold, good_peaks, ruler=ruler, large_enough=large):
+        for region in find_regions(part, marking, large):
             left, top, width, height = region.box
             at = columns.start, rows.start
             regions.append(
@@ -119,4 +118,8 @@ def find_regions_in_cells(
                     contour=[(x + at[0], y + at[1]) for x, y in region.contour],
                 )
             )
+    return _in_order(regions)
+
+
+def _in_order(regions: list[MarkedRegion]) -> list[MarkedRegion]:
     return sorted(regions, key=lambda region: (not region.matters, -region.peak))

@@ -97,11 +97,13 @@ def _tune(folder: Path, good: str | None, bad: str | None, output: str | None, o
             paths, remarks = not_learned_from(detector, image_paths([place]))
             caveats += remarks
             rows = predict_files(detector, paths, progress=progress(name))
-            scores.append([row.score for row in rows if row.score is not None])
+            scores.append([row.score for row in rows if row.score is not None and not row.cannot_judge])
             failed |= any(row.error for row in rows)
             for row in rows:
                 if row.error:
                     click.echo(f"error  {row.image}: {row.error}", err=True)
+                elif row.cannot_judge:
+                    click.echo(f"left out  {row.image}: {row.cannot_judge}", err=True)
     good_scores, bad_scores = scores
     curve = operating_points(good_scores, bad_scores, costs)
     now = point_at(detector.threshold.value, good_scores, bad_scores, costs)
