@@ -302,7 +302,8 @@ def _flags(field: str, annotation: Any) -> str:
 
 def _option_type(annotation: Any) -> Any:
     """What click shows and checks; the config checks the rest."""
-    if get_origin(annotation) is Literal:
-        return click.Choice(get_args(annotation))
-    plain = [part for part in (get_args(annotation) or [annotation]) if part is not type(None)]
+    parts = [annotation] if get_origin(annotation) is Literal else get_args(annotation) or [annotation]
+    plain = [part for part in parts if part is not type(None)]
+    if get_origin(plain[0]) is Literal:
+        return click.Choice(get_args(plain[0]))
     return plain[0] if plain[0] in (int, float, bool) and get_origin(annotation) is not tuple else str

@@ -107,7 +107,7 @@ class Config(Augmented):
     cannot_judge: Literal["ask", "stop", "pass"] | None = Field(
         None,
         description="What becomes of a photograph taken unlike the good ones, as out of focus, too dark, moved or of "
-        "another part: ask (a third verdict), stop the part or let it pass. Default: it is judged as any other.",
+        "another part: ask is a third verdict, for a person to look. Default: it is judged as any other.",
     )
     smoothing: float = Field(4.0, ge=0, le=64, description="Gaussian smoothing of the anomaly map: σ in input pixels.")
     false_alarms: float = Field(
