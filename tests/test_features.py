@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 from timm.layers import Conv2dSame
+from torch import nn
 from torch.nn import functional as F
 
 from kizu.detectors.patchcore import coreset
@@ -71,6 +72,13 @@ def test_a_convolution_pads_in_its_kernel_what_tensorflow_pads_around_the_image(
     convolution = Conv2dSame(4, 4, kernel, stride, groups=4).requires_grad_(False)
     values = torch.randn(2, 4, *side)
     torch.testing.assert_close(backbone.SamePadded(convolution)(values), convolution(values))
+
+
+@pytest.mark.parametrize(("padding", "groups"), [(0, 1), (0, 2), (1, 1)])
+def test_a_pointwise_convolution_is_the_one_it_stands_for(padding, groups):
+    convolution = nn.Conv2d(4, 6, 1, padding=padding, groups=groups).requires_grad_(False)
+    values = torch.randn(2, 4, 9, 7)
+    torch.testing.assert_close(backbone.Pointwise(convolution)(values), convolution(values))
 
 
 @pytest.mark.parametrize(

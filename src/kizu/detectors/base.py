@@ -38,6 +38,7 @@ from kizu.errors import DataError, ModelError, OptionError
 from kizu.features.anomaly_map import learn_units
 from kizu.features.backbone import weights_hash
 from kizu.features.safe_load import refuse_not_finite
+from kizu.features.threads import each_image
 from kizu.inference import model_folder, model_json
 from kizu.inference.inspector import BATCH, Inspector
 from kizu.inference.prediction import name_of, path_of
@@ -331,7 +332,7 @@ class Detector(Inspector):
         if self.graph is None:
             raise ModelError(UNFITTED)
         with torch.inference_mode():
-            scores, maps = self.graph(torch.from_numpy(pixels).to(self.device))
+            scores, maps = each_image(self.graph, torch.from_numpy(pixels).to(self.device))
         return scores.numpy(force=True), maps.numpy(force=True)
 
     def forward_with_extras(self, images: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -433,7 +434,7 @@ class Detector(Inspector):
         `default_median` stands for the typical value of a good pixel where there are no photos.
         """
         found = self.outcomes(
-            lambda: (graph(pixels) for _, pixels in self.stream(photos, "Threshold", progress, only=only)),
+            lambda: (each_image(graph, pixels) for _, pixels in self.stream(photos, "Threshold", progress, only=only)),
             photos.grids if isinstance(photos, Tiles) else None,
         )
         all_scored = only is None or isinstance(photos, Tiles)
