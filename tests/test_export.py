@@ -22,6 +22,8 @@ from processes import kizu as command
 from processes import python
 from test_detectors import GOOD, SETTINGS, part
 
+LEFT = kizu.Zone(name="left", rings=(((0, 0), (0.5, 0), (0.5, 1), (0, 1)),), false_alarms=0.2)
+RIGHT = kizu.Zone(name="right", rings=(((0.5, 0), (1, 0), (1, 1), (0.5, 1)),))
 PICTURES = [part(50), part(99, spot=True), part(7)]
 
 WITHOUT_TORCH = """
@@ -178,6 +180,27 @@ def test_openvino_says_the_same(patchcore, tmp_path):
     for picture in PICTURES:
         ours, theirs = exported.predict(picture), patchcore.predict(picture)
         assert ours.score == pytest.approx(theirs.score, rel=1e-4) and ours.is_anomalous == theirs.is_anomalous
+        np.testing.assert_allclose(ours.anomaly_map, theirs.anomaly_map, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"zones": [LEFT, RIGHT]},
+        {"align": True},
+        {"tile": 64, "overlap": 8, "min_area": 30.0, "cannot_judge": "ask"},
+    ],
+    ids=["zones", "aligned", "tiles, sizes and refusals"],
+)
+def test_openvino_looks_where_the_trained_model_looks(settings, tmp_path):
+    pytest.importorskip("openvino")
+    detector = kizu.PatchCore(**{"size": 64, "coreset": 0.2, **settings}).fit(GOOD)
+    exported = export(detector, tmp_path / "exported", "openvino")
+    for picture in PICTURES:
+        ours, theirs = exported.predict(picture), detector.predict(picture)
+        assert ours.score == pytest.approx(theirs.score, rel=1e-4)
+        assert (ours.verdict, ours.zone, ours.cannot_judge) == (theirs.verdict, theirs.zone, theirs.cannot_judge)
         np.testing.assert_allclose(ours.anomaly_map, theirs.anomaly_map, rtol=1e-3, atol=1e-4)
 
 
