@@ -275,6 +275,20 @@ def test_merged_shards_know_what_each_knows():
         kizu.PatchCore.merge([models[0], kizu.PatchCore(size=96, coreset=0.1).fit(parts[0])])
 
 
+@pytest.mark.parametrize("thumbnails", [True, False])
+def test_parts_that_several_merged_models_have_photographs_of_count_once(thumbnails, tmp_path):
+    noise = np.random.default_rng(0)
+    again = [np.clip(part(seed) + noise.normal(0, 2, part(seed).shape), 0, 255).astype(np.uint8) for seed in range(5)]
+    shards = [[part(seed) for seed in range(8)], [*again, *(part(seed) for seed in range(8, 13))]]
+    models = [
+        kizu.load(kizu.PatchCore(size=64, coreset=0.1, thumbnails=thumbnails).fit(images).save(tmp_path / str(number)))
+        for number, images in enumerate(shards)
+    ]
+    merged = kizu.PatchCore.merge(models)
+    assert merged.threshold.count == (13 if thumbnails else 18)
+    assert ("5 photographs show the same part" if thumbnails else "cannot be seen") in merged.remarks[0]
+
+
 def test_an_ensemble_is_the_mean_of_its_members_in_units_of_good_images(tmp_path):
     train, test = photographs(10), photographs(3, seed=7)
     layers = ("blocks.2", "blocks.4")

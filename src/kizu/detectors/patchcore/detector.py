@@ -25,6 +25,7 @@ from kizu.detectors.patchcore.feature_table import FeatureTable
 from kizu.detectors.patchcore.graph import EnsembleGraph, PatchCoreGraph, seen_by
 from kizu.detectors.patchcore.leave_one_out import LeaveOneOut
 from kizu.detectors.patchcore.memory_bank import Bank
+from kizu.detectors.patchcore.merging import each_photograph_once
 from kizu.detectors.ram import budget, tidy
 from kizu.detectors.stack import Stack, Tiles
 from kizu.errors import DataError, ModelError
@@ -344,8 +345,8 @@ class PatchCore(Detector):
         """One detector from several that were fitted on shards of the good images: their banks side by side.
 
         The thresholds follow from all their scores, which were measured against each shard's bank alone and are
-        therefore on the safe side; a photograph that several learned from counts once. Raises `ModelError` when the
-        parts do not look at images in the same way.
+        therefore on the safe side; a part that several learned from, by one photograph or by nearly the same, counts
+        once. Raises `ModelError` when the parts do not look at images in the same way.
         """
         graphs = [part._single("merged") for part in parts]
         first = parts[0]
@@ -387,9 +388,7 @@ class PatchCore(Detector):
             merged.training["shapes"] = [shape for part in parts for shape in part.training["shapes"]]
         if all(part.thumbnails for part in parts):
             merged.thumbnails = [picture for part in parts for picture in part.thumbnails]
-        scores, peaks, repeated = _each_photograph_once(parts)
-        if repeated:
-            merged.remarks = [f"{repeated} photographs were learned from by several of the models: each counts once."]
+        scores, peaks, merged.remarks = each_photograph_once(parts)
         merged.grouped = any(part.grouped for part in parts)
         facts = {**first.facts, "bank": [len(bank.entries) for bank in banks]}
         return merged.adopt(FitResult(graph, scores, peaks, first.heat_map_range[0], facts))
@@ -409,23 +408,6 @@ class PatchCore(Detector):
         if len(members) == 1:
             return _restore(config, tensors, "")
         return EnsembleGraph([_restore(member, tensors, f"members.{n}.") for n, member in enumerate(members)])
-
-
-def _each_photograph_once(parts: Sequence[PatchCore]) -> tuple[list[float], list[float], int]:
-    """The scores and map peaks of all parts, without those of photographs that an earlier part has; how many these are.
-
-    Where a part has a score for something else than each photograph, all its scores are taken.
-    """
-    scores, peaks, known, repeated = list[float](), list[float](), set[str](), 0
-    for part in parts:
-        digests = part.training["digests"]
-        each = len(digests) == len(part.calibration_scores) == len(part.map_peaks)
-        new = [n for n in range(len(part.calibration_scores)) if not (each and digests[n] in known)]
-        repeated += len(part.calibration_scores) - len(new)
-        scores += [part.calibration_scores[n] for n in new]
-        peaks += [part.map_peaks[n] for n in new if n < len(part.map_peaks)]
-        known |= {*digests, *part.training.get("copies", [])}
-    return scores, peaks, repeated
 
 
 def _learned_tiles(photos: Stack) -> list[int] | None:
