@@ -192,7 +192,7 @@ class Pointwise(nn.Module):
 
     def forward(self, values: Tensor) -> Tensor:
         """(B, C, H, W) → (B, C', H, W)."""
-        by_onednn = values.device.type == "cpu" and torch.backends.mkldnn.is_available() and not is_traced()
+        by_onednn = not is_traced() and values.device.type == "cpu" and torch.backends.mkldnn.is_available()
         dilation = 2 if by_onednn else 1
         return F.conv2d(values, self.weight, self.bias, 1, self.padding, dilation, self.groups)
 
