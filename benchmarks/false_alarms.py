@@ -21,6 +21,8 @@ learns from one of them, and a row for `keep_copies=True`.
 With quarters, each photograph is cut into four, which are four photographs of one part: a row for `fit` as it counts
 parts (`group_by`), where a part is stopped if any of its photographs is, and one where each photograph is alone.
 
+With shards, each training is that of a cluster: of so many shards of the photographs, in one process here.
+
 With tiles, each photograph is larger than the network's input, and judged in four tiles that overlap by a fifth.
 
 Rules: `kizu` is what `fit` promises, of the score and of any marked pixel; `quantile` the 1 − α quantile of the scores
@@ -58,6 +60,7 @@ from kizu.data.files import write_csv
 from kizu.data.preprocessing import Preprocessing, batches
 from kizu.detectors import detector_class
 from kizu.detectors.base import Detector
+from kizu.detectors.patchcore.sharded import ShardedPatchCore
 from kizu.evaluation.experiment import machine
 from kizu.features import backbone
 
@@ -113,6 +116,7 @@ def main() -> None:
     )
     parser.add_argument("--sizes", action="store_true", help="smaller regions than those of SIZES do not matter")
     parser.add_argument("--tiles", action="store_true", help="judge each photograph in four tiles")
+    parser.add_argument("--shards", type=int, help="learn PatchCore from so many shards, as a cluster does")
     parser.add_argument("--size", type=int, default=160, help="of the photographs as the network sees them")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="of each category; the next call goes on")
     parser.add_argument("--quick", action="store_true")
@@ -129,6 +133,7 @@ def main() -> None:
     name += ("_quarters" if options.quarters else "") + ("_zones" if options.zones else "")
     name += "_sizes" if options.sizes else ""
     name += "_tiles" if options.tiles else ""
+    name += "_shards" if options.shards else ""
     kept = RESULTS / f".{name}_{options.size}.jsonl"  # every score of every training, to go on from
     resumable = not (options.quick or settings)
     before = kept.read_text().splitlines() if kept.exists() and resumable else []
@@ -186,6 +191,8 @@ def fits(
         numbers = (order[:, None] * parts + np.arange(parts)).ravel()
         learned, others = numbers[: options.learn * parts], numbers[options.learn * parts :]
         detector = detector_class(options.method)(config)
+        if options.shards:
+            detector = ShardedPatchCore(config, options.shards)
         photos = [photo.transpose(1, 2, 0) for photo in good[learned]]
         detector.fit(
             [*photos, *saved_again(photos, options.copies - 1)],

@@ -19,7 +19,7 @@ from PIL import Image
 from kizu.data import image
 from kizu.errors import BadImage
 
-__all__ = ["Captures", "kind_of"]
+__all__ = ["Capture", "Captures", "kind_of"]
 
 Gray = npt.NDArray[np.float32]  # (h, w)
 Range = tuple[float, float]
@@ -75,6 +75,18 @@ TOGETHER = {  # statistics by which the most similar good photograph is looked f
 WIDER = {"light": 1.4, "tint": 1.2}  # a distance in several statistics at once is large more often
 
 
+class Capture(NamedTuple):
+    """How one photograph was taken: its statistics, and a small, grey view of it."""
+
+    statistics: dict[str, float]
+    view: npt.NDArray[np.uint8]  # (VIEW, VIEW)
+
+    @classmethod
+    def of(cls, pixels: npt.NDArray[np.uint8], shape: tuple[int, int]) -> Self:
+        """Of a photograph as the network sees it (3, h, w), with its own (height, width)."""
+        return cls(_statistics(pixels, shape), _view(pixels))
+
+
 @dataclass(frozen=True, eq=False)
 class Captures:
     """What photographs of good parts have in common, whatever they show of the part."""
@@ -86,10 +98,15 @@ class Captures:
     @classmethod
     def learned(cls, photos: Iterable[tuple[npt.NDArray[np.uint8], tuple[int, int]]]) -> Self:
         """From good photographs as the network sees them (3, h, w), each with its own (height, width)."""
+        return cls.of(Capture.of(pixels, shape) for pixels, shape in photos)
+
+    @classmethod
+    def of(cls, captures: Iterable[Capture]) -> Self:
+        """From how good photographs were taken, each in the same way."""
         rows, views = [], []
-        for pixels, shape in photos:
-            rows.append(_statistics(pixels, shape))
-            views.append(_view(pixels))
+        for statistics, view in captures:
+            rows.append(dict(statistics))
+            views.append(view)
         chosen = _spread(len(views))
         kept, lights = np.stack([views[n] for n in chosen]), np.array([_light(rows[n]) for n in chosen])
         places = {int(number): place for place, number in enumerate(chosen)}

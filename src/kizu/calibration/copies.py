@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-__all__ = ["first_of_each_part"]
+__all__ = ["SIDE", "first_of_each_part", "small_picture"]
 
 SIDE, BLOCK = 64, 8  # pixels of the small pictures that are compared, and of their blocks
 MAX_COPIES, STRANGERS = 24, 8  # with how many pictures each is compared that may be copies, and that are surely none
@@ -26,7 +26,7 @@ Small = npt.NDArray[np.float32]
 
 def first_of_each_part(photos: Iterable[npt.NDArray[np.uint8]]) -> list[int]:
     """For each photograph (3, h, w), the index of the first that shows the same part: its own, if it is no copy."""
-    small = [_small(photo) for photo in photos]
+    small = [small_picture(photo) for photo in photos]
     if not small:
         return []
     pictures = np.stack(small)
@@ -41,8 +41,8 @@ def first_of_each_part(photos: Iterable[npt.NDArray[np.uint8]]) -> list[int]:
     return [_root(first, number) for number in first]
 
 
-def _small(photo: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    """(3, h, w) → (SIDE, SIDE, 3)."""
+def small_picture(photo: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """What is compared of a photograph: (3, h, w) → (SIDE, SIDE, 3). Of a small picture it is the same picture."""
     picture = Image.fromarray(np.ascontiguousarray(photo.transpose(1, 2, 0)))
     return np.asarray(picture.resize((SIDE, SIDE), Image.Resampling.BILINEAR, reducing_gap=3.0))
 

@@ -121,7 +121,9 @@ def gpu_device(number: int) -> torch.device:
 
 def captures_of(config: Any, stacks: Sequence[Stack]) -> Captures | None:
     """How the photographs of stacks were taken, where a config asks what to do with others."""
-    return None if config.cannot_judge is None else Captures.learned(captured(stacks))
+    if config.cannot_judge is None:
+        return None
+    return Captures.of(capture for stack in stacks for capture in stack.captures())
 
 
 def captured(stacks: Sequence[Stack]) -> Iterator[tuple[npt.NDArray[np.uint8], tuple[int, int]]]:

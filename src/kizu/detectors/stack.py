@@ -10,6 +10,7 @@ from typing import IO, Any, Self
 import numpy as np
 import numpy.typing as npt
 
+from kizu.calibration.captures import Capture
 from kizu.calibration.groups import highest
 from kizu.data import dataset
 from kizu.data.geometry.tiling import TileGrid, Tiling
@@ -18,7 +19,7 @@ from kizu.data.progress import Progress
 from kizu.errors import BadImage, DataError
 from kizu.inference.prediction import readable
 
-__all__ = ["Stack", "TiledStack", "Tiles", "items_of", "read_all", "show_the_same"]
+__all__ = ["Stack", "TiledStack", "Tiles", "items_of", "read_all", "show_the_same", "unusable"]
 
 MAX_TILES = 1000  # that a method learns from which sees each of them many times
 BATCH = 16  # tiles that are cut at a time
@@ -116,6 +117,11 @@ class Stack:
         for number in numbers:
             part.append(self.batch(number, number + 1), self.shapes[number : number + 1])
         return part
+
+    def captures(self) -> Iterator[Capture]:
+        """How each photograph was taken."""
+        for number, shape in enumerate(self.shapes):
+            yield Capture.of(self.batch(number, number + 1)[0], shape)
 
     @property
     def seen(self) -> "Stack":
@@ -241,12 +247,16 @@ def read_all(
         progress("Reading", len(items_read) + len(errors), len(items))
     if errors and not skip_bad:
         photos.__exit__()
-        listing = "\n".join(f"  {error}" for error in errors)
-        raise DataError(
-            f"{len(errors)} of {len(items)} training images cannot be used (`skip_bad=True` leaves them out):\n"
-            f"{listing}"
-        )
+        raise unusable(errors, len(items))
     return photos, items_read
+
+
+def unusable(errors: Sequence[object], total: int) -> DataError:
+    """What to raise for errors of some of so many images."""
+    listing = "\n".join(f"  {error}" for error in errors)
+    return DataError(
+        f"{len(errors)} of {total} training images cannot be used (`skip_bad=True` leaves them out):\n{listing}"
+    )
 
 
 def _read_as_a_whole(

@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from kizu.detectors.base import Detector
 
 __all__ = [
+    "Learner",
     "Run",
     "RunOptions",
     "command_line",
@@ -83,6 +84,14 @@ class RunOptions:
     milliseconds: float | None = None  # that a photograph may take with the chosen settings
 
 
+@dataclass(frozen=True)
+class Learner:
+    """Who learns in place of this process."""
+
+    detector: "Callable[[Any], Detector]"  # from a config, a detector of the run's method
+    about: dict[str, Any]  # what the run is to keep of how it was learned
+
+
 def train(
     method: str,
     config: Config,
@@ -90,12 +99,14 @@ def train(
     parent: Path,
     options: RunOptions | None = None,
     *,
+    learner: Learner | None = None,
     progress: Callable[[str], Progress] = lambda category: silent,
     spelled: Callable[[str], str] = str,
 ) -> tuple[Run, list[CategoryResult]]:
     """Fit and evaluate one detector a category, and write the results folder in `parent`.
 
-    In the report, settings that a sentence names are `spelled` as its reader knows them.
+    A `learner` makes the detectors that learn. In the report, settings that a sentence names are `spelled` as its
+    reader knows them.
     """
     from kizu.detectors import detector_class
     from kizu.detectors.fitting import gpu_device
@@ -106,7 +117,8 @@ def train(
     device = None if options.gpu is None else gpu_device(options.gpu)
     start = time.time()
     categories = _learnable(kind, config, data, options.oracle)
-    about = _about(method, config, data, categories, options)
+    about = _about(method, config, data, categories, options) | ({} if learner is None else learner.about)
+    make = kind if learner is None else learner.detector
     results: list[CategoryResult] = []
     with open_run(parent, options.name, about, resume=options.resume, overwrite=options.overwrite) as run:
         try:
@@ -118,7 +130,7 @@ def train(
                     result = run.finished(category)
                     if result is None:
                         choice = _chosen(config, data, category, run, options, progress(category))
-                        detector = kind(build(kind.config_class, choice["config"]) if choice else config)
+                        detector = make(build(kind.config_class, choice["config"]) if choice else config)
                         detector.workers = options.num_workers
                         detector.device = device or detector.device
                         result = _fit_and_evaluate(detector, data, category, run, options, progress(category), choice)

@@ -2,7 +2,8 @@
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from kizu.cli.options import (
     find_data,
     json_option,
     quiet_option,
+    ray_option,
     run_options,
     settings_text,
     zone_options,
@@ -26,6 +28,8 @@ from kizu.errors import OptionError
 
 if TYPE_CHECKING:
     from kizu.config import Config
+    from kizu.data.dataset import Dataset
+    from kizu.evaluation.experiment import Learner
 
 __all__ = ["demo", "distill", "train"]
 
@@ -93,6 +97,12 @@ def _train_command(method: str) -> click.Command:
         "--folds",
         type=click.IntRange(2, 100),
         help="Cross-validation: train this many times, each time judging another part of the good images.",
+    )
+    @ray_option
+    @click.option(
+        "--shards",
+        type=click.IntRange(1),
+        help="With --ray: learn from so many shards of the photographs. Default: one for each hundred.",
     )
     @click.option("--print-config", is_flag=True, help="Print the settings as a file for --config, and end.")
     @quiet_option
@@ -166,6 +176,41 @@ def _by_zone(options: dict[str, Any], setting: str) -> dict[str, Any]:
     return values
 
 
+def _check_ray(method: str, data: str, options: dict[str, Any]) -> str:
+    """DATA as every machine of a cluster finds it. Raises `OptionError` for what does not go with --ray."""
+    if options["ray"] is None:
+        if options["shards"] is not None:
+            raise OptionError("--shards belongs to --ray")
+        return data
+    if method != "patchcore":
+        raise OptionError(
+            f"--ray: {method} learns a category on one machine; kizu compare DATA --methods {method} --ray trains each "
+            "category, setting and seed as a task of its own"
+        )
+    from kizu.ray.cluster import check_address
+
+    if options["ray"]:
+        check_address(options["ray"])
+    if options["auto"]:
+        raise OptionError("--auto does not go with --ray: choose the settings with some of the photographs, without it")
+    if options["gpu"] is not None:
+        raise OptionError("--gpu does not go with --ray: each task takes a GPU where the cluster has some")
+    return str(Path(data).expanduser().absolute())
+
+
+@contextmanager
+def _learner(config: "Config", data: "Dataset", options: dict[str, Any]) -> "Iterator[Learner | None]":
+    """Who learns, as long as the cluster is there; nobody but this process without --ray."""
+    if options["ray"] is None:
+        yield None
+        return
+    from kizu.ray.training import learner
+
+    learns = learner(config, data, options["shards"])
+    with terminal.cluster(options["ray"]):
+        yield learns
+
+
 def _learn(method: str, config: "Config", data: str, options: dict[str, Any]) -> None:
     from kizu.evaluation import experiment, repetition
     from kizu.evaluation.run_folder import check_name
@@ -175,7 +220,7 @@ def _learn(method: str, config: "Config", data: str, options: dict[str, Any]) ->
     for flag, name in (("--minutes", "minutes"), ("--ms", "milliseconds")):
         if options[name] is not None and not options["auto"]:
             raise OptionError(f"{flag} bounds the choice of settings: it needs --auto")
-    dataset = find_data(data, options)
+    dataset = find_data(_check_ray(method, data, options), options)
     if not (options["quiet"] or options["as_json"]):
         click.echo(terminal.summary(dataset), err=True)
     quiet = options["quiet"] or options["as_json"]
@@ -184,13 +229,18 @@ def _learn(method: str, config: "Config", data: str, options: dict[str, Any]) ->
     runs = []
     for one in repetition.repetitions(config, dataset, seeds, folds, options["group_by"]):
         name = f"{options['name'] or 'run'}-{one.suffix}" if one.suffix else options["name"]
-        with terminal.progress(quiet) as progress, terminal.messages(quiet, warnings_only=True):
+        with (
+            _learner(one.config, one.data, options) as learner,
+            terminal.progress(quiet) as progress,
+            terminal.messages(quiet, warnings_only=True),
+        ):
             finished, results = experiment.train(
                 method,
                 one.config,
                 one.data,
                 Path(options["output"]) / options["project"] / options["group"],
                 experiment.RunOptions(**{**chosen, "name": name}),
+                learner=learner,
                 progress=progress,
                 spelled=flagged,
             )

@@ -22,7 +22,7 @@ from kizu.detectors.base import Detector
 from kizu.detectors.fitting import FitContext, FitResult, captured
 from kizu.detectors.patchcore.coreset import StreamingCoreset
 from kizu.detectors.patchcore.feature_table import FeatureTable
-from kizu.detectors.patchcore.graph import EnsembleGraph, PatchCoreGraph, seen_by
+from kizu.detectors.patchcore.graph import EnsembleGraph, PatchCoreGraph, pretrained, seen_by
 from kizu.detectors.patchcore.leave_one_out import LeaveOneOut
 from kizu.detectors.patchcore.memory_bank import Bank
 from kizu.detectors.patchcore.merging import each_photograph_once
@@ -34,7 +34,7 @@ from kizu.features.backbone import weights_hash
 from kizu.inference.evidence import BankOutputs, nearest_patch
 from kizu.inference.prediction import NearestPatch
 
-__all__ = ["PatchCore"]
+__all__ = ["Member", "PatchCore"]
 
 SCORED_IMAGES = 1000  # that set scales and threshold where their features must be computed again for it
 MAP_BATCH = 16  # maps made at a time
@@ -43,7 +43,7 @@ MAX_ENTRIES = 20_000  # and the entries of each: a tile of a material is like ma
 
 
 @dataclass(frozen=True)
-class _Member:
+class Member:
     """What is learned with one backbone."""
 
     graph: PatchCoreGraph
@@ -92,10 +92,9 @@ class PatchCore(Detector):
             facts = {"members": [member.facts for member in members]}
             return result_of(ensemble, graphs, scored, loo_scores, facts)
 
-    def _learn_member(self, config: PatchCoreConfig, context: FitContext) -> _Member:
+    def _learn_member(self, config: PatchCoreConfig, context: FitContext) -> Member:
         """One backbone's memory banks and scores: section 3.2 of the paper, and the threshold that it leaves open."""
-        network = seen_by(config, lambda look: backbone.create(config.backbone, look.layers, config.weights, look.size))
-        graph = PatchCoreGraph(config, network.to(self.device))
+        graph = PatchCoreGraph(config, pretrained(config).to(self.device))
         with context.timed("features"):
             coresets = self._embed(graph, context)
         with context.timed("coreset"), tidy():
@@ -120,7 +119,7 @@ class PatchCore(Detector):
             scored = again() if len(context.held_out) else loo_scored
             if config.search != "exact":
                 facts["recall"] = _recalls(graph, torch.from_numpy(context.photos.batch(0, 4)).to(self.device))
-        return _Member(graph, scored, loo_scored[0], image_ids, facts, again)
+        return Member(graph, scored, loo_scored[0], image_ids, facts, again)
 
     def _embed(self, graph: PatchCoreGraph, context: FitContext) -> list[StreamingCoreset]:
         """For each bank, the patch features of all photos and of their varied copies, as many as memory allows."""

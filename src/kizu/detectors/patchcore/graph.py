@@ -12,6 +12,7 @@ from kizu.config import PatchCoreConfig
 from kizu.config.patchcore import Look
 from kizu.detectors.patchcore.memory_bank import Bank, Neighbours
 from kizu.detectors.patchcore.nearest import QuantisedIndex
+from kizu.features import backbone
 from kizu.features.anomaly_map import MapUpsampling
 from kizu.features.backbone import Backbone
 from kizu.features.patch_features import PatchFeatures
@@ -19,7 +20,7 @@ from kizu.features.places import Places
 from kizu.features.several_sizes import SeveralSizes
 from kizu.inference.evidence import BankOutputs
 
-__all__ = ["EnsembleGraph", "PatchCoreGraph", "seen_by"]
+__all__ = ["EnsembleGraph", "PatchCoreGraph", "pretrained", "seen_by"]
 
 
 class PatchCoreGraph(nn.Module):
@@ -244,6 +245,11 @@ def seen_by(config: PatchCoreConfig, make: Callable[[Look], Backbone]) -> Backbo
     if [look.size for look in looks] == [config.size]:
         return make(looks[0])
     return SeveralSizes([make(look) for look in looks], [look.size for look in looks])
+
+
+def pretrained(config: PatchCoreConfig) -> Backbone | SeveralSizes:
+    """The backbone of these settings, with its weights."""
+    return seen_by(config, lambda look: backbone.create(config.backbone, look.layers, config.weights, look.size))
 
 
 def _taps(config: PatchCoreConfig, layers: int) -> list[tuple[slice, PatchFeatures]]:

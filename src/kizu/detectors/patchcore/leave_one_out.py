@@ -10,6 +10,8 @@ stand-ins of its own.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,16 +20,55 @@ from kizu.detectors.patchcore.graph import PatchCoreGraph
 from kizu.detectors.patchcore.memory_bank import Bank, Neighbours
 from kizu.detectors.patchcore.nearest import nearest
 
-__all__ = ["LeaveOneOut"]
+__all__ = ["LeaveOneOut", "Searched"]
 
 BATCH = 4  # images searched for at a time
 NEARLY = 0.98  # of the radius: without an image there are entries to spare, which would cover all a little better
+
+
+@dataclass(frozen=True)
+class Searched:
+    """What some of the training images say of a bank, and what was found for them in it."""
+
+    sums: Tensor  # (K,) of the distances to each entry, from these images' patches nearest to it,
+    counts: Tensor  # (K,) and how many these are
+    radius: float  # within which the bank covers their patches
+    entries: Tensor  # (k,) that may have a stand-in among these patches,
+    rows: Tensor  # (k, D) the stand-ins,
+    outside: Tensor  # (k,) and how far these are from what would be left of the bank
+    distances: Tensor  # (M, P, n) of each image's patches to the nearest of the other images' entries,
+    neighbours: Tensor  # (M, P, n) and these
+
+    @classmethod
+    def joined(cls, parts: "Sequence[Searched]") -> "Searched":
+        """The same of all parts together, in their order, whatever order they were searched in."""
+        sums, counts = (torch.stack([getattr(part, name) for part in parts]).sum(0) for name in ("sums", "counts"))
+        outside = torch.full_like(sums, -torch.inf)
+        rows = parts[0].rows.new_zeros(len(sums), parts[0].rows.shape[1])
+        for part in parts:
+            farther = part.outside > outside[part.entries]
+            outside[part.entries[farther]] = part.outside[farther]
+            rows[part.entries[farther]] = part.rows[farther]
+        radius = max(part.radius for part in parts)
+        entries = (outside > NEARLY * radius).nonzero()[:, 0]
+        distances, neighbours = (torch.cat([getattr(p, name) for p in parts]) for name in ("distances", "neighbours"))
+        return cls(sums, counts, radius, entries, rows[entries], outside[entries], distances, neighbours)
+
+    def to(self, device: torch.device) -> "Searched":
+        """The same on a device."""
+        moved: dict[str, Any] = {name: value.to(device) for name, value in vars(self).items() if name != "radius"}
+        return replace(self, **moved)
+
+    def of_images(self, first: int, last: int) -> "Searched":
+        """The same with the neighbours of the images first … last - 1 alone."""
+        return replace(self, distances=self.distances[first:last], neighbours=self.neighbours[first:last])
 
 
 class LeaveOneOut:
     """Scores training images of these ids, whose patch features (B · P, D) for each bank `features` gives.
 
     `groups` has a number for each training image, equal for those that are left out together; without it each is alone.
+    `radii` say within which radius each bank covers the patches that it was chosen from, where these are not all.
     """
 
     def __init__(
@@ -36,6 +77,7 @@ class LeaveOneOut:
         image_ids: Sequence[int],
         features: Callable[[Sequence[int]], list[Tensor]],
         groups: Sequence[int] | None = None,
+        radii: Sequence[float] | None = None,
     ) -> None:
         self.graph, self.image_ids, self.features = graph, image_ids, features
         self.groups = None if groups is None else torch.tensor(groups, device=graph.banks[0].entries.device)
@@ -44,23 +86,55 @@ class LeaveOneOut:
         for position, image_id in enumerate(image_ids):
             self.members.setdefault(self._group(image_id), []).append(position)
         self._last: tuple[int, list[Neighbours]] | None = None  # a group, and the neighbours of all its images
-        self.stand_ins = [_StandIns(bank) for bank in graph.banks]
+        self.stand_ins = [
+            _StandIns(bank, None if radii is None else radii[number]) for number, bank in enumerate(graph.banks)
+        ]
         self.kept: list[tuple[Tensor, Tensor]] = []  # distances and entries (M, P, n) of all images, for each bank
         self.loo_neighbours: list[list[Neighbours]] = []  # of each image, in each bank, among other images' entries
 
     def scores(self, progress: Callable[[int, int], None]) -> tuple[Tensor, Tensor]:
         """Scores (M,) and patch scores (M, h, w); the banks learn their typical distances on the way."""
         total = 2 * len(self.image_ids)
+        self.search(lambda done: progress(done, total))
         with self._grouped():
-            for start in range(0, len(self.image_ids), BATCH):
-                self.loo_neighbours += self._among_others(start)
-                progress(len(self.loo_neighbours), total)
             return self._scores(lambda done: progress(len(self.loo_neighbours) + done, total))
 
     def scores_again(self) -> tuple[Tensor, Tensor]:
         """The same once more, for a graph that makes other scores of the same distances now."""
         with self._grouped():
             return self._scores(lambda done: None)
+
+    def search(self, progress: Callable[[int], None]) -> None:
+        """Find the images' neighbours; the banks learn their typical distances."""
+        with self._grouped():
+            for start in range(0, len(self.image_ids), BATCH):
+                self.loo_neighbours += self._among_others(start)
+                progress(len(self.loo_neighbours))
+
+    def searched(self) -> list[Searched]:
+        """What the search found in each bank, whose typical distances were unknown before it."""
+        found = zip(self.graph.banks, self.stand_ins, self.kept, strict=True)
+        return [
+            Searched(bank.sums.clone(), bank.counts.clone(), *stand_ins.known(), *kept)
+            for bank, stand_ins, kept in found
+        ]
+
+    def adopt(self, searched: Sequence[Searched]) -> None:
+        """Go on from a search of all images, of which these are some; the banks take the distances typical of all."""
+        for bank, stand_ins, found in zip(self.graph.banks, self.stand_ins, searched, strict=True):
+            bank.sums.copy_(found.sums)
+            bank.counts.copy_(found.counts)
+            stand_ins.adopt(found)
+        self.kept = [(found.distances, found.neighbours) for found in searched]
+        self.loo_neighbours = [
+            [self._kept(number, position) for number in range(len(self.kept))]
+            for position in range(len(self.image_ids))
+        ]
+
+    def _kept(self, number: int, position: int) -> Neighbours:
+        distances, entries = (values[position] for values in self.kept[number])
+        query_image_ids = torch.full_like(entries[:, 0], self._group(self.image_ids[position]))
+        return Neighbours(distances, entries, None, query_image_ids)
 
     @contextmanager
     def _grouped(self) -> Iterator[None]:
@@ -133,18 +207,20 @@ class LeaveOneOut:
 class _StandIns:
     """For each entry of a bank, the patch of another image that would be farthest out without its image's entries."""
 
-    def __init__(self, bank: Bank) -> None:
+    def __init__(self, bank: Bank, radius: float | None) -> None:
         self.bank = bank
         self.rows = torch.empty_like(bank.entries)  # (K, D)
         self.distances = torch.full_like(bank.half_norms, -torch.inf)  # (K,) to what would be left of the bank
-        self.radius = 0.0  # within which the bank covers all patches so far
+        self.radius = 0.0 if radius is None else radius  # within which the bank covers what it was chosen from
+        self.learns_radius = radius is None  # as which it takes that of all patches so far
 
     def learn(self, rows: Tensor, distances: Tensor, entries: Tensor, image_ids: Tensor) -> None:
         """Consider patches (N, D) of images (N,), of which these entries (N,) are the nearest of other images."""
         to_own = self._to_own(rows, image_ids)
-        covered = torch.minimum(distances, to_own)
-        known = covered[covered.isfinite()]
-        self.radius = max(self.radius, float(known.max()) if len(known) else 0.0)
+        if self.learns_radius:
+            covered = torch.minimum(distances, to_own)
+            known = covered[covered.isfinite()]
+            self.radius = max(self.radius, float(known.max()) if len(known) else 0.0)
         outside = ((distances < to_own) & (to_own > NEARLY * self.radius)).nonzero()[:, 0]
         if not len(outside):
             return
@@ -154,6 +230,16 @@ class _StandIns:
         self.distances.scatter_reduce_(0, entries, left, "amax")
         farthest_yet = (left == self.distances[entries]) & left.isfinite()
         self.rows[entries[farthest_yet]] = rows[farthest_yet]
+
+    def known(self) -> tuple[float, Tensor, Tensor, Tensor]:
+        """The radius, the entries that may have a stand-in, these, and how far out they are."""
+        entries = (self.distances > NEARLY * self.radius).nonzero()[:, 0]
+        return self.radius, entries, self.rows[entries], self.distances[entries]
+
+    def adopt(self, searched: Searched) -> None:
+        """Take the stand-ins that were found by all."""
+        self.radius = searched.radius
+        self.rows[searched.entries], self.distances[searched.entries] = searched.rows, searched.outside
 
     def _to_own(self, rows: Tensor, image_ids: Tensor) -> Tensor:
         """How far patches (N, D) are from the nearest entry of their own image (N,)."""
