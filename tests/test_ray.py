@@ -7,17 +7,23 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
 import kizu
-from kizu.data import files
+from kizu.cli.main import cli
+from kizu.config import PatchCoreConfig
+from kizu.data import dataset, files
 from kizu.data.demo import render
+from kizu.detectors.patchcore.sharded import ShardedPatchCore
+from kizu.evaluation.comparison import matrix
 from kizu.inference.batch import image_paths, predict_files
 from kizu.testing import photograph as part
 from processes import kizu as run
@@ -29,8 +35,10 @@ pq = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed: pi
 
 from kizu.ray.cluster import cluster  # noqa: E402
 from kizu.ray.judging import judge, model_files  # noqa: E402
+from kizu.ray.matrix import as_tasks as cells_as_tasks  # noqa: E402
 from kizu.ray.predict import predict  # noqa: E402
 from kizu.ray.sources import photographs as listed  # noqa: E402
+from kizu.ray.training import as_tasks as shards_as_tasks  # noqa: E402
 
 EXPORTED = Path(__file__).with_name("models_of_0_1") / "patchcore-exported"
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray[.].*")  # Ray's, of its own settings
@@ -139,6 +147,27 @@ def test_killed_workers_and_a_killed_command_lose_nothing_and_double_nothing(add
         predict(EXPORTED, ["new"], "out")
 
 
+def test_judging_goes_on_where_a_command_was_killed_and_repeats_what_an_actor_was_at(address, photographs):
+    command = ["predict", EXPORTED, "new", "--parquet", "out", "--ray", address]
+    driver = subprocess.Popen([sys.executable, "-m", "kizu", *command], stderr=subprocess.DEVNULL)
+    wait_for(lambda: parts_in("out") > 1)
+    driver.kill()
+    driver.wait()
+    begun = len(rows("out"))
+    assert 0 < begun < 252, "it was killed too late to show anything"
+    killed = []
+
+    def kill(stage, done, total):
+        if done and stage.startswith("Judging") and not killed:
+            killed.append(actors()[0])
+            os.kill(killed[0], signal.SIGKILL)
+
+    judged = predict(EXPORTED, ["new"], "out", progress=kill)
+    assert killed and judged.before >= begun and judged.before + judged.now == 252
+    assert judged.counts["error"] == 12
+    check_same(rows("out"), expected())
+
+
 def test_a_model_on_its_way_is_not_swept_away_by_other_commands(address):
     with model_files(EXPORTED).folder() as folder:
         with files.scratch_folder():
@@ -168,6 +197,105 @@ def table(folder):
     return (Path(folder) / "matrix.csv").read_text()
 
 
+def kill_when(condition, title):
+    """Kill a worker that is called so, as soon as the condition holds; returns the thread that waits for it."""
+
+    def kill():
+        wait_for(condition)
+        wait_for(lambda: workers(title))
+        os.kill(workers(title)[0], signal.SIGKILL)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    return thread
+
+
+def test_a_matrix_of_which_a_worker_dies_and_whose_gaps_are_filled(address, tmp_path):
+    render(tmp_path / "parts", train=16, good=3, each=1, size=96)
+    data = [dataset.find(tmp_path / "parts")]
+
+    def cells(folder):
+        return matrix.cells_of(data, ["patchcore"], ["size=32 false_alarms=0.1"], [0, 1], tmp_path / folder)
+
+    disturbed, whole = cells("disturbed"), cells("whole")
+    killing = kill_when(lambda: list((tmp_path / "disturbed").rglob("unfinished")), b"ray::_carried_out")
+    assert [outcome.problem for outcome in cells_as_tasks(disturbed[:1])] == [""]
+    killing.join()
+    missing = matrix.begin(disturbed, tmp_path / "disturbed", resume=True)
+    assert [cell.seed for cell in missing] == [1]
+    outcomes = [matrix.Outcome(disturbed[0]), *cells_as_tasks(missing)]
+    assert matrix.summary_rows(outcomes) == matrix.summary_rows([*matrix.one_after_another(whole)])
+    assert matrix.summary_rows(outcomes)[0]["runs"] == "2"
+
+
+def patches(folder, count):
+    """Photographs of coloured patches, of which no two have the same."""
+    folder.mkdir(parents=True)
+    for seed in range(count):
+        colours = np.random.default_rng(seed).integers(60, 200, (5, 5, 3), np.uint8)
+        Image.fromarray(colours).resize((96, 96), Image.Resampling.BICUBIC).save(folder / f"{seed:03}.png")
+
+
+def contents(model):
+    return {path.name: path.read_bytes() for path in sorted(Path(model).iterdir())}
+
+
+def test_training_on_a_cluster_gives_the_bytes_of_one_process(address, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    patches(Path("parts/good"), 12)
+    words = [
+        "patchcore",
+        "parts",
+        "--size",
+        "64",
+        "--false-alarms",
+        "0.1",
+        "--shards",
+        "3",
+        "--ray",
+        address,
+        "--quiet",
+    ]
+    cli.main(["train", *words], standalone_mode=False)  # in this process, whose workers there are already
+    found = Path("results/project/group/run")
+    config = PatchCoreConfig(size=64, false_alarms=0.1)
+    ShardedPatchCore(config, 3).fit(dataset.find(Path("parts")).select(split="train")).save("model")
+    assert contents(found / "models" / "parts") == contents("model")
+    assert json.loads((found / "run.json").read_text())["shards"] == {"parts": 3}
+
+
+@pytest.mark.slow
+def test_training_of_which_workers_die_gives_the_same_bytes(address, tmp_path):
+    patches(tmp_path / "good", 60)
+    config = PatchCoreConfig(size=160, false_alarms=0.1)
+    good, killed = sorted((tmp_path / "good").iterdir()), []
+
+    def disturbed(step, detector, shards, done):
+        killing = kill_when(lambda: True, b"ray::_of_shard")
+        results = shards_as_tasks(step, detector, shards, done)
+        killing.join()
+        killed.append(step.__name__)
+        return results
+
+    for carried_out, name in ((shards_as_tasks, "plain"), (disturbed, "disturbed")):
+        ShardedPatchCore(config, 4, carried_out).fit(good).save(tmp_path / name)
+    assert killed == ["look", "choose", "search", "score"]
+    assert contents(tmp_path / "plain") == contents(tmp_path / "disturbed")
+
+
+def test_a_shard_that_cannot_be_learned_from_is_told(address, tmp_path):
+    patches(tmp_path / "good", 12)
+    good = sorted((tmp_path / "good").iterdir())
+
+    def emptied(step, detector, shards, done):
+        if step.__name__ == "choose":
+            good[7].write_bytes(b"")
+        return shards_as_tasks(step, detector, shards, done)
+
+    with pytest.raises(kizu.DataError, match=r"(?s)1 of 4 training images cannot be used.*007\.png"):
+        ShardedPatchCore(PatchCoreConfig(size=64, false_alarms=0.1), 3, emptied).fit(good)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("killed", [False, True])
 def test_a_matrix_on_a_cluster_is_that_of_one_process(killed, address, tmp_path, monkeypatch):
@@ -178,8 +306,7 @@ def test_a_matrix_on_a_cluster_is_that_of_one_process(killed, address, tmp_path,
     comparing = [sys.executable, "-m", "kizu", *command, "--output", "disturbed", "--ray", address]
     driver = subprocess.Popen(comparing, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     if killed:
-        wait_for(lambda: list(Path("disturbed").glob("*/*/*/*/unfinished")))
-        os.kill(workers(b"ray::_carried_out")[0], signal.SIGKILL)
+        kill_when(lambda: list(Path("disturbed").glob("*/*/*/*/unfinished")), b"ray::_carried_out").join()
     run(*command, "--output", "whole")
     output, errors = driver.communicate(timeout=100)
     assert driver.returncode == 0, errors
@@ -295,7 +422,27 @@ def test_what_does_not_go_together_is_told(arguments, sentence, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["patchcore", "parts", "--shards", "3"], "--shards belongs to --ray"),
+        (["simplenet", "parts", "--ray"], "kizu compare DATA --methods simplenet --ray trains each category"),
+        (["patchcore", "parts", "--ray", "--auto"], "--auto does not go with --ray"),
+        (["patchcore", "--ray", "parts"], "--ray parts: a cluster's address"),
+        (["patchcore", "parts", "--align", "--ray"], "train it without --ray"),
+    ],
+)
+def test_training_that_a_cluster_does_not_do_is_refused(arguments, sentence, tmp_path):
+    patches(tmp_path / "parts" / "good", 3)
+    assert sentence in run("train", *arguments, code=2, cwd=tmp_path).stderr
+
+
 def test_without_the_extra_a_sentence_says_what_to_install(tmp_path):
     (tmp_path / "ray.py").write_text("raise ModuleNotFoundError(\"No module named 'ray'\", name='ray')")
-    said = run("predict", EXPORTED, "new", "--parquet", "out", "--ray", code=2, cwd=tmp_path)
-    assert "pip install 'kizu[ray]'" in said.stderr
+    patches(tmp_path / "parts" / "good", 3)
+    for command in (
+        ["predict", EXPORTED, "new", "--parquet", "out", "--ray"],
+        ["train", "patchcore", "parts", "--ray"],
+    ):
+        assert "pip install 'kizu[ray]'" in run(*command, code=2, cwd=tmp_path).stderr
+    assert not (tmp_path / "results").exists()

@@ -115,6 +115,7 @@ def _train_command(method: str) -> click.Command:
         if options["print_config"]:
             click.echo(settings_text(config))
         elif data is None:
+            _check_address(options)  # which DATA may have been taken for
             raise click.MissingParameter(param_hint="'DATA'", param_type="argument")
         else:
             _learn(method, config, data, options)
@@ -187,15 +188,19 @@ def _check_ray(method: str, data: str, options: dict[str, Any]) -> str:
             f"--ray: {method} learns a category on one machine; kizu compare DATA --methods {method} --ray trains each "
             "category, setting and seed as a task of its own"
         )
-    from kizu.ray.cluster import check_address
-
-    if options["ray"]:
-        check_address(options["ray"])
+    _check_address(options)
     if options["auto"]:
         raise OptionError("--auto does not go with --ray: choose the settings with some of the photographs, without it")
     if options["gpu"] is not None:
         raise OptionError("--gpu does not go with --ray: each task takes a GPU where the cluster has some")
     return str(Path(data).expanduser().absolute())
+
+
+def _check_address(options: dict[str, Any]) -> None:
+    from kizu.ray.cluster import check_address
+
+    if options["ray"]:
+        check_address(options["ray"])
 
 
 @contextmanager
