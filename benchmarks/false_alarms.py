@@ -9,6 +9,7 @@ python benchmarks/false_alarms.py --learn 40 --quarters               four photo
 python benchmarks/false_alarms.py --zones                             three zones inspected, each on its own, and one ig
 python benchmarks/false_alarms.py --sizes                             regions of 40 pixels and 8 in length stop a part
 python benchmarks/false_alarms.py --learn 60 --tiles                  photographs that are judged in tiles, four of each
+python benchmarks/false_alarms.py DATA… --shards 4                    PatchCore from four shards of the photographs
 python benchmarks/false_alarms.py --quick                             a rendered category, a few splits
 
 All good images of a category, training and test, are one pool. A split learns from some of them and judges the rest,

@@ -1,13 +1,14 @@
-"""Judging on a Ray cluster: speed and memory beside one process, and what is lost when workers, nodes and commands die.
+"""Judging and training on a Ray cluster beside one process, and what is lost when workers, nodes and commands die.
 
-python benchmarks/many_machines.py                         both, 100,000 photographs
+python benchmarks/many_machines.py                         all, 100,000 photographs
 python benchmarks/many_machines.py --photographs 10000     with fewer
-python benchmarks/many_machines.py --only faults          or speed, or driver
+python benchmarks/many_machines.py --size 128              with a smaller, faster model
+python benchmarks/many_machines.py --only faults           or speed, driver, training
 
 Each part that was measured replaces its rows in results/many_machines.csv.
 
 The photographs are links to real ones of a category, scaled to 256 pixels: distinct paths, as many as are wanted.
-Model: PatchCore with its defaults at 256 × 256, exported to ONNX.
+Model: PatchCore with its defaults at 256 × 256 (`--size`), exported to ONNX.
 
 Speed: one `kizu predict` and one `kizu predict --ray` over the same photographs on the same cores, in turns, first over
 one half of the photographs and then over the other one. One process is timed as a whole command, Ray from the first
@@ -18,10 +19,15 @@ of the time, and in the last one.
 Faults: three nodes on this machine (`ray.cluster_utils.Cluster`), with 5 % damaged files. At random moments twenty
 actors are killed, a node is removed and another comes, and twice the command is killed and started again. Then every
 row is compared with what one process says.
+
+Training: `kizu train patchcore` and the same with `--ray --shards 4`, at the same size, on bottle and magnetic tile;
+then once more, while workers are killed, each a second after one is seen at work, until three are dead. The memory is
+that of the largest worker.
 """
 
 import argparse
 import csv
+import hashlib
 import io
 import json
 import os
@@ -45,7 +51,10 @@ KILLS, DRIVERS = 20, 2
 DAMAGED = 20  # every so many-th photograph
 FAULTS_SHARE = 10  # of the photographs, one in so many
 SAME = ("score", "p_value", "verdict", "threshold", "zone", "regions", "cannot_judge", "error")
-PARTS = ("speed", "driver", "faults")
+PARTS = ("speed", "driver", "faults", "training")
+TRAINED = {"bottle": DATA / "mvtec_ad" / "bottle", "magnetic tile": DATA / "magnetic_tile"}
+SHARDS, WORKERS_KILLED = 4, 3
+Verdicts = dict[str, tuple[bytes, str]]  # of each path a hash of what is said, and the error
 LISTED = 1_000_000  # paths of the driver's part
 HEADER = ("part", "measure", "value", "unit")
 
@@ -54,6 +63,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=PARTS)
     parser.add_argument("--photographs", type=int, default=100_000)
+    parser.add_argument("--size", type=int, default=SIDE, help="of the models' input")
     parser.add_argument("--category", type=Path, default=DATA / "mvtec_ad" / "bottle", help="in MVTec's layout")
     parser.add_argument("--seed", type=int, default=0, help="of the moments at which something is killed")
     parser.add_argument("--output", type=Path, default=HERE / "results" / "many_machines.csv")
@@ -61,12 +71,14 @@ def main() -> None:
     arguments.output = arguments.output.absolute()
     with tempfile.TemporaryDirectory() as scratch:
         os.chdir(scratch)
-        model = prepare(arguments.category)
+        model = Path("model") if arguments.only == "training" else prepare(arguments.category, arguments.size)
         for part in PARTS if arguments.only is None else [arguments.only]:
             if part == "speed":
-                rows = [*speed(model, arguments.photographs)]
+                rows = [*speed(model, arguments.photographs, arguments.size)]
             elif part == "driver":
                 rows = [*driver(model)]
+            elif part == "training":
+                rows = [*training(arguments.size)]
             else:
                 rows = [*faults(model, arguments.photographs // FAULTS_SHARE, arguments.seed)]
             record(arguments.output, part, rows)
@@ -84,14 +96,14 @@ def record(path: Path, part: str, rows: list[tuple[str, str, str]]) -> None:
         print("  ".join(row), flush=True)
 
 
-def prepare(category: Path) -> Path:
+def prepare(category: Path, size: int) -> Path:
     """The model, and real photographs at 256 pixels in the folder real."""
     import kizu
     from kizu.data.image import read, resize, write
     from kizu.data.photographs import scan
     from kizu.export import export
 
-    export(kizu.PatchCore(size=SIDE).fit(category / "train" / "good"), "model")
+    export(kizu.PatchCore(size=size).fit(category / "train" / "good"), "model")
     Path("real").mkdir()
     for number, path in enumerate(scan(category / "test")):
         write(f"real/{number:03}.png", resize(read(path), (SIDE, SIDE)))
@@ -112,27 +124,30 @@ def links(folder: Path, count: int, damaged: bool = False) -> Path:
     return folder
 
 
-def speed(model: Path, count: int) -> Iterator[tuple[str, str, str]]:
+def speed(model: Path, count: int, size: int) -> Iterator[tuple[str, str, str]]:
     seconds, start, memory = {"one": 0.0, "ray": 0.0}, [], []
     different = 0
     for turn in range(2):
         folder = links(Path(f"speed-{turn}"), count // 2)
         begun = time.monotonic()
-        plain = json.loads(command("predict", model, folder, "--json").stdout)
+        said_by_one = command("predict", model, folder, "--json").stdout
         seconds["one"] += time.monotonic() - begun
+        plain = said(said_by_one)
+        del said_by_one
         begun = time.monotonic()
         out = f"verdicts-{turn}"
         with Memory() as sampled:
-            said = json.loads(
+            summary = json.loads(
                 command("predict", model, folder, "--json", "--parquet", out, "--ray", "local", on=sampled).stdout
             )
         whole = time.monotonic() - begun
-        seconds["ray"] += said["seconds"]
-        start.append(whole - said["seconds"])
+        seconds["ray"] += summary["seconds"]
+        start.append(whole - summary["seconds"])
         memory.append(sampled)
-        different += differences(plain, out)[2]
+        different += sum(differences(plain, out))
     pairs = len(memory)
     yield "photographs", str(count), ""
+    yield "side of the network's input", str(size), "pixels"
     yield "one process", f"{count / seconds['one']:.1f}", "photographs a second"
     yield "Ray, as many cores", f"{count / seconds['ray']:.1f}", "photographs a second"
     yield "Ray against one process", f"{seconds['one'] / seconds['ray']:.3f}", ""
@@ -194,7 +209,7 @@ def faults(model: Path, count: int, seed: int) -> Iterator[tuple[str, str, str]]
     import kizu  # noqa: F401 - Ray reports nothing
 
     folder = links(Path("faults"), count, damaged=True)
-    plain = json.loads(command("predict", model, folder, "--json", code=1).stdout)
+    plain = said(command("predict", model, folder, "--json", code=1).stdout)
     options = {"num_cpus": 1, "object_store_memory": 256 * 2**20}
     cluster = Cluster(initialize_head=True, head_node_args=options | {"num_cpus": 0, "include_dashboard": False})
     nodes = [cluster.add_node(**options) for _ in range(2)]
@@ -230,7 +245,7 @@ def faults(model: Path, count: int, seed: int) -> Iterator[tuple[str, str, str]]
     yield "lost", str(lost), ""
     yield "doubled", str(doubled), ""
     yield "different", str(different), ""
-    yield "damaged", str(sum(bool(row["error"]) for row in plain)), ""
+    yield "damaged", str(sum(bool(error) for _, error in plain.values())), ""
     yield "error rows", str(summary["counts"]["error"]), ""
     yield "exit code", str(driver.returncode), ""
 
@@ -246,17 +261,111 @@ def progress(out: str) -> int:
     return sum(pq.read_metadata(path).num_rows for path in Path(out).glob("part-*"))
 
 
-def differences(plain: Sequence[dict[str, Any]], out: str) -> tuple[int, int, int]:
+def said(text: str) -> Verdicts:
+    """What `kizu predict --json` printed, row by row: all rows together would take many times as much memory."""
+    decoder, verdicts, place = json.JSONDecoder(), Verdicts(), text.index("[") + 1
+    while (start := text.find("{", place)) >= 0:
+        row, place = decoder.raw_decode(text, start)
+        verdicts[row["path"]] = hashed(row), row["error"]
+    return verdicts
+
+
+def hashed(row: dict[str, Any]) -> bytes:
+    """A hash of what a row says, whether it comes from JSON or from Parquet."""
+    values = [row[name] or "" if name in ("cannot_judge", "error") else row[name] for name in SAME]
+    return hashlib.blake2b(json.dumps(floats(values), sort_keys=True).encode(), digest_size=16).digest()
+
+
+def floats(value: Any) -> Any:
+    """The same with all numbers as floats."""
+    if isinstance(value, dict):
+        return {name: floats(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [floats(inner) for inner in value]
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def differences(plain: Verdicts, out: str) -> tuple[int, int, int]:
     """How many photographs have no row, how many more than one, and how many another one than one process gives."""
     import pyarrow.parquet as pq
 
-    rows = pq.read_table(out).to_pylist()
-    found = {row["path"]: row | {name: row[name] or "" for name in ("cannot_judge", "error")} for row in rows}
-    wanted = {row["path"]: row for row in plain}
-    different = sum(
-        any(found[path][name] != row[name] for name in SAME) for path, row in wanted.items() if path in found
-    )
-    return len(wanted.keys() - found.keys()), len(rows) - len(found), different
+    found, doubled, different = set(), 0, 0
+    for part in sorted(Path(out).glob("part-*")):
+        for row in pq.read_table(part).to_pylist():
+            doubled += row["path"] in found
+            found.add(row["path"])
+            different += row["path"] in plain and hashed(row) != plain[row["path"]][0]
+    return len(plain.keys() - found), doubled, different
+
+
+def training(size: int) -> Iterator[tuple[str, str, str]]:
+    for name, data in TRAINED.items():
+        folder = name.replace(" ", "-")
+        words = ("train", "patchcore", data, "--size", size, "--output", folder, "--json")
+        on_ray = (*words, "--ray", "local", "--shards", SHARDS)
+        runs, seconds = {}, {}
+        sampled = Memory(b"ray::_of_shard")
+        for kind, options in (("one process", words), (f"{SHARDS} shards", on_ray)):
+            begun = time.monotonic()
+            with sampled if options is on_ray else Memory(b"-"):
+                command(*options, "--name", kind[0], on=sampled)
+            seconds[kind] = time.monotonic() - begun
+            runs[kind] = figures(Path(folder, "project", "group", kind[0]))
+        auroc = [run["image_auroc"] for run in runs.values()]
+        killer = Killer(b"ray::_of_shard", WORKERS_KILLED)
+        with killer:
+            command(*on_ray, "--name", "killed")
+        for kind, run in runs.items():
+            yield f"{name}, {kind}: image AUROC", f"{run['image_auroc']:.4f}", ""
+            yield f"{name}, {kind}: good parts stopped", f"{run['alarms']} of {run['good']}", ""
+            yield f"{name}, {kind}: defects stopped", f"{run['hits']} of {run['bad']}", ""
+            yield f"{name}, {kind}: whole command", f"{seconds[kind]:.0f}", "seconds"
+        yield f"{name}: image AUROC, difference", f"{auroc[1] - auroc[0]:+.4f}", ""
+        yield f"{name}: largest worker", f"{max(s['actor'] for s in sampled.samples) / 1e6:.0f}", "MB"
+        yield f"{name}: workers killed while it learned", str(killer.killed), ""
+        models = [
+            {path.name: path.read_bytes() for path in Path(folder, "project", "group", run, "models").rglob("model.*")}
+            for run in (str(SHARDS), "killed")
+        ]
+        yield f"{name}: bytes of the model afterwards", "the same" if models[0] == models[1] else "others", ""
+
+
+def figures(run: Path) -> dict[str, Any]:
+    """What a run says of its test photographs."""
+    with (run / "results.csv").open() as table:
+        row = next(csv.DictReader(table))
+    good, bad = int(row["test_good"]), int(row["test_defective"])
+    hits = bad - int(row["misses"])
+    return {
+        "image_auroc": float(row["image_auroc"]),
+        "alarms": row["false_alarms"],
+        "good": good,
+        "hits": hits,
+        "bad": bad,
+    }
+
+
+class Killer:
+    """Kills so many workers, each a second after one is seen at work."""
+
+    def __init__(self, title: bytes, most: int) -> None:
+        self.title, self.most, self.killed = title, most, 0
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._kill)
+
+    def __enter__(self) -> "Killer":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _kill(self) -> None:
+        while self.killed < self.most and not self._over.wait(0.02):
+            if actors(self.title) and not self._over.wait(1.0) and (working := actors(self.title)):
+                os.kill(working[0], signal.SIGKILL)
+                self.killed += 1
 
 
 def command(*words: Any, code: int = 0, on: "Memory | None" = None) -> subprocess.CompletedProcess[str]:
@@ -271,8 +380,8 @@ def command(*words: Any, code: int = 0, on: "Memory | None" = None) -> subproces
     return subprocess.CompletedProcess(words, code, output, errors)
 
 
-def actors() -> list[int]:
-    """The processes, below this one, in which a model judges."""
+def actors(kind: bytes = b"ray::MapWorker") -> list[int]:
+    """The processes, below this one, in which a model judges, or that are called otherwise."""
     parents: dict[int, int] = {}
     titles: dict[int, bytes] = {}
     for entry in Path("/proc").iterdir():
@@ -287,7 +396,7 @@ def actors() -> list[int]:
         above = process
         while above != os.getpid() and above in parents:
             above = parents[above]
-        if above == os.getpid() and title.startswith(b"ray::MapWorker"):
+        if above == os.getpid() and title.startswith(kind):
             found.append(process)
     return found
 
@@ -295,8 +404,8 @@ def actors() -> list[int]:
 class Memory:
     """The resident set of a driver and its actors, sampled every second in a thread."""
 
-    def __init__(self) -> None:
-        self.driver = 0
+    def __init__(self, kind: bytes = b"ray::MapWorker") -> None:
+        self.driver, self.kind = 0, kind
         self.samples: list[dict[str, int]] = []
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._sample)
@@ -317,7 +426,7 @@ class Memory:
 
     def _sample(self) -> None:
         while not self._over.wait(1.0):
-            sizes = [resident(process) for process in actors()]
+            sizes = [resident(process) for process in actors(self.kind)]
             self.samples.append({"driver": resident(self.driver), "actor": max(sizes, default=0)})
 
 

@@ -24,7 +24,7 @@ __all__ = [
     "json_option",
     "quiet_option",
 ]
-__all__ += ["ray_option", "run_options", "settings_text", "zone_options"]
+__all__ += ["ray_option", "run_options", "settings_text", "shards_option", "zone_options"]
 
 quiet_option = click.option("-q", "--quiet", is_flag=True, help="Print nothing but results and errors.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
@@ -52,6 +52,13 @@ ray_option = click.option(
     flag_value="",
     help="Work on a Ray cluster: HOST:PORT, auto for the one that runs here, local for a new one of this machine. "
     "Without ADDRESS: RAY_ADDRESS, or local.",
+)
+
+
+shards_option = click.option(
+    "--shards",
+    type=click.IntRange(1),
+    help="With --ray: learn from so many shards of the photographs. Default: one for each hundred.",
 )
 
 

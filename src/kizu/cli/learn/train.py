@@ -20,6 +20,7 @@ from kizu.cli.options import (
     ray_option,
     run_options,
     settings_text,
+    shards_option,
     zone_options,
 )
 from kizu.cli.wording import flagged
@@ -98,12 +99,8 @@ def _train_command(method: str) -> click.Command:
         type=click.IntRange(2, 100),
         help="Cross-validation: train this many times, each time judging another part of the good images.",
     )
+    @shards_option
     @ray_option
-    @click.option(
-        "--shards",
-        type=click.IntRange(1),
-        help="With --ray: learn from so many shards of the photographs. Default: one for each hundred.",
-    )
     @click.option("--print-config", is_flag=True, help="Print the settings as a file for --config, and end.")
     @quiet_option
     @json_option
