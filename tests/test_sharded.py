@@ -45,10 +45,12 @@ def test_one_shard_learns_what_one_machine_does():
 @pytest.mark.parametrize("groups", [None, [number // 2 for number in range(13)]])
 def test_each_photograph_is_scored_against_the_finished_bank_without_its_own_entries(groups):
     """As by one `LeaveOneOut` over all photographs and the merged bank, in one place."""
-    kept = {}
+    kept, candidates = {}, []
 
     def watched(step, detector, shards, done):
         kept["detector"] = detector
+        if step.__name__ == "search":
+            candidates.extend(shard.candidates for shard in shards)
         return one_after_another(step, detector, shards, done)
 
     sharded = learned(4, run=watched, group_by=groups, keep_copies=True)
@@ -64,6 +66,9 @@ def test_each_photograph_is_scored_against_the_finished_bank_without_its_own_ent
             lambda numbers: graph.rows(graph.embed(pixels[list(numbers)])),
             groups,
             kept["detector"].radii,
+        )
+        leave_one_out.find_stand_ins(
+            [[torch.cat(each) for each in zip(*bank, strict=True)] for bank in zip(*candidates, strict=True)]
         )
         scores = leave_one_out.scores(lambda done, total: None)[0].tolist()
     if groups is not None:

@@ -68,7 +68,8 @@ class LeaveOneOut:
     """Scores training images of these ids, whose patch features (B · P, D) for each bank `features` gives.
 
     `groups` has a number for each training image, equal for those that are left out together; without it each is alone.
-    `radii` say within which radius each bank covers the patches that it was chosen from, where these are not all.
+    Where banks were not chosen from all patches, `radii` say within which radius each covers those that it was chosen
+    from, and `find_stand_ins` takes these.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class LeaveOneOut:
         for position, image_id in enumerate(image_ids):
             self.members.setdefault(self._group(image_id), []).append(position)
         self._last: tuple[int, list[Neighbours]] | None = None  # a group, and the neighbours of all its images
+        self.from_all = radii is None
         self.stand_ins = [
             _StandIns(bank, None if radii is None else radii[number]) for number, bank in enumerate(graph.banks)
         ]
@@ -110,6 +112,14 @@ class LeaveOneOut:
             for start in range(0, len(self.image_ids), BATCH):
                 self.loo_neighbours += self._among_others(start)
                 progress(len(self.loo_neighbours))
+
+    def find_stand_ins(self, candidates: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Look for stand-ins among patches (N, D) of images (N,) that each bank was chosen from: all, or some of them."""
+        with self._grouped():
+            for bank, stand_ins, (rows, images) in zip(self.graph.banks, self.stand_ins, candidates, strict=True):
+                groups = images if self.groups is None else self.groups[images]
+                distances, entries = bank.search(rows, 1, groups)
+                stand_ins.learn(rows, distances[:, 0], entries[:, 0], groups)
 
     def searched(self) -> list[Searched]:
         """What the search found in each bank, whose typical distances were unknown before it."""
@@ -169,7 +179,9 @@ class LeaveOneOut:
             query_image_ids = torch.tensor(query_groups, device=rows.device).repeat_interleave(patches)
             neighbours = self.graph.neighbours(bank, rows, query_image_ids)
             bank.learn_scale(neighbours.distances[:, 0], neighbours.entries[:, 0])
-            self.stand_ins[number].learn(rows, neighbours.distances[:, 0], neighbours.entries[:, 0], query_image_ids)
+            if self.from_all:
+                stand_ins = self.stand_ins[number]
+                stand_ins.learn(rows, neighbours.distances[:, 0], neighbours.entries[:, 0], query_image_ids)
             if len(self.kept) == number:  # small tensors among large ones would scatter over the memory
                 shape = (len(self.image_ids), patches, neighbours.distances.shape[1])
                 self.kept.append((neighbours.distances.new_empty(shape), neighbours.entries.new_empty(shape)))

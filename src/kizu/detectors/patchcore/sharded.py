@@ -60,6 +60,7 @@ class Shard:
     items: Sequence[Readable]
     numbers: Sequence[int]  # of these among all
     digests: Sequence[str] = ()  # by which the same are known again
+    candidates: Sequence[tuple[Tensor, Tensor]] = ()  # of each bank, patches that it was chosen from, and their images
     searched: Sequence[Searched] = ()  # of each bank: neighbours of these, and scales and stand-ins from all
 
 
@@ -229,25 +230,35 @@ class ShardedPatchCore(PatchCore):
         with context.timed("coreset"), tidy():
             facts, worker.radii = _fill_banks(graph, by_shard, context.progress)
         with context.timed("calibration"):
-            image_ids = self._scored_ids(photos, False)
-            loo_scored = self._score_as_if_new(worker, photos, image_ids, context)
+            loo_scored = self._score_as_if_new(worker, photos, by_shard, context)
             graph.upsample.learn_units(loo_scored[1][loo_scored[0].isfinite()])
             scored = self._score_new(worker, context) if len(context.held_out) else loo_scored
         graph.to(self.device)
-        return Member(graph, scored, loo_scored[0], image_ids, facts | {"shards": len(shards)}, lambda: scored)
+        return Member(
+            graph,
+            scored,
+            loo_scored[0],
+            self._scored_ids(photos, False),
+            facts | {"shards": len(shards)},
+            lambda: scored,
+        )
 
     def _score_as_if_new(
-        self, worker: "ShardedPatchCore", photos: "Pictures", image_ids: Sequence[int], context: FitContext
+        self, worker: "ShardedPatchCore", photos: "Pictures", chosen: list[list["Chosen"]], context: FitContext
     ) -> tuple[Tensor, Tensor]:
         """Scores (M,) and patch scores (M, h, w) of training images; the banks learn their scales from all of these."""
+        image_ids = self._scored_ids(photos, False)
         count = min(self.shards, max(1, len(image_ids) // SCORED_TOGETHER))
         parts = _divided(image_ids, count, context.groups)
-        shards = [photos.shard(numbers) for numbers in parts]
+        shards = [
+            replace(photos.shard(numbers), candidates=[_together(of_bank) for of_bank in zip(*some, strict=True)])
+            for numbers, some in zip(parts, (chosen[number :: len(parts)] for number in range(len(parts))), strict=True)
+        ]
         by_shard = self._carried_out(search, worker, shards, "Neighbours", context.progress)
         searched = [Searched.joined(parts) for parts in zip(*by_shard, strict=True)]
         ends = np.cumsum([0, *map(len, parts)]).tolist()
         shards = [
-            replace(shard, searched=[of_bank.of_images(first, last) for of_bank in searched])
+            replace(shard, candidates=(), searched=[of_bank.of_images(first, last) for of_bank in searched])
             for shard, first, last in zip(shards, ends[:-1], ends[1:], strict=True)
         ]
         scored = self._carried_out(score, worker, shards, "Threshold", context.progress)
@@ -365,6 +376,7 @@ def search(detector: ShardedPatchCore, shard: Shard) -> list[Searched]:
     with detector.photographs(shard) as photos:
         leave_one_out = detector.leave_one_out(photos, shard)
         leave_one_out.search(lambda done: None)
+        leave_one_out.find_stand_ins([(r.to(detector.device), i.to(detector.device)) for r, i in shard.candidates])
         return [of_bank.to(torch.device("cpu")) for of_bank in leave_one_out.searched()]
 
 
@@ -417,6 +429,11 @@ def _fill_banks(
         "radius": [max(p.radius for p in parts) + r for parts, r in zip(by_bank, radii, strict=True)],
     }
     return facts, radii
+
+
+def _together(chosen: Sequence[Chosen]) -> tuple[Tensor, Tensor]:
+    """Entries (N, D) and their images (N,)."""
+    return torch.cat([part.entries for part in chosen]), torch.cat([part.images for part in chosen])
 
 
 def _divided(numbers: Sequence[int], count: int, groups: Sequence[int] | None = None) -> list[list[int]]:
