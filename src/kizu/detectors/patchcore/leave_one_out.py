@@ -114,7 +114,7 @@ class LeaveOneOut:
                 progress(len(self.loo_neighbours))
 
     def find_stand_ins(self, candidates: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Look for stand-ins among patches (N, D) of images (N,) that each bank was chosen from: all, or some of them."""
+        """Look for stand-ins among patches (N, D) of images (N,) that each bank was chosen from: all, or some."""
         with self._grouped():
             for bank, stand_ins, (rows, images) in zip(self.graph.banks, self.stand_ins, candidates, strict=True):
                 groups = images if self.groups is None else self.groups[images]
