@@ -148,7 +148,7 @@ def test_killed_workers_and_a_killed_command_lose_nothing_and_double_nothing(add
 
 
 def test_judging_goes_on_where_a_command_was_killed_and_repeats_what_an_actor_was_at(address, photographs):
-    command = ["predict", EXPORTED, "new", "--parquet", "out", "--ray", address]
+    command = ["predict", EXPORTED, "new", "--parquet", "out", "--ray", address, "--actors", "1"]
     driver = subprocess.Popen([sys.executable, "-m", "kizu", *command], stderr=subprocess.DEVNULL)
     wait_for(lambda: parts_in("out") > 1)
     driver.kill()
@@ -162,7 +162,7 @@ def test_judging_goes_on_where_a_command_was_killed_and_repeats_what_an_actor_wa
             killed.append(actors()[0])
             os.kill(killed[0], signal.SIGKILL)
 
-    judged = predict(EXPORTED, ["new"], "out", progress=kill)
+    judged = predict(EXPORTED, ["new"], "out", actors=1, progress=kill)
     assert killed and judged.before >= begun and judged.before + judged.now == 252
     assert judged.counts["error"] == 12
     check_same(rows("out"), expected())
@@ -292,6 +292,7 @@ def test_training_of_which_workers_die_gives_the_same_bytes(steps, address, tmp_
     assert contents(tmp_path / "plain") == contents(tmp_path / "disturbed")
 
 
+@pytest.mark.slow
 def test_a_shard_that_cannot_be_learned_from_is_told(address, tmp_path):
     patches(tmp_path / "good", 12)
     good = sorted((tmp_path / "good").iterdir())
