@@ -1,12 +1,12 @@
 """How torch's threads share the images of a batch where other programs want the processor too."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from threading import Barrier
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from kizu.features.matmul import is_traced
 __all__ = ["each_image"]
 
 LOAD, TASKS = Path("/proc/loadavg"), Path("/proc/self/task")  # Linux
-Made = TypeVar("Made", list[Tensor], tuple[Tensor, Tensor])
+Made = TypeVar("Made", bound=Sequence[Tensor])  # a list or a tuple
 
 
 def each_image(network: Callable[[Tensor], Made], images: Tensor) -> Made:
@@ -30,7 +30,8 @@ def each_image(network: Callable[[Tensor], Made], images: Tensor) -> Made:
     if images.device.type != "cpu" or is_traced() or torch.is_grad_enabled() or count == 1 or not _is_busy():
         return network(images)
     made = list(_workers(count).map(lambda image: _without_gradients(network, image), images.split(1)))
-    return made[0] if len(made) == 1 else type(made[0])(map(torch.cat, zip(*made, strict=True)))  # type: ignore[misc]
+    rows = [torch.cat(of_images) for of_images in zip(*made, strict=True)]
+    return cast(Made, rows if isinstance(made[0], list) else tuple(rows))
 
 
 def _without_gradients(network: Callable[[Tensor], Made], images: Tensor) -> Made:
