@@ -52,6 +52,7 @@ DAMAGED = 20  # every so many-th photograph
 FAULTS_SHARE = 10  # of the photographs, one in so many
 SAME = ("score", "p_value", "verdict", "threshold", "zone", "regions", "cannot_judge", "error")
 PARTS = ("speed", "driver", "faults", "training")
+SMALLER = "speed at {size}"  # the part's name for another size than the usual one, whose rows it leaves
 TRAINED = {"bottle": DATA / "mvtec_ad" / "bottle", "magnetic tile": DATA / "magnetic_tile"}
 SHARDS, WORKERS_KILLED = 4, 3
 Verdicts = dict[str, tuple[bytes, str]]  # of each path a hash of what is said, and the error
@@ -81,13 +82,15 @@ def main() -> None:
                 rows = [*training(arguments.size)]
             else:
                 rows = [*faults(model, arguments.photographs // FAULTS_SHARE, arguments.seed)]
-            record(arguments.output, part, rows)
+            smaller = part == "speed" and arguments.size != SIDE
+            record(arguments.output, SMALLER.format(size=arguments.size) if smaller else part, rows)
 
 
 def record(path: Path, part: str, rows: list[tuple[str, str, str]]) -> None:
     """Print the rows of a part, and put them into the table in place of those that it had."""
     before = list(csv.reader(path.read_text().splitlines()))[1:] if path.exists() else []
-    table = {name: [row for row in before if row[0] == name] for name in PARTS}
+    names = sorted({*PARTS, part, *(row[0] for row in before)}, key=lambda name: (PARTS.index(name.split()[0]), name))
+    table = {name: [row for row in before if row[0] == name] for name in names}
     table[part] = [[part, *row] for row in rows]
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([HEADER, *(row for kept in table.values() for row in kept)])
