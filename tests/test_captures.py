@@ -92,6 +92,7 @@ def test_what_is_done_is_the_users_choice(asking):
     assert plain.captures is None and "captures" not in plain.describe()
 
 
+@pytest.mark.slow
 def test_saved_exported_updated_and_merged_models_refuse_alike(asking, tmp_path):
     pytest.importorskip("onnxscript")
     photos = [*BAD.values(), part(60), part(61, spot=True)]

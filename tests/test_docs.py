@@ -45,6 +45,8 @@ def workshop(tmp_path):
 LONG = {
     "command-line.md",
     "simplenet.md",
+    "sizes.md",
+    "zones.md",
     "missed-defects.md",
     "verdicts.md",
     "metrics.md",
