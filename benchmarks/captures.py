@@ -21,7 +21,7 @@ import numpy.typing as npt
 from PIL import Image, ImageFilter
 
 from accuracy import present
-from kizu.calibration.captures import Captures
+from kizu.calibration.captures import Capture, Captures
 from kizu.cli.terminal import print_table
 from kizu.data import dataset, demo
 from kizu.data.files import write_csv
@@ -79,7 +79,7 @@ def captured(data: dataset.Dataset, category: str) -> dict[str, Any]:
 
 def rows(category: dict[str, Any], other: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Of each kind of photographs how many are refused, and the most frequent reason."""
-    captures = Captures.learned(category["train"])
+    captures = Captures.learned(Capture.of(*photo) for photo in category["train"])
     for kind in ("good", "defective"):
         yield row(category["name"], f"{kind}, as taken", [captures.reason(*photo) for photo in category[kind]])
     every, rng = [*category["train"], *category["good"]], np.random.default_rng(0)
@@ -87,7 +87,7 @@ def rows(category: dict[str, Any], other: dict[str, Any]) -> Iterator[dict[str, 
         reasons = []
         for _ in range(SPLITS):
             order = rng.permutation(len(every))
-            few = Captures.learned([every[number] for number in order[:count]])
+            few = Captures.learned(Capture.of(*every[number]) for number in order[:count])
             reasons += [few.reason(*every[number]) for number in order[count : count + 50]]
         yield row(category["name"], f"other good ones, learned from {count}", reasons)
     spoilt: dict[str, list[str]] = {}

@@ -38,7 +38,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +140,8 @@ def speed(model: Path, count: int, size: int) -> Iterator[tuple[str, str, str]]:
         del said_by_one
         begun = time.monotonic()
         out = f"verdicts-{turn}"
-        with Memory() as sampled:
+        sampled = Memory()
+        with beside(sampled.sample):
             summary = json.loads(
                 command("predict", model, folder, "--json", "--parquet", out, "--ray", "local", on=sampled).stdout
             )
@@ -310,13 +312,13 @@ def training(size: int) -> Iterator[tuple[str, str, str]]:
         sampled = Memory(b"ray::_of_shard")
         for kind, options in (("one process", words), (f"{SHARDS} shards", on_ray)):
             begun = time.monotonic()
-            with sampled if options is on_ray else Memory(b"-"):
+            with beside(sampled.sample) if options is on_ray else nullcontext():
                 command(*options, "--name", kind[0], on=sampled)
             seconds[kind] = time.monotonic() - begun
             runs[kind] = figures(Path(folder, "project", "group", kind[0]))
         auroc = [run["image_auroc"] for run in runs.values()]
         killer = Killer(b"ray::_of_shard", WORKERS_KILLED)
-        with killer:
+        with beside(killer.kill):
             command(*on_ray, "--name", "killed")
         for kind, run in runs.items():
             yield f"{name}, {kind}: image AUROC", f"{run['image_auroc']:.4f}", ""
@@ -348,25 +350,28 @@ def figures(run: Path) -> dict[str, Any]:
     }
 
 
+@contextmanager
+def beside(work: Callable[[threading.Event], None]) -> Iterator[None]:
+    """Do something in a thread until the block is over, which the event says."""
+    over = threading.Event()
+    thread = threading.Thread(target=work, args=(over,))
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
 class Killer:
     """Kills so many workers, each a second after one is seen at work."""
 
     def __init__(self, title: bytes, most: int) -> None:
         self.title, self.most, self.killed = title, most, 0
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._kill)
 
-    def __enter__(self) -> "Killer":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        self._thread.join()
-
-    def _kill(self) -> None:
-        while self.killed < self.most and not self._over.wait(0.02):
-            if actors(self.title) and not self._over.wait(1.0) and (working := actors(self.title)):
+    def kill(self, over: threading.Event) -> None:
+        while self.killed < self.most and not over.wait(0.02):
+            if actors(self.title) and not over.wait(1.0) and (working := actors(self.title)):
                 os.kill(working[0], signal.SIGKILL)
                 self.killed += 1
 
@@ -405,21 +410,11 @@ def actors(kind: bytes = b"ray::MapWorker") -> list[int]:
 
 
 class Memory:
-    """The resident set of a driver and its actors, sampled every second in a thread."""
+    """The resident set of a driver and its actors, sampled every second."""
 
     def __init__(self, kind: bytes = b"ray::MapWorker") -> None:
         self.driver, self.kind = 0, kind
         self.samples: list[dict[str, int]] = []
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._sample)
-
-    def __enter__(self) -> "Memory":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        self._thread.join()
 
     def largest(self, role: str, quarter: int) -> int:
         """Bytes of the largest process of a role in a quarter (from 0) of the time in which actors judge."""
@@ -427,8 +422,8 @@ class Memory:
         ends = [round(len(judging) * part / 4) for part in (quarter, quarter + 1)]
         return max(sample[role] for sample in judging[slice(*ends)])
 
-    def _sample(self) -> None:
-        while not self._over.wait(1.0):
+    def sample(self, over: threading.Event) -> None:
+        while not over.wait(1.0):
             sizes = [resident(process) for process in actors(self.kind)]
             self.samples.append({"driver": resident(self.driver), "actor": max(sizes, default=0)})
 

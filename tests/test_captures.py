@@ -8,7 +8,7 @@ import pytest
 from PIL import Image, ImageFilter
 
 import kizu
-from kizu.calibration.captures import Captures
+from kizu.calibration.captures import Capture, Captures
 from kizu.data import dataset
 from kizu.data.preprocessing import Preprocessing, batches
 from kizu.detectors.loading import load
@@ -134,7 +134,7 @@ def test_of_real_photographs_good_and_defective_ones_are_judged(real_data):
 
     for category in ("bottle", "pill"):
         samples = dataset.find(real_data / "mvtec_ad" / category).samples
-        captures = Captures.learned(photos("train"))
+        captures = Captures.learned(Capture.of(*photo) for photo in photos("train"))
         assert not any(captures.reason(*photo) for photo in photos("good"))
         refused = [bool(captures.reason(*photo)) for photo in photos("bad")]
         assert np.mean(refused) <= 0.05

@@ -1,6 +1,7 @@
 """What holds for every registered detector."""
 
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import kizu
 from kizu.config import CONFIGS
 from kizu.detectors import DETECTORS, detector_class
 from kizu.inference.prediction import Photo
-from kizu.testing import CHECKS, Subject, check_export
+from kizu.testing import CHECKS, Subject, check_export, check_threads
 from kizu.testing import photograph as part
 from teachers import TEACHER
 
@@ -48,6 +49,21 @@ def fitted(subject):
 @pytest.mark.parametrize("check", [check for check in CHECKS if check is not check_export])  # tests/test_export.py does
 def test_each_method_does_what_every_method_promises(subject, check):
     check(subject)
+
+
+def test_a_graph_that_changes_while_it_is_used_is_found(monkeypatch):
+    subject = Subject(kizu.PatchCore, SETTINGS["patchcore"])
+    judge = kizu.PatchCore.__call__
+
+    def forgetful(self, images):
+        self.images = images
+        time.sleep(0.05)
+        return judge(self, self.images)
+
+    check_threads(subject)
+    monkeypatch.setattr(kizu.PatchCore, "__call__", forgetful)
+    with pytest.raises(AssertionError, match="while other threads judge"):
+        check_threads(subject)
 
 
 def test_files_bytes_and_arrays_are_judged_alike(fitted, tmp_path):

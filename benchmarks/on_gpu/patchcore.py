@@ -18,6 +18,7 @@ from kizu.evaluation.metrics import ranking
 from kizu.features import backbone
 from kizu.features.patch_features import PatchFeatures, as_rows
 from on_gpu.measure import (
+    VARIANTS,
     Job,
     Variant,
     captured,
@@ -285,14 +286,7 @@ def whole(job: Job) -> None:
         job.number("judging of files", each, "ms / image", f"{workers} threads read", rate=shown(1000 / each))
     assert detector.graph is not None
     side = detector.config.size[0]
-    kept = (
-        Variant("strict float32", strict=True),
-        Variant("as it comes"),
-        Variant("TF32 everywhere", tf32=True),
-        Variant("bf16", bf16=True),
-        Variant("CUDA graph", captured=True),
-        Variant("CUDA graph, bf16", captured=True, bf16=True),
-    )
+    kept = tuple(variant for variant in VARIANTS if not variant.compiled)
     measure(job, "graph", detector.graph, partial(real, good, side, job.device), (1, 32) if job.full else (1,), kept)
 
 

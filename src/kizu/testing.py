@@ -11,6 +11,7 @@ import pickle
 import re
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -151,6 +152,21 @@ def check_graph(subject: Subject) -> None:
     _ensure(bool(np.isfinite(scores).all() and np.isfinite(maps).all()), "Scores and maps should be finite")
 
 
+def check_threads(subject: Subject) -> None:
+    """Several threads may use the graph at once, an image each: nothing is changed by it."""
+    import kizu
+
+    with tempfile.TemporaryDirectory() as folder:
+        detector = kizu.load(subject.fitted.save(Path(folder, "model")))  # that has judged nothing yet
+    images = np.stack([detector.preprocessing(photograph(seed)).transpose(2, 0, 1) for seed in range(8)])
+    with ThreadPoolExecutor(4) as threads:
+        together = list(threads.map(detector, [image[None] for image in images]))
+    for number, (scores, maps) in enumerate(together):
+        alone = detector(images[number : number + 1])
+        same = np.allclose(scores, alone[0], rtol=1e-4) and np.allclose(maps, alone[1], rtol=1e-3, atol=1e-4)
+        _ensure(same, f"Image {number} should have the same score and map while other threads judge images")
+
+
 def check_threshold(subject: Subject) -> None:
     """The threshold follows from good images that were not learned from, by the rate of false alarms."""
     from kizu.calibration.threshold import calibrate
@@ -260,6 +276,7 @@ CHECKS: tuple[Callable[[Subject], None], ...] = (
     check_errors,
     check_defect,
     check_graph,
+    check_threads,
     check_threshold,
     check_saved_model,
     check_reproducible,

@@ -96,13 +96,8 @@ class Captures:
     lights: npt.NDArray[np.float64]  # (N, 7): the statistics of these that are looked at together
 
     @classmethod
-    def learned(cls, photos: Iterable[tuple[npt.NDArray[np.uint8], tuple[int, int]]]) -> Self:
-        """From good photographs as the network sees them (3, h, w), each with its own (height, width)."""
-        return cls.of(Capture.of(pixels, shape) for pixels, shape in photos)
-
-    @classmethod
-    def of(cls, captures: Iterable[Capture]) -> Self:
-        """From how good photographs were taken, each in the same way."""
+    def learned(cls, captures: Iterable[Capture]) -> Self:
+        """From how good photographs were taken."""
         rows, views = [], []
         for statistics, view in captures:
             rows.append(dict(statistics))
@@ -120,8 +115,14 @@ class Captures:
 
     def reason(self, pixels: npt.NDArray[np.uint8], shape: tuple[int, int]) -> str:
         """Why no promise covers a photograph (3, h, w) that was of `shape`; empty where one does."""
-        values = _statistics(pixels, shape) | _content(_view(pixels), self.views)
-        values |= _farther(values, self.lights)
+        return self._reason(self._values(Capture.of(pixels, shape)))
+
+    def _values(self, capture: Capture) -> dict[str, float]:
+        """All statistics of a photograph by their names, also those that compare it with the good ones."""
+        values = capture.statistics | _content(capture.view, self.views)
+        return values | _farther(values, self.lights)
+
+    def _reason(self, values: Mapping[str, float]) -> str:
         for name, statistic in STATISTICS.items():
             low, high = self.ranges[name]
             if low <= values[name] <= high:
@@ -132,20 +133,19 @@ class Captures:
             return f"{why} ({name} {_shown(name, values[name])}, of good photographs {_between(name, low, high)})"
         return ""
 
-    def widened(self, photos: Iterable[tuple[npt.NDArray[np.uint8], tuple[int, int]]]) -> "Captures":
+    def widened(self, captures: Iterable[Capture]) -> "Captures":
         """What covers these good photographs too, each end by no more than it takes and a little."""
         ranges, views, lights = dict(self.ranges), [], []
-        for pixels, shape in photos:
-            view, values = _view(pixels), _statistics(pixels, shape)
-            values |= _content(view, self.views) | _farther(values, self.lights)
+        for capture in captures:
+            values = self._values(capture)
             for name, (low, high) in ranges.items():
                 more = WIDENED * (high - low) if math.isfinite(high - low) else WIDENED * abs(values[name])
                 if values[name] < low:
                     ranges[name] = values[name] - more, high
                 elif values[name] > high:
                     ranges[name] = low, values[name] + more
-            if self.reason(pixels, shape):
-                views.append(view)
+            if self._reason(values):
+                views.append(capture.view)
                 lights.append(_light(values))
         if not views:
             return Captures(ranges, self.views, self.lights)

@@ -24,7 +24,7 @@ from kizu.calibration.outliers import find_outliers
 from kizu.calibration.sizes import what_matters
 from kizu.calibration.threshold import images_needed, refuse
 from kizu.config import BackboneConfig, Config, build
-from kizu.data import files, image
+from kizu.data import files
 from kizu.data.geometry.tiling import TileGrid
 from kizu.data.image import Float
 from kizu.data.preprocessing import Preprocessing, Readable
@@ -33,7 +33,7 @@ from kizu.detectors.augmentation import Augmentation
 from kizu.detectors.fitting import AfterRound, FitContext, FitResult, Outcomes, View, captures_of, ignore_round, timed
 from kizu.detectors.own_rates import with_own_rates
 from kizu.detectors.ram import budget
-from kizu.detectors.stack import Stack, TiledStack, Tiles, items_of, read_all, show_the_same
+from kizu.detectors.stack import Stack, TiledStack, Tiles, items_of, read_all, show_the_same, thumbnails
 from kizu.errors import DataError, ModelError, OptionError
 from kizu.features.anomaly_map import learn_units
 from kizu.features.backbone import weights_hash
@@ -299,8 +299,7 @@ class Detector(Inspector):
             self.training.setdefault("shapes", []).extend(list(grid.shape) for grid in photos.tiles.grids)
         if self.keeps_thumbnails:
             for start in range(0, len(photos.seen), BATCH):
-                pictures = photos.seen.batch(start, start + BATCH).transpose(0, 2, 3, 1)
-                self.thumbnails += [image.encode(picture, "JPEG", quality=85) for picture in pictures]
+                self.thumbnails += thumbnails(photos.seen.batch(start, start + BATCH))
 
     @property
     def keeps_thumbnails(self) -> bool:

@@ -36,7 +36,6 @@ __all__ = [
     "Outcomes",
     "Split",
     "View",
-    "captured",
     "captures_of",
     "gpu_device",
     "ignore_round",
@@ -123,14 +122,7 @@ def captures_of(config: Any, stacks: Sequence[Stack]) -> Captures | None:
     """How the photographs of stacks were taken, where a config asks what to do with others."""
     if config.cannot_judge is None:
         return None
-    return Captures.of(capture for stack in stacks for capture in stack.captures())
-
-
-def captured(stacks: Sequence[Stack]) -> Iterator[tuple[npt.NDArray[np.uint8], tuple[int, int]]]:
-    """Each photograph of stacks (3, h, w), and its own (height, width)."""
-    for stack in stacks:
-        for number, shape in enumerate(stack.shapes):
-            yield stack.batch(number, number + 1)[0], shape
+    return Captures.learned(capture for stack in stacks for capture in stack.captures())
 
 
 @contextmanager

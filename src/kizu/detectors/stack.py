@@ -12,14 +12,14 @@ import numpy.typing as npt
 
 from kizu.calibration.captures import Capture
 from kizu.calibration.groups import highest
-from kizu.data import dataset
+from kizu.data import dataset, image
 from kizu.data.geometry.tiling import TileGrid, Tiling
 from kizu.data.preprocessing import Preprocessing, Readable, batches, digests, whole
 from kizu.data.progress import Progress
 from kizu.errors import BadImage, DataError
 from kizu.inference.prediction import readable
 
-__all__ = ["Stack", "TiledStack", "Tiles", "items_of", "read_all", "show_the_same", "unusable"]
+__all__ = ["Stack", "TiledStack", "Tiles", "items_of", "read_all", "show_the_same", "thumbnails", "unusable"]
 
 MAX_TILES = 1000  # that a method learns from which sees each of them many times
 BATCH = 16  # tiles that are cut at a time
@@ -249,6 +249,11 @@ def read_all(
         photos.__exit__()
         raise unusable(errors, len(items))
     return photos, items_read
+
+
+def thumbnails(pixels: npt.NDArray[np.uint8]) -> list[bytes]:
+    """Encoded pictures of photographs (B, 3, h, w), as a model keeps them."""
+    return [image.encode(picture, "JPEG", quality=85) for picture in pixels.transpose(0, 2, 3, 1)]
 
 
 def unusable(errors: Sequence[object], total: int) -> DataError:

@@ -90,13 +90,12 @@ class _Config(_Open):
     min_length: float | None = None
     max_count: int | None = None
     zones: list[dict[str, Any]] = []
+    tile: list[Annotated[int, Field(ge=32, le=16384)]] | None = Field(None, min_length=2, max_length=2)
+    overlap: int = Field(32, ge=0, le=4096)
 
     @property
     def rules_sizes(self) -> bool:
         return any(settings.get(name) is not None for settings in (vars(self), *self.zones) for name in LIMITS)
-
-    tile: list[Annotated[int, Field(ge=32, le=16384)]] | None = Field(None, min_length=2, max_length=2)
-    overlap: int = Field(32, ge=0, le=4096)
 
 
 class _Alignment(_Saved):

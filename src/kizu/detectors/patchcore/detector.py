@@ -19,7 +19,7 @@ from kizu.config import PatchCoreConfig
 from kizu.data.preprocessing import Readable
 from kizu.data.progress import Progress, silent
 from kizu.detectors.base import Detector
-from kizu.detectors.fitting import FitContext, FitResult, captured
+from kizu.detectors.fitting import FitContext, FitResult
 from kizu.detectors.patchcore.coreset import StreamingCoreset
 from kizu.detectors.patchcore.feature_table import FeatureTable
 from kizu.detectors.patchcore.graph import EnsembleGraph, PatchCoreGraph, pretrained, seen_by
@@ -320,7 +320,7 @@ class PatchCore(Detector):
                 result = result.of_groups(groups)
             self.remember(photos, items, result.loo_scores)
             if self.captures is not None:
-                self.captures = self.captures.widened(captured([photos]))
+                self.captures = self.captures.widened(photos.captures())
         self.training["copies"] = sorted({*self.training.get("copies", []), *read} - {*self.training["digests"]})
         hashes = (self.training["hash"] + photos.hash).encode()
         self.training["hash"] = hashlib.blake2b(hashes, digest_size=16).hexdigest()

@@ -29,7 +29,6 @@ from torch import Tensor
 from kizu.calibration.captures import Capture
 from kizu.calibration.copies import SIDE, small_picture
 from kizu.config import PatchCoreConfig
-from kizu.data import image
 from kizu.data.preprocessing import Readable, batches, digests
 from kizu.data.progress import Progress, silent
 from kizu.detectors.fitting import FitContext, View
@@ -40,7 +39,7 @@ from kizu.detectors.patchcore.graph import PatchCoreGraph, pretrained
 from kizu.detectors.patchcore.leave_one_out import LeaveOneOut, Searched
 from kizu.detectors.patchcore.memory_bank import Bank
 from kizu.detectors.ram import budget, tidy
-from kizu.detectors.stack import Stack, items_of, unusable
+from kizu.detectors.stack import Stack, items_of, thumbnails, unusable
 from kizu.errors import DataError, OptionError
 from kizu.features.backbone import Backbone
 from kizu.features.several_sizes import SeveralSizes
@@ -339,8 +338,7 @@ def look(detector: ShardedPatchCore, shard: Shard) -> Looked:
         if detector.config.cannot_judge is not None:
             looked.captures += map(Capture.of, batch.pixels, batch.shapes)
         if detector.config.thumbnails:
-            pictures = batch.pixels.transpose(0, 2, 3, 1)
-            looked.thumbnails += [image.encode(picture, "JPEG", quality=85) for picture in pictures]
+            looked.thumbnails += thumbnails(batch.pixels)
     return looked
 
 
