@@ -22,7 +22,8 @@ learns from one of them, and a row for `keep_copies=True`.
 With quarters, each photograph is cut into four, which are four photographs of one part: a row for `fit` as it counts
 parts (`group_by`), where a part is stopped if any of its photographs is, and one where each photograph is alone.
 
-With shards, each training is that of a cluster: of so many shards of the photographs, in one process here.
+With shards, each training is that of a cluster: of so many shards of the photographs, in one process here, and with so
+little memory that the bank is chosen among coresets of the shards. With enough it would be that of one machine.
 
 With tiles, each photograph is larger than the network's input, and judged in four tiles that overlap by a fifth.
 
@@ -193,7 +194,7 @@ def fits(
         learned, others = numbers[: options.learn * parts], numbers[options.learn * parts :]
         detector = detector_class(options.method)(config)
         if options.shards:
-            detector = ShardedPatchCore(config, options.shards)
+            detector = Crowded(config, options.shards)
         photos = [photo.transpose(1, 2, 0) for photo in good[learned]]
         detector.fit(
             [*photos, *saved_again(photos, options.copies - 1)],
@@ -231,6 +232,14 @@ def pixels(samples: Sequence[Any], config: Any, quarters: bool = False) -> npt.N
         return whole
     cut = whole.reshape(len(whole), 3, 2, height, 2, width).transpose(0, 2, 4, 1, 3, 5)
     return np.ascontiguousarray(cut.reshape(-1, 3, height, width))
+
+
+class Crowded(ShardedPatchCore):
+    """As if the features of all photographs were more than one machine can hold, and those of a shard were not."""
+
+    def _memory_bytes(self, memory: str | int | None) -> int:
+        self.memory_bytes = 3 * 10**7
+        return self.memory_bytes
 
 
 def judged(detector: Detector, photos: npt.NDArray[np.uint8], each: int = 1) -> tuple[list[float], list[float]]:

@@ -8,6 +8,7 @@ from PIL import Image
 import kizu
 from kizu.config import PatchCoreConfig
 from kizu.data import dataset
+from kizu.detectors.patchcore.coreset import StreamingCoreset
 from kizu.detectors.patchcore.leave_one_out import LeaveOneOut
 from kizu.detectors.patchcore.sharded import ShardedPatchCore, number_of_shards, one_after_another
 
@@ -32,18 +33,39 @@ def content(detector, folder):
     return {path.name: path.read_bytes() for path in sorted(detector.save(folder).iterdir())}
 
 
-def test_one_shard_learns_what_one_machine_does():
-    """But for what the first greedy pick is farthest from."""
+@pytest.fixture
+def few_fit(monkeypatch):
+    """As with so many photographs that their features do not fit into one machine."""
+    monkeypatch.setattr(StreamingCoreset, "would_hold", lambda self, images: images < len(GOOD))
+
+
+@pytest.mark.parametrize("shards", [1, 4])
+@pytest.mark.parametrize("groups", [None, [number // 2 for number in range(13)]])
+def test_where_all_features_fit_shards_learn_what_one_machine_does(shards, groups):
+    options = {"group_by": groups, "keep_copies": True}
+    one, sharded = kizu.PatchCore(**SETTINGS).fit(GOOD, **options), learned(shards, **options)
+    for bank, other in zip(one.graph.banks, sharded.graph.banks, strict=True):
+        assert torch.equal(bank.images, other.images) and torch.equal(bank.places, other.places)
+        torch.testing.assert_close(other.entries, bank.entries, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(other.counts, bank.counts)
+        torch.testing.assert_close(other.sums, bank.sums, rtol=1e-4, atol=1e-4)
+    assert sharded.calibration_scores == pytest.approx(one.calibration_scores, rel=1e-5)
+    assert sharded.map_peaks == pytest.approx(one.map_peaks, rel=1e-5)
+    assert sharded.training["digests"] == one.training["digests"]
+    assert sharded.facts["bank"] == one.facts["bank"] and sharded.facts["patches"] == one.facts["patches"]
+    assert sharded.facts["radius"] == pytest.approx(one.facts["radius"], rel=1e-5)
+    assert sharded.predict(patches(50)).score == pytest.approx(one.predict(patches(50)).score, rel=1e-5)
+
+
+def test_one_shard_learns_nearly_what_one_machine_does_where_few_features_fit(few_fit):
     one, sharded = kizu.PatchCore(**SETTINGS).fit(GOOD), learned(1)
     assert np.mean(sharded.calibration_scores) == pytest.approx(np.mean(one.calibration_scores), rel=0.03)
     assert np.mean(sharded.map_peaks) == pytest.approx(np.mean(one.map_peaks), rel=0.03)
-    assert sharded.training["digests"] == one.training["digests"]
     assert sharded.facts["bank"] == one.facts["bank"] and sharded.facts["patches"] == one.facts["patches"]
-    assert sharded.predict(patches(50)).score == pytest.approx(one.predict(patches(50)).score, rel=0.03)
 
 
 @pytest.mark.parametrize("groups", [None, [number // 2 for number in range(13)]])
-def test_each_photograph_is_scored_against_the_finished_bank_without_its_own_entries(groups):
+def test_each_photograph_is_scored_against_the_finished_bank_without_its_own_entries(groups, few_fit):
     """As by one `LeaveOneOut` over all photographs and the merged bank, in one place."""
     kept, candidates = {}, []
 
@@ -89,7 +111,10 @@ def test_order_and_repetition_of_the_tasks_change_nothing(tmp_path):
     plain, other = (content(learned(3, run=run), tmp_path / run.__name__) for run in (one_after_another, disturbed))
     assert plain == other
     assert kizu.load(tmp_path / "disturbed").facts["shards"] == 3
-    assert content(learned(4), tmp_path / "four") != plain
+
+
+def test_where_few_features_fit_the_shards_decide(tmp_path, few_fit):
+    assert content(learned(4), tmp_path / "four") != content(learned(3), tmp_path / "three")
 
 
 def test_what_all_shards_must_know_of_each_other(tmp_path):

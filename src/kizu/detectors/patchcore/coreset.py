@@ -315,7 +315,8 @@ class StreamingCoreset:
         dimension = sum(channels for channels, *_ in shapes)
         self.total, self.share, self.shapes, self.places = num_images * patches, share, shapes, places
         self.sampler, self.seed = sampler, seed
-        self.holds_all = FeatureTable.bytes(num_images, shapes) <= memory_bytes
+        self.memory_bytes = memory_bytes
+        self.holds_all = self.would_hold(num_images)
         fits = memory_bytes // (4 * dimension)
         if sampler == "identity" and not self.holds_all:
             everything = f"{self.total:,} patches of {dimension} numbers"
@@ -331,6 +332,10 @@ class StreamingCoreset:
         self.kept = min(max(least, min(most, len(self.rows) / 2 / self.total)), 1.0)  # of a chunk's rows
         self.radius = 0.0
         self._settled = self._filled = 0
+
+    def would_hold(self, num_images: int) -> bool:
+        """Whether all rows of so many images would fit."""
+        return FeatureTable.bytes(num_images, self.shapes) <= self.memory_bytes
 
     def add(self, layers: Sequence[Tensor], patch_ids: Tensor) -> None:
         """Take images, each layer (B, C, h, w), and the number of each of their patches (N,)."""

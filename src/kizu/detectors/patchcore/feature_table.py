@@ -45,6 +45,20 @@ class FeatureTable:
         rows.layers = [tensor]
         return rows
 
+    @classmethod
+    def joined(cls, tables: Sequence["FeatureTable"]) -> "FeatureTable":
+        """The rows of several tables of the same shapes, in their order."""
+        first = tables[0]
+        rows = cls(0, first.shapes, first.device, first.places)
+        rows.layers = [torch.cat(layers) for layers in zip(*(table.layers for table in tables), strict=True)]
+        return rows
+
+    def cpu(self) -> "FeatureTable":
+        """The same table in the memory of the processor."""
+        moved = FeatureTable(0, self.shapes, None, None if self.places is None else self.places.cpu())
+        moved.layers = [layer.cpu() for layer in self.layers]
+        return moved
+
     @staticmethod
     def bytes(num_images: int, shapes: Sequence[Shape]) -> int:
         """What so many images take."""

@@ -3,14 +3,16 @@
 A shard's photographs are read where its task runs, in four steps, each a function of the shard and of what is common:
 
 1. `look`: small pictures of the photographs, by which those of one part are told, wherever they are.
-2. `choose`: features, and of them a coreset with several times the wanted share. The memory banks are chosen among
-   those of all shards: a coreset of coresets, as `coreset.py` makes it of chunks.
+2. `choose`: features; where those of all photographs would be too many for one machine, of them a coreset with
+   several times the wanted share. The memory banks are chosen among what all shards give: all patches, or a coreset of
+   coresets, as `coreset.py` makes it of chunks.
 3. `search`: for photographs of all shards their neighbours among other images' entries of the finished banks; what
    they say of the entries' scales and stand-ins is joined.
 4. `score`: each of these as if it had not been learned from, by scales and stand-ins of all. The threshold follows.
 
-So the promise is that of one machine: nothing is scored by its own entries, nor by the bank of its shard alone. Who
-carries the tasks out, in which order and how often, changes nothing.
+So the promise is that of one machine: nothing is scored by its own entries, nor by the bank of its shard alone. Where
+all patches are chosen from, the model is that of one machine too. Who carries the tasks out, in which order and how
+often, changes nothing.
 """
 
 import hashlib
@@ -48,7 +50,7 @@ __all__ = ["Shard", "ShardedPatchCore", "Step", "check_shardable", "number_of_sh
 
 PHOTOGRAPHS = 100  # of a shard, where nobody says how many shards there are to be
 MEMORY = "1GB"  # of a task's working data: what is free somewhere must not decide what is learned
-OVERSAMPLING = 4  # times the wanted share that a shard's coreset has
+OVERSAMPLING = 4  # times the wanted share that a shard's coreset has, where it does not give all its patches
 SCORED_TOGETHER = 32  # photographs that are scored by one task, at least: each loads the whole bank
 
 
@@ -59,7 +61,7 @@ class Shard:
     items: Sequence[Readable]
     numbers: Sequence[int]  # of these among all
     digests: Sequence[str] = ()  # by which the same are known again
-    candidates: Sequence[tuple[Tensor, Tensor]] = ()  # of each bank, patches that it was chosen from, and their images
+    candidates: Sequence[tuple[Tensor, Tensor]] = ()  # of each bank, patches and their images: where not all were given
     searched: Sequence[Searched] = ()  # of each bank: neighbours of these, and scales and stand-ins from all
 
 
@@ -93,14 +95,31 @@ class Looked:
 
 @dataclass(frozen=True)
 class Chosen:
-    """A bank's entries from one shard."""
+    """What one shard has for a bank: patches that may become its entries."""
 
-    entries: Tensor  # (k, D)
+    rows: FeatureTable  # k rows (D,)
     images: Tensor  # (k,)
     places: Tensor  # (k,)
     radius: float
     total: int  # patches that they were chosen from
     grid: tuple[int, int]
+
+    @property
+    def all(self) -> bool:
+        """Whether none was left out."""
+        return len(self.rows) == self.total
+
+    @classmethod
+    def joined(cls, parts: "Sequence[Chosen]") -> "Chosen":
+        """Those of several shards together, in their order."""
+        images, places = (torch.cat([getattr(part, name) for part in parts]) for name in ("images", "places"))
+        rows = FeatureTable.joined([part.rows for part in parts])
+        radius, total = max(part.radius for part in parts), sum(part.total for part in parts)
+        return cls(rows, images, places, radius, total, parts[0].grid)
+
+    def patches(self) -> tuple[Tensor, Tensor]:
+        """Features (k, D) and images (k,)."""
+        return self.rows.span(0, len(self.rows)), self.images
 
 
 class Pictures(Stack):
@@ -176,7 +195,8 @@ class ShardedPatchCore(PatchCore):
         self.asked, self.shards, self.run = shards, 1, run
         self.network: Backbone | SeveralSizes | None = None  # of a detector that is sent to the tasks,
         self.groups: Sequence[int] | None = None  # which needs these,
-        self.radii: Sequence[float] | None = None  # and these, of the last choice of each bank's entries
+        self.learned = 0  # how many photographs there are in all shards,
+        self.radii: Sequence[float] | None = None  # and of each bank's choice, where it was not made among all patches
         self.memory_bytes = budget(MEMORY)
 
     def fit(self, good: Any, **options: Any) -> Self:
@@ -217,7 +237,7 @@ class ShardedPatchCore(PatchCore):
         photos = context.photos
         assert isinstance(photos, Pictures)
         worker = self._worker(config)
-        worker.network, worker.groups = pretrained(config), context.groups
+        worker.network, worker.groups, worker.learned = pretrained(config), context.groups, len(photos)
         with context.timed("features"):
             shards = [photos.shard(numbers) for numbers in _divided(range(len(photos)), self.shards)]
             by_shard = self._carried_out(choose, worker, shards, "Features", context.progress)
@@ -227,9 +247,15 @@ class ShardedPatchCore(PatchCore):
         if not any(config.patchsizes):
             self.remarks += graph.taps[0][1].remarks(grids[0])
         with context.timed("coreset"), tidy():
-            facts, worker.radii = _fill_banks(graph, by_shard, context.progress)
+            facts, radii = _fill_banks(graph, by_shard, context.progress)
+        from_all = all(chosen.all for of_shard in by_shard for chosen in of_shard)
+        image_ids = self._scored_ids(photos, from_all)
+        if from_all:
+            by_shard = []
+        else:
+            worker.radii = radii
         with context.timed("calibration"):
-            loo_scored = self._score_as_if_new(worker, photos, by_shard, context)
+            loo_scored = self._score_as_if_new(worker, photos, image_ids, by_shard, context)
             graph.upsample.learn_units(loo_scored[1][loo_scored[0].isfinite()])
             scored = self._score_new(worker, context) if len(context.held_out) else loo_scored
         graph.to(self.device)
@@ -237,20 +263,30 @@ class ShardedPatchCore(PatchCore):
             graph,
             scored,
             loo_scored[0],
-            self._scored_ids(photos, False),
+            image_ids,
             facts | {"shards": len(shards)},
             lambda: scored,
         )
 
     def _score_as_if_new(
-        self, worker: "ShardedPatchCore", photos: "Pictures", chosen: list[list["Chosen"]], context: FitContext
+        self,
+        worker: "ShardedPatchCore",
+        photos: "Pictures",
+        image_ids: Sequence[int],
+        chosen: list[list["Chosen"]],
+        context: FitContext,
     ) -> tuple[Tensor, Tensor]:
-        """Scores (M,) and patch scores (M, h, w) of training images; the banks learn their scales from all of these."""
-        image_ids = self._scored_ids(photos, False)
+        """Scores (M,) and patch scores (M, h, w) of training images; the banks learn their scales from all of these.
+
+        Stand-ins are looked for among what was `chosen` in each shard, or, where that is nothing, in these images.
+        """
         count = min(self.shards, max(1, len(image_ids) // SCORED_TOGETHER))
         parts = _divided(image_ids, count, context.groups)
         shards = [
-            replace(photos.shard(numbers), candidates=[_together(of_bank) for of_bank in zip(*some, strict=True)])
+            replace(
+                photos.shard(numbers),
+                candidates=[Chosen.joined(of_bank).patches() for of_bank in zip(*some, strict=True)],
+            )
             for numbers, some in zip(parts, (chosen[number :: len(parts)] for number in range(len(parts))), strict=True)
         ]
         by_shard = self._carried_out(search, worker, shards, "Neighbours", context.progress)
@@ -344,7 +380,10 @@ def look(detector: ShardedPatchCore, shard: Shard) -> Looked:
 
 @torch.inference_mode()
 def choose(detector: ShardedPatchCore, shard: Shard) -> list[Chosen]:
-    """The second step: for each bank, entries that cover a shard's patches."""
+    """The second step: for each bank, all of a shard's patches, or some that cover these.
+
+    All, where those of all shards fit into what one machine keeps of features with as much memory.
+    """
     config = detector.config
     sampler = "random" if config.sampler == "random" else "k_center"
     seed = (config.seed + shard.numbers[0]) % 2**32  # no two shards draw the same
@@ -354,12 +393,18 @@ def choose(detector: ShardedPatchCore, shard: Shard) -> list[Chosen]:
     with detector.photographs(shard) as photos:
         view = View(detector.preprocessing)
         context = FitContext(photos, Stack(0, photos.size, 0), detector.memory_bytes, view=view)
+        coresets = detector._embed(graph, context)
+        coresets, images = detector._embed(graph, context), detector.learned * (1 + detector._copies())
         found = []
-        for coreset, places in zip(detector._embed(graph, context), graph.places, strict=True):
-            entries, patch_ids, radius = coreset.choose()
-            images, of_grid = places.images_and_places(patch_ids)
-            chosen = (entries.cpu(), images.cpu() + shard.numbers[0], of_grid.cpu())
-            found.append(Chosen(*chosen, radius, coreset.total, places.grid))
+        for coreset, places in zip(coresets, graph.places, strict=True):
+            if coreset.would_hold(images):
+                rows, patch_ids, radius = coreset.rows, coreset.patch_ids, 0.0
+            else:
+                entries, patch_ids, radius = coreset.choose()
+                rows = FeatureTable.of(entries)
+            image_ids, of_grid = places.images_and_places(patch_ids)
+            ids = image_ids.cpu() + shard.numbers[0], of_grid.cpu()
+            found.append(Chosen(rows.cpu(), *ids, radius, coreset.total, places.grid))
     return found
 
 
@@ -374,7 +419,8 @@ def search(detector: ShardedPatchCore, shard: Shard) -> list[Searched]:
     with detector.photographs(shard) as photos:
         leave_one_out = detector.leave_one_out(photos, shard)
         leave_one_out.search(lambda done: None)
-        leave_one_out.find_stand_ins([(r.to(detector.device), i.to(detector.device)) for r, i in shard.candidates])
+        if shard.candidates:
+            leave_one_out.find_stand_ins([(r.to(detector.device), i.to(detector.device)) for r, i in shard.candidates])
         return [of_bank.to(torch.device("cpu")) for of_bank in leave_one_out.searched()]
 
 
@@ -404,34 +450,26 @@ def score_new(detector: ShardedPatchCore, shard: Shard) -> tuple[Tensor, Tensor]
 def _fill_banks(
     graph: PatchCoreGraph, by_shard: Sequence[Sequence[Chosen]], progress: Progress
 ) -> tuple[dict[str, Any], list[float]]:
-    """Give the graph its memory banks, chosen from the entries of all shards.
+    """Give the graph its memory banks, chosen from what all shards gave.
 
-    Returns what is worth knowing of them, and the radius within which each covers these entries.
+    Returns what is worth knowing of them, and the radius within which each covers what it was chosen from.
     """
     config, banks, radii = graph.config, list[Bank](), list[float]()
-    by_bank = list(zip(*by_shard, strict=True))
-    for parts in by_bank:
-        entries, images, places = (
-            torch.cat([getattr(p, name) for p in parts]) for name in ("entries", "images", "places")
-        )
-        count = min(len(entries), max(1, int(sum(part.total for part in parts) * config.coreset)))
-        rows = FeatureTable.of(entries)
-        found = select(rows, count, config.sampler, seed=config.seed, progress=partial(progress, "Memory bank"))
-        banks.append(Bank.of(entries[found.indices], images[found.indices], places[found.indices]))
+    by_bank = [Chosen.joined(parts) for parts in zip(*by_shard, strict=True)]
+    for given in by_bank:
+        count = min(len(given.rows), max(1, int(given.total * config.coreset)))
+        found = select(given.rows, count, config.sampler, seed=config.seed, progress=partial(progress, "Memory bank"))
+        entries = given.rows.take(found.indices)
+        banks.append(Bank.of(entries, given.images[found.indices], given.places[found.indices]))
         radii.append(found.radius)
     graph.set_banks(banks)
     facts = {
         "bank": [len(bank.entries) for bank in banks],
         "dimension": [bank.entries.shape[1] for bank in banks],
-        "patches": [sum(part.total for part in parts) for parts in by_bank],
-        "radius": [max(p.radius for p in parts) + r for parts, r in zip(by_bank, radii, strict=True)],
+        "patches": [given.total for given in by_bank],
+        "radius": [given.radius + radius for given, radius in zip(by_bank, radii, strict=True)],
     }
     return facts, radii
-
-
-def _together(chosen: Sequence[Chosen]) -> tuple[Tensor, Tensor]:
-    """Entries (N, D) and their images (N,)."""
-    return torch.cat([part.entries for part in chosen]), torch.cat([part.images for part in chosen])
 
 
 def _divided(numbers: Sequence[int], count: int, groups: Sequence[int] | None = None) -> list[list[int]]:
