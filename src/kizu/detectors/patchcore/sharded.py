@@ -248,25 +248,15 @@ class ShardedPatchCore(PatchCore):
             self.remarks += graph.taps[0][1].remarks(grids[0])
         with context.timed("coreset"), tidy():
             facts, radii = _fill_banks(graph, by_shard, context.progress)
-        from_all = all(chosen.all for of_shard in by_shard for chosen in of_shard)
-        image_ids = self._scored_ids(photos, from_all)
-        if from_all:
-            by_shard = []
-        else:
-            worker.radii = radii
+        from_all = all(given.all for of_shard in by_shard for given in of_shard)
+        image_ids, chosen = self._scored_ids(photos, from_all), [] if from_all else by_shard
+        worker.radii = None if from_all else radii
         with context.timed("calibration"):
-            loo_scored = self._score_as_if_new(worker, photos, image_ids, by_shard, context)
+            loo_scored = self._score_as_if_new(worker, photos, image_ids, chosen, context)
             graph.upsample.learn_units(loo_scored[1][loo_scored[0].isfinite()])
             scored = self._score_new(worker, context) if len(context.held_out) else loo_scored
         graph.to(self.device)
-        return Member(
-            graph,
-            scored,
-            loo_scored[0],
-            image_ids,
-            facts | {"shards": len(shards)},
-            lambda: scored,
-        )
+        return Member(graph, scored, loo_scored[0], image_ids, facts | {"shards": len(shards)}, lambda: scored)
 
     def _score_as_if_new(
         self,
