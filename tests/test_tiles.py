@@ -7,14 +7,16 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from fastapi.testclient import TestClient
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 import kizu
+from kizu.cli.learn.train import train
 from kizu.data import image
-from kizu.data.geometry.tiling import CELL, TiledMap, Tiling
+from kizu.data.geometry.tiling import CELL, ENOUGH, VISIBLE, TiledMap, Tiling
 from kizu.data.preprocessing import Preprocessing
 from kizu.detectors.patchcore import detector
 from kizu.detectors.stack import read_all
@@ -48,6 +50,43 @@ GOOD = [surface(seed, HEIGHT + 10 * (seed % 3)) for seed in range(8)]
 @pytest.fixture(scope="module")
 def fitted():
     return kizu.PatchCore(**SMALL).fit(GOOD)
+
+
+@given(
+    defect=st.floats(5, 2000),
+    size=st.tuples(*[st.integers(16, 200).map(lambda side: 4 * side)] * 2),
+    shape=st.tuples(*[st.integers(8, 20_000)] * 2),
+)
+def test_tiles_are_chosen_so_that_the_smallest_defect_can_be_seen(defect, size, shape):
+    tiling = Tiling.showing(defect, size, shape)
+    tile = shape if tiling is None else tiling.tile
+    shown = [defect * side / covered for side, covered in zip(size, tile, strict=True)]
+    assert min(shown) >= (ENOUGH if tiling is None else VISIBLE) * 0.999
+    if tiling is not None:
+        assert any(covered < side for covered, side in zip(tile, shape, strict=True)), "one tile is the photograph"
+        assert tiling.overlap >= min(defect, min(tile) // 2) and tiling.grid(shape).shape == shape
+
+
+def test_the_command_line_chooses_tiles_by_the_smallest_defect(tmp_path):
+    for number in range(3):
+        Image.fromarray(surface(number)).save(tmp_path / f"{number}.png")
+
+    def run(*options):
+        return CliRunner().invoke(train, ["patchcore", str(tmp_path), "--size=96", *options, "--print-config"])
+
+    found = run("--smallest=0.5", "--pixel-size=0.05")
+    assert found.exit_code == 0, found.output
+    assert "--tile 96x96 --overlap 32 shows a defect of 10 pixels with 10 of" in found.output
+    assert "\ntile = " in found.output and "\noverlap = 32" in found.output
+    assert "too small to be seen: it must have 5 at least" in str(run("--smallest=4").exception)
+    assert "`tile` cannot be used with `zones`" in str(run("--smallest=10", "--ignore=0,0 9,0 9,9").exception)
+    whole = run("--smallest=40")
+    assert (
+        "Without tiles, photographs of 210 x 150 show a defect of 40 pixels with 18 of" in whole.output
+        and "# tile =" in whole.output
+    )
+    refused = run("--smallest=10", "--tile=96")
+    assert isinstance(refused.exception, OptionError) and "--smallest chooses --tile" in str(refused.exception)
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kizu.cli import terminal
+from kizu.cli.learn.tiles import smallest_option, tiles_for
 from kizu.cli.options import (
     config_file_option,
     config_option,
@@ -82,7 +83,7 @@ def train() -> None:
 
 
 def _train_command(method: str) -> click.Command:
-    from kizu.config import Augmented, BackboneConfig, Config
+    from kizu.config import BackboneConfig
 
     kind = config_class(method)
     about_method = (kind.__doc__ or method).split("\n")[0].rstrip(".")
@@ -99,6 +100,7 @@ def _train_command(method: str) -> click.Command:
         type=click.IntRange(2, 100),
         help="Cross-validation: train this many times, each time judging another part of the good images.",
     )
+    @smallest_option
     @shards_option
     @ray_option
     @click.option("--print-config", is_flag=True, help="Print the settings as a file for --config, and end.")
@@ -108,7 +110,10 @@ def _train_command(method: str) -> click.Command:
         from kizu.config import build
 
         given = {key: options[key] for key in kind.model_fields if options[key] is not None}
-        config = build(kind, given | _zones(data, options))
+        given |= _zones(data, options)
+        config = build(kind, given)
+        if options["smallest"] is not None:
+            config = build(kind, given | tiles_for(options["smallest"], config, given, data, options))
         if options["print_config"]:
             click.echo(settings_text(config))
         elif data is None:
@@ -117,13 +122,7 @@ def _train_command(method: str) -> click.Command:
         else:
             _learn(method, config, data, options)
 
-    command.headings = {
-        "Data": ("categories", "layout", "good", "bad", "defects_config", "skip_bad", "keep_copies", "group_by"),
-        "Method": [name for name in kind.model_fields if name not in Config.model_fields],
-        "Every method": [name for name in Config.model_fields if name not in {*Augmented.model_fields, "zones"}],
-        "Zones": ("inspect", "ignore", *(f"zone_{setting}" for setting in ZONE_SETTINGS), "zones"),
-        "Augmentation": list(Augmented.model_fields),
-    }
+    command.headings = _headings(kind)
     command.help = f"""{about_method}: learn from DATA's good images and evaluate on its test images.
 
     DATA is a folder of good images, or a data set (see  kizu data --help).
@@ -138,6 +137,21 @@ def _train_command(method: str) -> click.Command:
     zone_options(command)
     command.params.append(config_file_option())
     return command
+
+
+def _headings(kind: "type[Config]") -> dict[str, Sequence[str]]:
+    """The options of a method under headings, by their names."""
+    from kizu.config import Augmented, Config
+
+    every_method = [name for name in Config.model_fields if name not in {*Augmented.model_fields, "zones"}]
+    every_method.insert(every_method.index("tile"), "smallest")
+    return {
+        "Data": ("categories", "layout", "good", "bad", "defects_config", "skip_bad", "keep_copies", "group_by"),
+        "Method": [name for name in kind.model_fields if name not in Config.model_fields],
+        "Every method": every_method,
+        "Zones": ("inspect", "ignore", *(f"zone_{setting}" for setting in ZONE_SETTINGS), "zones"),
+        "Augmentation": list(Augmented.model_fields),
+    }
 
 
 def _zones(data: str | None, options: dict[str, Any]) -> dict[str, Any]:

@@ -15,11 +15,16 @@ import numpy.typing as npt
 from PIL import Image
 
 from kizu.data import image
+from kizu.errors import OptionError
 
-__all__ = ["CELL", "TileGrid", "TiledMap", "Tiling"]
+__all__ = ["CELL", "ENOUGH", "VISIBLE", "TileGrid", "TiledMap", "Tiling"]
 
 CELL = 4  # pixels of the network's input a side: less than what maps are smoothed by
 TOP = 0.01  # share of a tile's cells that the score of a photograph is the mean of
+VISIBLE = 10  # pixels of the network's input that a defect has in a tile: discs of 8 to 13 are nearly always found
+ENOUGH = 8  # in a photograph as a whole, which tiles would show hardly larger, and several times as slowly
+OVERLAP = 32  # pixels, at least, where it is chosen
+ENLARGED = 2  # times that a tile may be: nothing is gained by more
 MARGIN = 1 / 4  # of what tiles have in common, at either side: a network sees less well at its border
 
 Pixels = npt.NDArray[np.uint8]
@@ -35,6 +40,23 @@ class Tiling:
     tile: tuple[int, int]
     overlap: int
     size: tuple[int, int]
+
+    @classmethod
+    def showing(cls, defect: float, size: tuple[int, int], shape: tuple[int, int]) -> "Tiling | None":
+        """Tiles in which a defect so many pixels long has `VISIBLE` pixels of the network's input (height, width).
+
+        None where a photograph of this (height, width) shows enough of it as a whole. Raises `OptionError` for a defect
+        too small to be seen.
+        """
+        if defect * ENLARGED < VISIBLE:
+            needed = VISIBLE / ENLARGED
+            raise OptionError(
+                f"A defect of {defect:g} pixels is too small to be seen: it must have {needed:g} at least"
+            )
+        height, width = (int(defect * side / VISIBLE) for side in size)
+        if all(defect * side >= ENOUGH * of_all for side, of_all in zip(size, shape, strict=True)):
+            return None
+        return cls((height, width), min(max(OVERLAP, math.ceil(defect)), min(height, width) // 2), size)
 
     @property
     def cells(self) -> tuple[int, int]:
