@@ -297,7 +297,10 @@ QUICK_AT_BFLOAT16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
     "precision",
     [
         "single",
-        pytest.param("mixed", marks=pytest.mark.skipif(not QUICK_AT_BFLOAT16, reason="bfloat16 takes minutes here")),
+        pytest.param(
+            "mixed",
+            marks=[pytest.mark.slow, pytest.mark.skipif(not QUICK_AT_BFLOAT16, reason="bfloat16 takes minutes here")],
+        ),
     ],
 )
 def test_a_killed_training_goes_on_to_the_same_result(taught, tmp_path, monkeypatch, precision):
@@ -402,9 +405,17 @@ def test_without_a_gpu_the_cost_is_told(taught, caplog, monkeypatch):
     assert "no GPU" in caplog.text and "5 steps" in caplog.text and "minutes" in caplog.text
 
 
+def test_the_papers_small_network_learns_from_the_teacher_that_comes_with_kizu():
+    network, about = teacher.load(None)
+    assert (network.size, network.dimension, about["backbone"]) == ("s", 384, "efficientnet_lite2")
+    assert teacher.SHIPPED.stat().st_size <= 6 * 10**6
+    detector = kizu.EfficientAD(network="s", steps=1, penalty="none").fit(GOOD[:4])
+    assert detector.pretrained() == {"name": f"teacher {teacher.SHIPPED.name}", "weights": teacher.fingerprint(network)}
+
+
 def test_sentences_for_what_cannot_be(tmp_path):
     with pytest.raises(kizu.ModelError, match="kizu distill"):
-        kizu.EfficientAD(network="s").fit(GOOD[:2])
+        kizu.EfficientAD(network="m").fit(GOOD[:2])
     with pytest.raises(kizu.OptionError, match="at least 256"):
         kizu.EfficientAD(network="s", size="256x224")
     with pytest.raises(kizu.ModelError, match="no such teacher"):

@@ -20,12 +20,12 @@ class EfficientADConfig(Config):
     network: Literal["embedded", "s", "m"] = Field(
         "embedded",
         description="The teacher: the pretrained network that comes with kizu, which needs no GPU, or the paper's "
-        "small or medium one, which needs a `teacher`. With a `teacher` alone it is s.",
+        "small or medium one. With a `teacher` alone it is s.",
     )
     teacher: str | None = Field(
         None,
         description="With networks s and m, the trained teacher: a file, or a folder or zip archive with a file for "
-        "each size.",
+        "each size. Default of s: the one that comes with kizu; m needs one.",
     )
     steps: int = Field(2_400, ge=1, description="Training steps. Paper, and default of its networks: 70,000.")
     batch_size: int = Field(

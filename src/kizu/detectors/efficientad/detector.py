@@ -35,7 +35,6 @@ from kizu.detectors.efficientad.training import (
 )
 from kizu.detectors.fitting import FitContext, FitResult, Split
 from kizu.detectors.stack import Stack
-from kizu.errors import ModelError
 from kizu.features import backbone
 
 __all__ = ["EfficientAD", "quantile", "split_images"]
@@ -80,8 +79,6 @@ class EfficientAD(Detector):
     def _distilled(self, context: FitContext, split: Split) -> tuple[EfficientADGraph, dict[str, Any]]:
         """The paper's networks, trained; and what there is to tell of it."""
         config: EfficientADConfig = self.config
-        if config.teacher is None:
-            raise ModelError(teacher.MISSING)
         network, origin = teacher.load(config.teacher, "m" if config.network == "m" else "s")
         log.info("%d steps; teacher %s; penalty: %s", config.steps, origin["file"], penalty_source(config))
         graph = EfficientADGraph(config, network).to(self.device)
@@ -201,7 +198,7 @@ class EfficientAD(Detector):
 
     @classmethod
     def pretrained_name(cls, config: Any) -> str:
-        return BACKBONE if config.network == "embedded" else f"teacher {Path(config.teacher).name}"
+        return BACKBONE if config.network == "embedded" else f"teacher {Path(config.teacher or teacher.SHIPPED).name}"
 
     def pretrained(self) -> dict[str, str]:
         if isinstance(self.graph, EmbeddedGraph):

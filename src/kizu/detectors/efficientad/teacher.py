@@ -18,22 +18,26 @@ from kizu.detectors.efficientad.networks import KERNELS, PDN, Size
 from kizu.errors import ModelError, OptionError
 from kizu.features.safe_load import read_tensors
 
-__all__ = ["MISSING", "assemble", "fingerprint", "load", "save"]
+__all__ = ["SHIPPED", "assemble", "fingerprint", "load", "save"]
 
+SHIPPED = Path(__file__).with_name("efficientad-s.safetensors")
 MISSING = (
-    "EfficientAD needs a teacher, and there are two ways to one: take a trained one (`teacher=FILE`, of nelson1425's, "
-    "anomalib's or PUAD's), or make one from photographs of anything:  kizu distill PHOTOS"
+    "`network=m` needs a teacher, and there are two ways to one: take a trained one (`teacher=FILE`, of nelson1425's, "
+    "anomalib's or PUAD's), or make one of this size from photographs of anything:  kizu distill PHOTOS"
 )
 WORDS: dict[Size, str] = {"s": "small", "m": "medium"}
 
 
-def load(path: str | Path, size: Size = "s") -> tuple[PDN, dict[str, Any]]:
+def load(path: str | Path | None, size: Size = "s") -> tuple[PDN, dict[str, Any]]:
     """A teacher from a file, or from a folder or zip archive with one of each size; and what is known of it.
 
-    Files: safetensors of `kizu distill`, or what torch.save wrote, be it a state dict or a whole module (nothing in it
-    is run). Folders and archives: those of nelson1425's, anomalib's and PUAD's teachers. Raises `ModelError`.
+    None: the one that comes with kizu, of size s. Files: safetensors of `kizu distill`, or what torch.save wrote, be it
+    a state dict or a whole module (nothing in it is run). Folders and archives: those of nelson1425's, anomalib's and
+    PUAD's teachers. Raises `ModelError`.
     """
-    path = Path(path)
+    if path is None and size != "s":
+        raise ModelError(MISSING)
+    path = SHIPPED if path is None else Path(path)
     about: dict[str, Any] = {}
     if path.is_dir():
         path = path / _one_of(
