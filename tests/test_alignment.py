@@ -209,7 +209,9 @@ def test_what_is_not_inspected_raises_no_alarm(fitted):
     assert fitted.predict(spoilt).score == pytest.approx(fitted.predict(photo).score, rel=0.05)
 
 
-@pytest.mark.parametrize("method", DETECTORS)
+@pytest.mark.parametrize(
+    "method", [pytest.param(method, marks=() if method == "patchcore" else pytest.mark.slow) for method in DETECTORS]
+)
 def test_each_method_aligns_alike_saved_pickled_and_loaded(method, tmp_path):
     settings = {**SETTINGS[method], "align": True}
     detector = detector_class(method)(**settings).fit(GOOD)
@@ -241,7 +243,9 @@ def test_an_updated_model_keeps_its_pose_and_what_it_inspects(tmp_path):
     assert model.preprocessing == before and (model.graph.upsample.inspected == area).all()
 
 
-@pytest.mark.parametrize("method", DETECTORS)
+@pytest.mark.parametrize(
+    "method", [pytest.param(method, marks=() if method == "patchcore" else pytest.mark.slow) for method in DETECTORS]
+)
 def test_the_published_systems_have_no_files_for_it(method, tmp_path):
     plain = {
         "patchcore": {"fusion": "stack", "local_scale": False, "top": 0, "patchsize_aggregate": ""},

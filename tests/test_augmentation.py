@@ -74,7 +74,7 @@ def test_the_seed_alone_decides_whatever_else_is_in_the_batch():
     assert Augmentation.of(Config()) is None
 
 
-@pytest.mark.parametrize("method", ["patchcore", "simplenet"])  # which learn it in a moment
+@pytest.mark.parametrize("method", ["patchcore", pytest.param("simplenet", marks=pytest.mark.slow)])
 def test_a_part_that_may_be_turned_is_no_defect(method):
     plain = {**SETTINGS[method], "smoothing": 0}
     lopsided = [np.where(np.arange(96)[None, :, None] < 48, picture, picture // 2) for picture in GOOD]

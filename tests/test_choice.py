@@ -123,6 +123,7 @@ def test_equal_photographs_lead_to_equal_choices_and_what_was_given_stays():
     assert not kizu.choose(GOOD, SMALL.model_copy(update={"augment": True})).reasons or first.reasons
 
 
+@pytest.mark.slow
 def test_simplenet_is_chosen_for_too():
     choice = kizu.choose(GOOD, SimpleNetConfig(size=64, meta_epochs=1))
     assert isinstance(choice.config, SimpleNetConfig) and choice.config.meta_epochs == 1
@@ -242,6 +243,7 @@ def test_one_pose_is_kept_where_good_parts_are_much_more_alike_in_it(monkeypatch
     assert not choice.config.align and choice.config.rotate_degrees == 180
 
 
+@pytest.mark.slow
 def test_a_rate_that_all_photographs_can_promise_is_not_refused_for_a_trial():
     chosen = kizu.choose(GOOD, SMALL.model_copy(update={"false_alarms": 1 / (len(GOOD) + 1)}))
     assert chosen.config.false_alarms == 1 / (len(GOOD) + 1) and chosen.trials[0].rate == chosen.config.false_alarms

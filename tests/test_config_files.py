@@ -29,7 +29,9 @@ FILES = {
 }
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize(
+    "name", ["options.toml", *(pytest.param(f"options.{kind}", marks=pytest.mark.slow) for kind in ("yaml", "json"))]
+)
 def test_options_come_from_a_file_and_the_command_line_wins(name, photos):
     (photos / name).write_text(FILES[name])
     kizu("train", "patchcore", "photos", "--config", name, "--coreset", 0.5, "-q", cwd=photos)

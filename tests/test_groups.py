@@ -87,7 +87,9 @@ def test_patchcore_scores_a_group_as_if_all_of_it_were_new():
     assert all(int(bank.images.max()) == 23 for bank in thrice.graph.banks)  # images again, not groups
 
 
-@pytest.mark.parametrize("method", DETECTORS)
+@pytest.mark.parametrize(
+    "method", [pytest.param(method, marks=() if method == "patchcore" else pytest.mark.slow) for method in DETECTORS]
+)
 def test_every_method_counts_parts(method, folder, tmp_path):
     detector = detector_class(method)(**SETTINGS[method]).fit(folder, group_by="a(..)")
     assert detector.threshold.grouped and detector.threshold.count <= PARTS

@@ -54,7 +54,7 @@ def test_au_pro_equals_the_definition(images, limit):
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.integers(0, 2**32 - 1), st.integers(2, 60), st.sampled_from([2, 5, 10_000]))
+@given(st.integers(0, 2**32 - 1), st.integers(2, 40), st.sampled_from([2, 5, 10_000]))
 def test_ranking_equals_the_library_and_every_threshold(seed, count, levels):
     rng = np.random.default_rng(seed)
     scores = rng.integers(0, levels, count) / 3
@@ -63,7 +63,7 @@ def test_ranking_equals_the_library_and_every_threshold(seed, count, levels):
     auroc, average_precision, f1_max = metrics.ranking(scores, labels)
     assert auroc == pytest.approx(roc_auc_score(labels, scores))
     assert average_precision == pytest.approx(average_precision_score(labels, scores))
-    assert f1_max == pytest.approx(max(f1_score(labels, scores >= level) for level in scores))
+    assert f1_max == pytest.approx(max(f1_score(labels, scores >= level) for level in np.unique(scores)))
 
 
 def test_presorted_shares_on_a_case_worked_by_hand():

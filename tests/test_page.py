@@ -188,6 +188,7 @@ def test_the_page_has_one_truth_whatever_is_moved_chosen_or_dropped(browser, tmp
         assert [name for name, _ in tiles(page)] == ["first.png"]
 
 
+@pytest.mark.slow
 def test_who_has_the_key_sets_the_threshold_for_everybody(browser, tmp_path):
     folder = small_model(tmp_path / "disc", size=128)
     before = kizu.load(folder)
@@ -227,6 +228,7 @@ def test_who_has_the_key_sets_the_threshold_for_everybody(browser, tmp_path):
     assert kizu.load(folder).pixel_threshold == before.pixel_threshold
 
 
+@pytest.mark.slow
 def test_what_watch_judged_is_on_the_page_and_can_be_marked(browser, tmp_path):
     folder, strange = small_model(tmp_path / "disc"), small_model(tmp_path / "strange", 40)
     incoming, store = tmp_path / "incoming", tmp_path / "store"

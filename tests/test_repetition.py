@@ -58,13 +58,13 @@ def test_each_good_image_is_judged_once_over_the_folds_and_defects_always(photos
 
 def test_the_table_is_of_all_runs(photos):
     train = ("train", "patchcore", "photos", "--size", "64", "--coreset", "0.5", "--false-alarms", "0.2")
-    said = json.loads(command(*train, "--folds", "3", "--seeds", "0,1", "--json", "--name", "x", cwd=photos).stdout)
-    runs = [f"x-seed-{seed}-fold-{fold}" for seed in (0, 1) for fold in (1, 2, 3)]
+    said = json.loads(command(*train, "--folds", "2", "--seeds", "0,1", "--json", "--name", "x", cwd=photos).stdout)
+    runs = [f"x-seed-{seed}-fold-{fold}" for seed in (0, 1) for fold in (1, 2)]
     assert [run["folder"].rpartition("/")[2] for run in said["runs"]] == runs
     (row,) = said["summary"]
     values = [run["categories"][0]["image_auroc"] for run in said["runs"]]
     assert row["image AUROC"] == f"{statistics.mean(values):.4f} ± {statistics.stdev(values):.4f}"
-    assert row["runs"] == "6" and row["defects stopped"].endswith(f" of {6 * BAD}")
+    assert row["runs"] == "4" and row["defects stopped"].endswith(f" of {4 * BAD}")
     assert row["false alarms"].endswith(f" of {2 * GOOD}")
     table = command(*train, "--seeds", "0-1", "--name", "y", cwd=photos).stdout
     assert "±" in table and "y-seed-1" in table

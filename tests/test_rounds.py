@@ -111,7 +111,8 @@ def test_wrong_values_are_one_sentence(options, tmp_path):
     assert options[0].replace("_", "-") in done.stderr and len(done.stderr.strip().splitlines()) <= 2
 
 
-@pytest.mark.parametrize("ending", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGINT])
 def test_training_that_was_killed_goes_on_to_the_same_model(ending, tmp_path):
     data = factory(tmp_path / "data") / "disc"
     command = ["train", "simplenet", data, "--output", tmp_path / "results", *TINY, "--meta_epochs", "60"]

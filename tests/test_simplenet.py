@@ -88,6 +88,7 @@ def test_every_part_can_be_had_in_other_ways_and_saved(settings, tmp_path):
     assert again.predict(part(98)).score == pytest.approx(plain.score, rel=1e-3, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_training_the_backbone_changes_it_and_only_then(tmp_path):
     pretrained = backbone.create("efficientnet_lite2").state_dict()
     for trained in (False, True):
@@ -117,7 +118,16 @@ def test_selecting_keeps_the_best_round_on_images_of_its_own():
     assert detector.facts["images learned from"] == 8  # three set the threshold, one selects
 
 
-@pytest.mark.parametrize("settings", [{}, {"augment": True}, {"select": "held_out"}, {"train_backbone": True}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"augment": True},
+        *(
+            pytest.param(more, marks=pytest.mark.slow)
+            for more in ({}, {"select": "held_out"}, {"train_backbone": True})
+        ),
+    ],
+)
 def test_training_that_was_interrupted_goes_on_to_the_same_result(settings, tmp_path):
     settings = {**TINY, "meta_epochs": 5, **settings}
     whole = kizu.SimpleNet(**settings).fit(GOOD)

@@ -187,6 +187,7 @@ def test_sizes_are_told_in_millimetres_of_the_photographs_learned_from(detector)
     assert detector.predict(strong).regions[0].size.length == pytest.approx(size.length, rel=0.2)
 
 
+@pytest.mark.slow
 def test_saved_updated_and_exported_models_judge_alike(detector, tmp_path):
     pytest.importorskip("onnxscript")
     expected = [(p.score, p.is_anomalous) for p in detector.predict_many([LARGE, SMALL, *GOOD[:3]])]

@@ -136,6 +136,7 @@ def test_the_verdict_and_what_is_marked_say_in_which_zone(halves):
         assert prediction.to_dict()["zone"] == name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["PatchCore", "SimpleNet"])
 def test_a_zone_keeps_a_promise_of_its_own(method, tmp_path):
     """Each zone alone, and the others together, stop as many good parts as they may, of those that set the level."""
@@ -243,6 +244,7 @@ def test_aligned_photographs_have_their_zones_on_the_part():
     assert detector.predict(elsewhere).is_anomalous
 
 
+@pytest.mark.slow
 def test_several_zones_of_every_method_are_put_on_one_scale():
     for method, settings in (
         ("SimpleNet", {"meta_epochs": 2, "dsc_hidden": 32}),
@@ -390,7 +392,7 @@ def test_a_table_has_a_column_of_zones_only_where_there_are_some(halves, tmp_pat
     assert heads[0] == heads[1] + ",zone"
 
 
-@pytest.mark.parametrize("count", [1, 16])
+@pytest.mark.parametrize("count", [1, pytest.param(16, marks=pytest.mark.slow)])
 def test_many_zones_keep_the_promise_of_few_photographs(count):
     """Ten good parts set the level: no more of the others are stopped than may be, on average over the draws."""
     rng, stopped, size = np.random.default_rng(0), [], (8, 16)
