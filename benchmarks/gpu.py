@@ -77,7 +77,7 @@ def add_pack_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, default=SHARED / "data", help="folder with mvtec_ad, mvtec_loco, natural")
     parser.add_argument("--weights", type=Path, default=SHARED / "weights", help="folder with a ResNet-18")
     parser.add_argument("--python-version", default="3.12", help="of the machine with the GPU")
-    parser.add_argument("--limit", type=float, default=56, help="MiB, which the pictures of other things fill up")
+    parser.add_argument("--limit", type=float, default=52, help="MiB, which the pictures of other things fill up")
     parser.add_argument("--pictures", type=int, default=10_000, help="of other things, at most")
     parser.add_argument("--wheels", action=argparse.BooleanOptionalAction, default=True)
 
