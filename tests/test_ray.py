@@ -373,7 +373,7 @@ def parts_in(folder):
     return len(list(Path(folder).glob("part-*")))
 
 
-def wait_for(condition, seconds=60.0):
+def wait_for(condition, seconds=180.0):  # a cluster starts slowly on a busy machine
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "nothing happens"
