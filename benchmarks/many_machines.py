@@ -21,8 +21,8 @@ actors are killed, a node is removed and another comes, and twice the command is
 row is compared with what one process says.
 
 Training: `kizu train patchcore` and the same with `--ray --shards 4`, at the same size, on bottle and magnetic tile;
-the latter also with little memory, where the bank is chosen among coresets; then once more, while workers are killed, each a second after one is seen at work, until three are dead. The memory is
-that of the largest worker.
+the latter also with little memory, where the bank is chosen among coresets; then once more, while workers are killed,
+each a second after one is seen at work, until three are dead. The memory is that of the largest worker.
 """
 
 import argparse
