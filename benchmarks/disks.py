@@ -10,10 +10,11 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from beside import beside
 from kizu.inference import model_json
 
 if TYPE_CHECKING:
@@ -113,23 +114,15 @@ def _fill(out: Path, room: int) -> None:
         os.truncate(out / "filler", max(0, (out / "filler").stat().st_size - room))
 
 
-@contextmanager
-def _meanwhile(bench: "Bench", action: Callable[[], object]) -> Iterator[None]:
+def _meanwhile(bench: "Bench", action: Callable[[], object]) -> AbstractContextManager[None]:
     """Something that happens at some moment in the seconds that a command takes."""
-    over = threading.Event()
 
-    def later() -> None:
+    def later(over: threading.Event) -> None:
         if not over.wait(bench.rng.uniform(0.3, 5)):
             with suppress(OSError):
                 action()
 
-    thread = threading.Thread(target=later)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
+    return beside(later)
 
 
 @contextmanager

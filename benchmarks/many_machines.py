@@ -38,11 +38,12 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from beside import beside
 from kizu.data.files import write_text
 
 HERE = Path(__file__).parent
@@ -354,19 +355,6 @@ def figures(run: Path) -> dict[str, Any]:
         "hits": hits,
         "bad": bad,
     }
-
-
-@contextmanager
-def beside(work: Callable[[threading.Event], None]) -> Iterator[None]:
-    """Do something in a thread until the block is over, which the event says."""
-    over = threading.Event()
-    thread = threading.Thread(target=work, args=(over,))
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
 
 
 class Killer:

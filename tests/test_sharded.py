@@ -105,6 +105,18 @@ def test_order_and_repetition_of_the_tasks_change_nothing(tmp_path):
     assert kizu.load(tmp_path / "disturbed").facts["shards"] == 3
 
 
+def test_a_shard_computes_its_features_once_to_choose_from(monkeypatch):
+    embedded = []
+    embed = ShardedPatchCore._embed
+    monkeypatch.setattr(
+        ShardedPatchCore,
+        "_embed",
+        lambda self, graph, context: embedded.append(len(context.photos)) or embed(self, graph, context),
+    )
+    learned(3)
+    assert sorted(embedded) == [4, 4, 5]
+
+
 def test_where_few_features_fit_the_shards_decide(tmp_path, few_fit):
     assert content(learned(4), tmp_path / "four") != content(learned(3), tmp_path / "three")
 

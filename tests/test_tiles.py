@@ -78,7 +78,7 @@ def test_the_command_line_chooses_tiles_by_the_smallest_defect(tmp_path):
     assert found.exit_code == 0, found.output
     assert "--tile 96x96 --overlap 32 shows a defect of 10 pixels with 10 of" in found.output
     assert "\ntile = " in found.output and "\noverlap = 32" in found.output
-    assert "too small to be seen: it must have 5 at least" in str(run("--smallest=4").exception)
+    assert "too small to be seen; take photographs in which it has 5 at least" in str(run("--smallest=4").exception)
     assert "`tile` cannot be used with `zones`" in str(run("--smallest=10", "--ignore=0,0 9,0 9,9").exception)
     whole = run("--smallest=40")
     assert (

@@ -24,7 +24,7 @@ TOP = 0.01  # share of a tile's cells that the score of a photograph is the mean
 VISIBLE = 10  # pixels of the network's input that a defect has in a tile: discs of 8 to 13 are nearly always found
 ENOUGH = 8  # in a photograph as a whole, which tiles would show hardly larger, and several times as slowly
 OVERLAP = 32  # pixels, at least, where it is chosen
-ENLARGED = 2  # times that a tile may be: nothing is gained by more
+ENLARGED = 2  # times, at most, that a tile is scaled up: nothing is gained by more
 MARGIN = 1 / 4  # of what tiles have in common, at either side: a network sees less well at its border
 
 Pixels = npt.NDArray[np.uint8]
@@ -51,7 +51,8 @@ class Tiling:
         if defect * ENLARGED < VISIBLE:
             needed = VISIBLE / ENLARGED
             raise OptionError(
-                f"A defect of {defect:g} pixels is too small to be seen: it must have {needed:g} at least"
+                f"`smallest`: a defect of {defect:g} pixels is too small to be seen; take photographs in which it has "
+                f"{needed:g} at least"
             )
         height, width = (int(defect * side / VISIBLE) for side in size)
         if all(defect * side >= ENOUGH * of_all for side, of_all in zip(size, shape, strict=True)):

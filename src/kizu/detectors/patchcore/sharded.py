@@ -383,7 +383,6 @@ def choose(detector: ShardedPatchCore, shard: Shard) -> list[Chosen]:
     with detector.photographs(shard) as photos:
         view = View(detector.preprocessing)
         context = FitContext(photos, Stack(0, photos.size, 0), detector.memory_bytes, view=view)
-        coresets = detector._embed(graph, context)
         coresets, images = detector._embed(graph, context), detector.learned * (1 + detector._copies())
         found = []
         for coreset, places in zip(coresets, graph.places, strict=True):
